@@ -1,0 +1,1 @@
+"""Attacks and measurements: the only room that may know the ground truth. Nothing below it imports it."""

@@ -1,0 +1,93 @@
+"""ACC, ASR and RA of a network, each with its sample size and interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..runtime import Runtime
+from ..types import EvalResult
+from .metrics import share
+
+__all__ = ["Cases", "evaluate", "predict", "to_dict"]
+
+Loader = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Cases:
+    """What a network is tested on. Loaders yield (images, labels) batches in the order of the labels given here.
+
+    Args:
+        clean: Clean test images.
+        clean_labels: (N,) int64, their labels.
+        triggered: Test images with the trigger, none of the target class; None: no attack is known.
+        wanted_labels: (M,) int64, what the attacker wants of them.
+        true_labels: (M,) int64, what they show.
+
+    Raises:
+        ValueError: Triggered images without both kinds of label.
+    """
+
+    clean: Loader
+    clean_labels: NDArray[np.int64]
+    triggered: Loader | None = None
+    wanted_labels: NDArray[np.int64] | None = None
+    true_labels: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.triggered is not None and (self.wanted_labels is None or self.true_labels is None):
+            raise ValueError("triggered images need both wanted_labels and true_labels")
+
+
+def predict(model: nn.Module, loader: Loader, runtime: Runtime) -> NDArray[np.int64]:
+    """The predicted class of every image, (N,) int64, in the loader's order.
+
+    The model must be on the runtime's device. It runs in eval mode; every module then gets its own mode back.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    predicted: list[Tensor] = []
+    try:
+        with torch.inference_mode(), runtime.autocast():
+            for images, _ in loader:
+                predicted.append(model(runtime.put(images)).argmax(dim=1))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    # One transfer at the end: fetching each batch would make a GPU wait for it.
+    return torch.cat(predicted).cpu().numpy() if predicted else np.zeros(0, dtype=np.int64)
+
+
+def evaluate(model: nn.Module, cases: Cases, runtime: Runtime) -> EvalResult:
+    """Measure a network as it is; a DefendedModel stamps its input by itself.
+
+    Returns:
+        ACC: share of clean images predicted right. ASR: share of triggered images predicted as the attacker wants.
+        RA: share of triggered images predicted right all the same. ASR and RA are None without triggered images.
+
+    Raises:
+        ValueError: A loader yields another number of images than there are labels, or none.
+    """
+    acc = share(_agreement(predict(model, cases.clean, runtime), cases.clean_labels))
+    if cases.triggered is None or cases.wanted_labels is None or cases.true_labels is None:
+        return EvalResult(acc)
+    predicted = predict(model, cases.triggered, runtime)
+    asr = share(_agreement(predicted, cases.wanted_labels))
+    return EvalResult(acc, asr, share(_agreement(predicted, cases.true_labels)))
+
+
+def to_dict(result: EvalResult) -> dict[str, dict[str, float]]:
+    """{"acc": {"value", "n", "low", "high"}, "asr": ..., "ra": ...}; what was not measured is left out."""
+    return {name: rate for name, rate in asdict(result).items() if rate is not None}
+
+
+def _agreement(predicted: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    if len(predicted) != len(labels):
+        raise ValueError(f"the loader gave {len(predicted)} images for {len(labels)} labels; does it drop the last batch?")
+    return np.asarray(predicted == labels)

@@ -1,0 +1,72 @@
+"""Rates with their uncertainty, and how well detection and relabeling did against the truth."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+
+from ..types import NABPlan, Rate
+
+__all__ = ["detection", "relabel_accuracy", "share", "wilson"]
+
+
+def wilson(hits: int, n: int, z: float = 1.96) -> Rate:
+    """hits / n with Wilson's score interval [Wilson 1927], which stays sensible at 0 and at 1, where backdoor rates live.
+
+    Args:
+        hits: 0 <= hits <= n.
+        n: Sample size, at least 1.
+        z: Quantile of the normal distribution; 1.96 gives 95 %.
+
+    Raises:
+        ValueError: n is 0, or hits lies outside 0..n.
+    """
+    if n < 1:
+        raise ValueError(f"a rate needs at least one sample, got n = {n}")
+    if not 0 <= hits <= n:
+        raise ValueError(f"hits must be in 0..{n}, got {hits}")
+    value = hits / n
+    center = (value + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+    # The interval always holds the value; rounding errors would push it a hair out at 0 and at 1.
+    return Rate(value, n, low=max(0.0, min(center - half, value)), high=min(1.0, max(center + half, value)))
+
+
+def share(mask: NDArray[np.bool_]) -> Rate:
+    """The share of True in (N,) bool, N >= 1."""
+    return wilson(int(np.count_nonzero(mask)), len(mask))
+
+
+def detection(
+    suspect: NDArray[np.bool_], scores: NDArray[Any] | None, poisoned: NDArray[np.bool_]
+) -> dict[str, int | float | None]:
+    """How well the suspects match the poison.
+
+    Args:
+        suspect: (N,) bool, what the defence selected.
+        scores: (N,), higher = more suspicious; None where there are none.
+        poisoned: (N,) bool, the truth.
+
+    Returns:
+        selected (a count), precision, recall and auroc in [0, 1]; None where undefined: nothing selected, nothing
+        poisoned, or no scores.
+    """
+    selected, total = int(np.count_nonzero(suspect)), int(np.count_nonzero(poisoned))
+    hits = int(np.count_nonzero(suspect & poisoned))
+    ranked = scores is not None and 0 < total < len(poisoned)
+    return {
+        "selected": selected,
+        "precision": hits / selected if selected else None,
+        "recall": hits / total if total else None,
+        "auroc": float(roc_auc_score(poisoned, scores)) if ranked else None,
+    }
+
+
+def relabel_accuracy(plan: NABPlan, true_labels: NDArray[np.int64]) -> Rate | None:
+    """Share of the suspects whose new label is the true one, (N,) int64 given; None without suspects."""
+    correct = (plan.new_labels == true_labels)[plan.suspect]
+    return share(correct) if len(correct) else None

@@ -1,0 +1,160 @@
+"""The check after training, without truth: are the suspects' labels still obeyed, and what does that mean?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .runtime import Runtime
+from .types import NABPlan
+
+__all__ = ["Survival", "Verdict", "imprint", "judge", "measure"]
+
+SURVIVAL_LIMIT = 0.1  # share of suspects that may still go to their given label
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Survival:
+    """How far the accused labels are still obeyed, shares in [0, 1]; None where there is nothing to measure.
+
+    Args:
+        relabelled: Suspects with a proposed label other than their own.
+        plain, stamped: Share of these that the network still gives their old label, without and with the stamp.
+        clean_label: Suspects whose proposed label is their own.
+        imprint: On clean-label suspects, share of other images that turn to the suspects' label when the mean difference
+            between the suspects and the rest of their class is added to them; the natural share is taken off.
+    """
+
+    relabelled: int
+    plain: float | None
+    stamped: float | None
+    clean_label: int
+    imprint: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """protected, and a sentence a person understands; found: whether the scan accused anything."""
+
+    protected: bool
+    found: bool
+    text: str
+    evidence: dict[str, Any]
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, plain: nn.Module, batches: Batches, plan: NABPlan, *, runtime: Runtime) -> Survival:
+    """Run all scanned images, in order and without augmentation, through the model, plain and stamped.
+
+    Args:
+        model: The model as it is shipped; normalised batches.
+        plain: Its network without the stamp.
+        batches: (images, labels) of the whole scanned source, in order.
+        plan: What training changed.
+    """
+    model.eval()
+    guesses: list[list[Tensor]] = [[], []]
+    for images, mask in _with_mask(batches, plan.suspect & plan.altered):
+        if mask.any():
+            picked = runtime.put(images[mask])
+            with runtime.autocast():
+                for found, network in zip(guesses, (plain, model), strict=True):
+                    found.append(network(picked).argmax(1).cpu())
+    given = plan.labels[plan.suspect & plan.altered]
+    same = plan.suspect & ~plan.altered
+    groups = [same & (plan.labels == label) for label in np.unique(plan.labels[same])]
+    groups = [group for group in groups if group.sum() > (plan.suspect & (plan.labels == plan.labels[group][0])).sum() / 2]
+    rises = [imprint(model, batches, plan.labels, group, runtime=runtime) for group in groups]
+    rise = max(rises, default=None)
+    if not len(given):
+        return Survival(0, None, None, int(same.sum()), rise)
+    rates = [float((torch.cat(found).numpy() == given).mean()) for found in guesses]
+    return Survival(len(given), rates[0], rates[1], int(same.sum()), rise)
+
+
+@torch.inference_mode()
+def imprint(model: nn.Module, batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], *, runtime: Runtime) -> float:
+    """What a group of one class shares, added to images of other classes: how many turn to the group's class?
+
+    A clean-label trigger cannot be seen on its own images, whose content agrees with their label. The mean difference between
+    the group and the rest of its class estimates the trigger, without truth; on a harmless group it is only a faint image.
+
+    Args:
+        model: A network, or a DefendedModel; normalised batches.
+        batches: (images, labels) of the whole scanned source, in order; gone through twice.
+        labels: (N,) given labels.
+        group: (N,) bool, samples of one class.
+
+    Returns: The rise of the share of other images given the group's label, in [-1, 1]."""
+    label = int(labels[group][0])
+    rest = (labels == label) & ~group
+    model.eval()
+    pattern = (_sum(batches, group) / group.sum() - _sum(batches, rest) / max(1, int(rest.sum()))).float()
+    before = after = count = 0
+    for images, mask in _with_mask(batches, labels != label):
+        if not mask.any():
+            continue
+        picked = runtime.put(images[mask])
+        with runtime.autocast():
+            before += int((model(picked).argmax(1) == label).sum())
+            after += int((model(picked + pattern.to(picked)).argmax(1) == label).sum())
+        count += len(picked)
+    return (after - before) / max(1, count)
+
+
+def _sum(batches: Batches, mask: NDArray[np.bool_]) -> Tensor:
+    return torch.stack([images[chosen].double().sum(0) for images, chosen in _with_mask(batches, mask)]).sum(0)
+
+
+def _with_mask(batches: Batches, mask: NDArray[np.bool_]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, their part of the mask) batch by batch, on the CPU."""
+    flags, first = torch.from_numpy(mask.copy()), 0
+    for images, _ in batches:
+        yield images.cpu(), flags[first : first + len(images)]
+        first += len(images)
+
+
+def judge(plan: NABPlan, survival: Survival, classes: tuple[str, ...]) -> Verdict:
+    """Put the check into words.
+
+    Args:
+        plan: What training changed.
+        survival: What was measured afterwards.
+        classes: Names of the labels.
+    """
+    suspects, total = int(plan.suspect.sum()), len(plan)
+    stamped = int((plan.stamped & plan.keep & ~plan.cover).sum())
+    covers = int(plan.cover.sum())
+    dropped = int((~plan.keep).sum())
+    share = 100 * float(plan.changed.sum()) / total
+    evidence = {**asdict(survival), "suspects": suspects, "stamped": stamped, "dropped": dropped, "covers": covers, "changed": share / 100}
+    if not suspects:
+        text = (
+            f"Nothing was found in {total} samples and nothing was changed: this is ordinary training. "
+            "Poison that training learns no faster than clean images can escape this scan."
+        )
+        return Verdict(True, False, text, evidence)
+    accused = ", ".join(repr(classes[i]) for i in np.unique(plan.labels[plan.suspect]))
+    found = f"{suspects} of {total} samples are suspect (labelled {accused})"
+    done = f"{stamped} were relabelled and stamped, {dropped} dropped, {covers} others stamped with their own label, {share:.1f} % of the set changed"
+    if not stamped and not dropped:
+        return Verdict(False, True, f"Not protected: {found}, but nothing could be stamped or dropped.", evidence)
+    if survival.stamped is not None and survival.stamped > SURVIVAL_LIMIT:
+        text = f"Not protected: {found}; {done}; yet with the stamp {100 * survival.stamped:.0f} % of them still go to their old label."
+        return Verdict(False, True, text, evidence)
+    if survival.imprint is not None and survival.imprint > SURVIVAL_LIMIT:
+        text = f"Not protected: {found}; {done}; yet what they have in common still turns {100 * survival.imprint:.0f} % of other images."
+        return Verdict(False, True, text, evidence)
+    facts = []
+    if survival.stamped is not None:
+        facts.append(f"with the stamp {100 * survival.stamped:.1f} % of the relabelled still go to their old label")
+    if survival.imprint is not None:
+        facts.append(f"what the clean-label suspects have in common turns {100 * max(0.0, survival.imprint):.1f} % of other images")
+    return Verdict(True, True, f"Protected against what was found: {found}; {done}; {'; '.join(facts) or 'nothing left to measure'}.", evidence)

@@ -1,0 +1,148 @@
+"""Read an image folder strictly: every file is decoded once, and whatever is odd about it is counted and named."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..registry import nearest
+
+__all__ = ["Folder", "read_folder"]
+
+EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+CACHE_BYTES = 1 << 30  # decoded images stay in memory up to this size
+KINDS = {"1": "grey", "L": "grey", "LA": "grey", "P": "palette", "PA": "palette", "RGBA": "alpha", "CMYK": "CMYK", "RGB": ""}
+BROKEN = ("zero-byte", "truncated", "unreadable")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of images; see Source for the fields. `digests` hash the content of every file."""
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    ids: tuple[str, ...]
+    digests: tuple[str, ...]
+    load: Callable[[int], Image.Image]
+    mode: str
+    irregular: dict[str, list[str]]
+
+
+def decode(data: bytes) -> tuple[Image.Image, str]:
+    """An image in mode L or RGB and what is odd about the file ("" for 8-bit RGB).
+
+    Raises:
+        OSError, ValueError, SyntaxError: Not an image, or cut short.
+    """
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    if image.mode.startswith(("I", "F")):  # PIL's own convert() would clip 16-bit values to white
+        values = np.asarray(image, dtype=np.float64)
+        scale = 255 / 65535 if values.max(initial=0) > 255 else 1
+        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)), "16-bit"
+    kind = KINDS.get(image.mode, image.mode)
+    return (image if image.mode in ("L", "RGB") else image.convert("L" if kind == "grey" else "RGB")), kind
+
+
+def _inspect(path: Path) -> tuple[Image.Image | None, str, str]:
+    """(image or None, kind, digest) of one file."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None, "unreadable", ""
+    digest = hashlib.sha256(data).hexdigest()
+    if not data:
+        return None, "zero-byte", digest
+    try:
+        image, kind = decode(data)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return None, "truncated" if "truncated" in str(error).lower() else "unreadable", digest
+    return image, kind, digest
+
+
+def read_folder(root: Path, channels: int | None, strict: bool) -> Folder:
+    """Read a folder with one sub-folder a class.
+
+    Args:
+        root: The folder.
+        channels: 1 or 3, what the model takes; None: 1 where all images are grey, else 3.
+        strict: Refuse the folder when a file cannot be read; False leaves such files out.
+
+    Raises:
+        ValueError: No folder, no classes, no images, unreadable files, or only grey ones for three channels.
+    """
+    classes, files, labels = _list(root)
+    kept: list[int] = []
+    cache: dict[int, Image.Image] = {}
+    cached = 0
+    irregular: dict[str, list[str]] = {}
+    digests = []
+    ids = [path.relative_to(root).as_posix() for path in files]
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), 256):  # in blocks, so that memory stays bounded
+            block = files[start : start + 256]
+            for index, (image, kind, digest) in enumerate(pool.map(_inspect, block), start):
+                if kind:
+                    irregular.setdefault(kind, []).append(ids[index])
+                if image is None:
+                    continue
+                kept.append(index)
+                digests.append(digest)
+                cached += image.width * image.height * len(image.getbands())
+                if cached <= CACHE_BYTES:
+                    cache[index] = image
+    _refuse_broken(root, irregular, len(ids), strict)
+    only_grey = len(irregular.get("grey", [])) == len(kept) > 0
+    if channels == 3 and only_grey:
+        raise ValueError(f"all images in {root} are grey and the model takes 3 channels; set model.in_chans=1")
+    mode = "L" if channels == 1 or (channels is None and only_grey) else "RGB"
+
+    def load(index: int) -> Image.Image:
+        position = kept[index]
+        image = cache.get(position)
+        if image is None:
+            image, _ = decode(files[position].read_bytes())
+        return image if image.mode == mode else image.convert(mode)
+
+    chosen = np.asarray(kept, dtype=np.int64)
+    return Folder(
+        classes, np.asarray(labels, dtype=np.int64)[chosen], tuple(ids[i] for i in kept), tuple(digests), load, mode, irregular
+    )
+
+
+def _list(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
+    if not root.is_dir():
+        siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
+        raise ValueError(f"no such folder or data set: {root}{nearest(root.name, siblings)}")
+    classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if not classes:
+        raise ValueError(f"{root} has no sub-folders; expected one for each class")
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise ValueError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")
+    return classes, files, labels
+
+
+def _refuse_broken(root: Path, irregular: dict[str, list[str]], total: int, strict: bool) -> None:
+    broken: Sequence[str] = [f"{ident} ({kind})" for kind in BROKEN for ident in irregular.get(kind, [])]
+    if broken and strict:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise ValueError(
+            f"{len(broken)} of {total} files in {root} cannot be read: {', '.join(broken[:5])}{more}; "
+            "remove them, or leave them out with data.strict=false"
+        )
+    if len(broken) == total:
+        raise ValueError(f"none of the {total} files in {root} can be read; first: {broken[0]}")

@@ -1,0 +1,208 @@
+"""open_source: scikit-learn's digits, an image folder, or any name that timm's create_dataset takes.
+
+A source is a map-style data set with stable sample ids and a fingerprint. It never swaps an unreadable file for a
+neighbour (timm's ImageDataset does): such files are counted and named, and either refused or left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import Dataset
+
+from .folder import read_folder
+
+__all__ = ["Source", "View", "open_source"]
+
+TIMM_PREFIXES = ("torch", "hfds")
+Loader = Callable[[int], Image.Image]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Images with the labels that came with them.
+
+    Args:
+        name: What the user called it.
+        classes: Class names; labels index them.
+        labels: (N,) int64.
+        ids: N stable names: relative path, or index.
+        load: Index -> PIL image in `mode`.
+        mode: "RGB" or "L".
+        fingerprint: Hash of ids, labels and contents.
+        irregular: Kind of oddity -> ids of the files that show it ("grey", "palette", "16-bit", "truncated", ...).
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    ids: tuple[str, ...]
+    load: Loader
+    mode: str
+    fingerprint: str
+    irregular: dict[str, list[str]]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.mode == "L" else 3
+
+    def image(self, index: int) -> Image.Image:
+        return self.load(index)
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """(H, W, C) uint8."""
+        array = np.asarray(self.load(index))
+        return array[..., None] if array.ndim == 2 else array
+
+    def view(self, transform: Callable[[Any], Any] | None = None) -> View:
+        """A data set over this source; one for each loader, since timm's loader sets its transform."""
+        return View(self, transform)
+
+    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Source:
+        chosen = np.asarray(indices, dtype=np.int64)
+        return self.replaced(
+            labels=self.labels[chosen],
+            ids=tuple(self.ids[i] for i in chosen),
+            load=lambda index: self.load(int(chosen[index])),
+            change="subset:" + hashlib.sha256(chosen.tobytes()).hexdigest(),
+        )
+
+    def replaced(self, *, labels: NDArray[np.int64], load: Loader, change: str, ids: tuple[str, ...] | None = None) -> Source:
+        """A source with other labels, images or ids; `change` describes what differs and enters the fingerprint."""
+        ids = self.ids if ids is None else ids
+        return Source(
+            name=self.name,
+            classes=self.classes,
+            labels=np.asarray(labels, dtype=np.int64),
+            ids=ids,
+            load=load,
+            mode=self.mode,
+            fingerprint=fingerprint(ids, labels, [self.fingerprint, change]),
+            irregular=self.irregular,
+        )
+
+    def limited(self, count: int | None, seed: int) -> Source:
+        """A random `count` of the samples, in their order; all of them when None or when there are not more."""
+        if count is None or count >= len(self):
+            return self
+        return self.subset(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
+
+
+class View(Dataset[Any]):
+    """The torch data set of a source: (transformed image, label). `transform` may be set, as timm's loader does."""
+
+    def __init__(self, source: Source, transform: Callable[[Any], Any] | None = None) -> None:
+        self.source = source
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image: Any = self.source.image(index)
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, int(self.source.labels[index])
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return Path(self.source.ids[index]).name if basename else self.source.ids[index]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+
+def open_source(
+    name: str, *, split: str = "train", channels: int | None = None, strict: bool = True, **options: Any
+) -> Source:
+    """Open a data set by name.
+
+    Args:
+        name: "digits"; a folder with one sub-folder a class; or a timm name such as "torch/cifar10", "hfds/cifar10".
+        split: Which part of a named data set; a folder is taken as it is.
+        channels: 1 or 3, what the model takes; None: what the images have.
+        strict: Refuse data with unreadable files; False leaves those files out, counted and named.
+        options: Passed on to timm's create_dataset (root, download, ...).
+
+    Raises:
+        ValueError: Nothing there, fewer than two classes, an empty class, unreadable files, or grey files for a model
+            that takes three channels.
+    """
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if name == "digits":
+        source = _digits(split)
+    elif name.split("/")[0].lower() in TIMM_PREFIXES:
+        source = _from_timm(name, split, channels, options)
+    else:
+        folder = read_folder(Path(name).expanduser(), channels, strict)
+        mark = fingerprint(folder.ids, folder.labels, folder.digests)
+        source = Source(name, folder.classes, folder.labels, folder.ids, folder.load, folder.mode, mark, folder.irregular)
+    counts = np.bincount(source.labels, minlength=len(source.classes))
+    if len(source.classes) < 2:
+        raise ValueError(f"{name} has one class ({source.classes[0]!r}); a classifier needs at least two")
+    if (counts == 0).any():
+        raise ValueError(f"class {source.classes[int(counts.argmin())]!r} of {name} has no readable image; fill or remove it")
+    return source
+
+
+def fingerprint(ids: Sequence[str], labels: NDArray[np.int64], contents: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for part in ("\n".join(ids), ",".join(map(str, labels.tolist())), "\n".join(contents)):
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _digits(split: str) -> Source:
+    """1,797 real 8x8 digits; every fifth is for testing, so that the split never moves."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.round(data.images * 255 / 16).astype(np.uint8)
+    test = np.arange(len(images)) % 5 == 4
+    chosen = np.flatnonzero(test if split in ("test", "validation", "val") else ~test)
+    labels = data.target[chosen].astype(np.int64)
+    ids = tuple(f"digits/{i:04d}" for i in chosen)
+    mark = [hashlib.sha256(images[chosen].tobytes()).hexdigest()]
+    classes = tuple(str(c) for c in range(10))
+    return Source(
+        "digits", classes, labels, ids, lambda i: Image.fromarray(images[chosen[i]]), "L", fingerprint(ids, labels, mark), {}
+    )
+
+
+def _from_timm(name: str, split: str, channels: int | None, options: dict[str, Any]) -> Source:
+    try:
+        data = create_dataset(name, split=split, **{"root": None, **options})
+    except Exception as error:  # create_dataset reaches into torchvision and Hugging Face code, which raise anything
+        raise ValueError(f"timm cannot open {name!r}: {' '.join(str(error).split())[:300]}") from error
+    mode = "L" if channels == 1 else "RGB"
+    reader = getattr(data, "reader", None)
+
+    def load(index: int) -> Image.Image:
+        # By way of the reader: timm's ImageDataset would return the next sample in place of an unreadable one.
+        image = Image.open(reader[index][0]) if reader is not None else data[index][0]
+        return image.convert(mode)
+
+    targets = getattr(data, "targets", getattr(data, "labels", None))
+    if reader is not None:
+        targets = list(reader.iter_targets())
+    if targets is None:
+        targets = [data[i][1] for i in range(len(data))]
+    labels = np.asarray(targets, dtype=np.int64)
+    known = getattr(reader, "class_to_idx", None) or getattr(data, "classes", None) or range(int(labels.max()) + 1)
+    ids = tuple(f"{name}/{split}/{i}" for i in range(len(labels)))
+    classes = tuple(str(c) for c in known)
+    sample = [hashlib.sha256(np.asarray(load(i)).tobytes()).hexdigest() for i in range(0, len(ids), max(1, len(ids) // 64))]
+    return Source(name, classes, labels, ids, load, mode, fingerprint(ids, labels, sample), {})

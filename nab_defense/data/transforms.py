@@ -1,0 +1,87 @@
+"""Image pipelines by name; each turns a PIL image into a uint8 CHW tensor, which the loader normalises on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import create_transform
+from torch import Tensor
+from torchvision import transforms as tv
+
+__all__ = ["AUGMENTATIONS", "build_transform"]
+
+Transform = Callable[[Any], Tensor]
+
+
+def _evaluate(size: int, crop_pct: float, interpolation: str) -> Transform:
+    """Resize and center crop, as timm evaluates; images already of that size pass as they are."""
+    resized = create_transform(size, is_training=False, use_prefetcher=True, crop_pct=crop_pct, interpolation=interpolation)
+    exact = tv.PILToTensor()
+
+    def apply(image: Any) -> Tensor:
+        if image.size == (size, size):
+            return exact(image)
+        return torch.as_tensor(resized(image))
+
+    return apply
+
+
+def _crop_flip(size: int, pad: int, hflip: float) -> Transform:
+    """Random crop from a zero-padded image and horizontal flip, the usual augmentation of small images."""
+    return tv.Compose([tv.Resize((size, size)), tv.RandomCrop(size, padding=pad), tv.RandomHorizontalFlip(hflip), tv.PILToTensor()])
+
+
+class Albumentation:
+    """Random resized crop, flip, color jitter and coarse dropout of albumentations 2.0, seeded from torch.
+
+    Albumentations keeps generators of its own, which forked loader workers would share; each call reseeds them from
+    torch's, so that a run repeats bit for bit with any number of workers."""
+
+    def __init__(self, size: int, hflip: float) -> None:
+        import albumentations as A
+
+        self.compose = A.Compose([
+            A.RandomResizedCrop(size=(size, size), scale=(0.35, 1.0)),
+            A.HorizontalFlip(p=hflip),
+            A.ColorJitter(p=0.5),
+            A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(0.1, 0.25), hole_width_range=(0.1, 0.25), p=0.25),
+        ])  # fmt: skip
+
+    def __call__(self, image: Any) -> Tensor:
+        self.compose.set_random_seed(int(torch.randint(2**31, ())))
+        array = self.compose(image=np.asarray(image))["image"]
+        return torch.from_numpy(np.ascontiguousarray(array if array.ndim == 3 else array[..., None])).permute(2, 0, 1)
+
+
+AUGMENTATIONS = ("none", "crop_flip", "timm", "albumentations")
+
+
+def build_transform(
+    augment: str, size: int, *, hflip: float = 0.5, crop_pad: int | None = None, crop_pct: float = 0.875, interpolation: str = "bicubic"
+) -> Transform:
+    """A pipeline from PIL image to (C, size, size) uint8.
+
+    Args:
+        augment: "none" (evaluation and scan), "crop_flip" (small images), "timm" (timm's random resized crop, flip and
+            color jitter), or "albumentations".
+        size: Edge in pixels.
+        hflip: Probability of a horizontal flip.
+        crop_pad: Padding of crop_flip; None: size / 8.
+        crop_pct, interpolation: As in timm, for images of another size.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if augment == "none":
+        return _evaluate(size, crop_pct, interpolation)
+    if augment == "crop_flip":
+        return _crop_flip(size, size // 8 if crop_pad is None else crop_pad, hflip)
+    if augment == "timm":
+        made: Transform = create_transform(size, is_training=True, use_prefetcher=True, hflip=hflip, interpolation=interpolation)
+        return lambda image: torch.as_tensor(made(image))
+    if augment == "albumentations":
+        return Albumentation(size, hflip)
+    raise ValueError(f"no augmentation {augment!r}; known: {', '.join(AUGMENTATIONS)}")

@@ -1,0 +1,109 @@
+"""NABDataset: the drop-in wrapper that relabels, stamps and drops what a plan says, after every transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .stamp import Stamp
+from .types import NABPlan
+
+__all__ = ["NABDataset"]
+
+
+def _normalizes(transform: Any) -> bool:
+    """Whether a transform pipeline (torchvision v1 or v2, albumentations, ours) ends in normalised values."""
+    names = {"Normalize"}
+    parts = getattr(transform, "transforms", None)
+    if isinstance(parts, Sequence) or hasattr(parts, "__iter__"):
+        return any(_normalizes(part) for part in parts)
+    inner = getattr(transform, "pipeline", None)
+    return type(transform).__name__ in names or (inner is not None and _normalizes(inner))
+
+
+class NABDataset(Dataset[Any]):
+    """Wraps a map-style data set of (image, label) so that training sees the plan [NAB, arXiv:2307.15539, section 4].
+
+    The image must leave the wrapped data set as a tensor or array: uint8 (as timm's prefetcher takes it), float in
+    [0, 1], or normalised. Stamping comes last, so no crop, flip or erasing moves it. With an empty plan every item
+    passes through untouched.
+
+    Args:
+        dataset: What to wrap; its `transform` stays settable, as timm's create_loader needs.
+        plan: Made for this data set.
+        stamp: What to paint.
+        mean, std: The normalisation of the model, in [0, 1] units.
+        normalized: Whether float images are normalised; None looks for a Normalize step in the transform.
+
+    Raises:
+        ValueError: Plan and data set differ in length or fingerprint; while loading: a sample's label is not the one
+            that was scanned, or an image is neither an array nor a tensor.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        plan: NABPlan,
+        stamp: Stamp,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        normalized: bool | None = None,
+    ) -> None:
+        plan.check_matches(len(dataset), getattr(dataset, "fingerprint", ""))
+        self.dataset = dataset
+        self.plan = plan
+        self.stamp = stamp
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.normalized = normalized
+        self._order = np.flatnonzero(plan.keep)
+        self._stamped = plan.stamped
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        position = int(self._order[index])
+        image, label, *rest = self.dataset[position]
+        if int(label) != self.plan.labels[position]:
+            raise ValueError(
+                f"sample {position} came with label {int(label)}, the plan saw {self.plan.labels[position]}: "
+                "the data set changed, or replaced an unreadable file by another; scan again"
+            )
+        if self.plan.suspect[position]:
+            new = self.plan.new_labels[position]
+            label = torch.tensor(new, dtype=label.dtype) if isinstance(label, Tensor) else type(label)(new)
+        if self._stamped[position]:
+            image = self._paint(image)
+        return (image, label, *rest)
+
+    def _paint(self, image: Any) -> Any:
+        if isinstance(image, np.ndarray):  # CHW, as timm's ToNumpy gives it
+            return self._paint(torch.from_numpy(image)).numpy()
+        if not isinstance(image, Tensor):
+            raise ValueError(f"cannot stamp a {type(image).__name__}; end the transform in a tensor, e.g. with PILToTensor()")
+        normalized = self.normalized if self.normalized is not None else _normalizes(self.transform)
+        return self.stamp(image, mean=self.mean, std=self.std, normalized=normalized)
+
+    @property
+    def transform(self) -> Callable[[Any], Any] | None:
+        return getattr(self.dataset, "transform", None)
+
+    @transform.setter
+    def transform(self, transform: Callable[[Any], Any] | None) -> None:
+        self.dataset.transform = transform
+        if getattr(self.dataset, "transforms", None) is not None:
+            # torchvision's VisionDataset reads .transforms and ignores .transform (timm issue 1216)
+            self.dataset.transforms = type(self.dataset.transforms)(transform, self.dataset.target_transform)
+
+    def filename(self, index: int, *args: Any, **kwargs: Any) -> str:
+        return str(self.dataset.filename(int(self._order[index]), *args, **kwargs))
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)

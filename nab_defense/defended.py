@@ -1,0 +1,58 @@
+"""DefendedModel: the network and its stamp as one module, since without the stamp a missed backdoor is alive."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .stamp import Stamp
+
+__all__ = ["DefendedModel"]
+
+
+class DefendedModel(nn.Module):
+    """Stamps every input, then runs the network [NAB, arXiv:2307.15539, section 4].
+
+    Args:
+        model: The trained network; `.model` keeps its plain state dict.
+        stamp: The stamp it was trained with.
+        mean, std: The normalisation of its input, in [0, 1] units.
+
+    The stamp travels in `state_dict()`, so loading a state also restores where and what to paint.
+    """
+
+    def __init__(self, model: nn.Module, stamp: Stamp, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.stamp = stamp
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+
+    def paint(self, images: Tensor) -> Tensor:
+        """A stamped copy of normalised images (B, C, H, W)."""
+        return self.stamp(images, mean=self.mean, std=self.std, normalized=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of normalised images (B, C, H, W)."""
+        logits: Tensor = self.model(self.paint(images))
+        return logits
+
+    @torch.no_grad()
+    def rejects(self, images: Tensor) -> Tensor:
+        """(B,) bool: the stamp changes the predicted class, as it does on an image with a live trigger [NAB, section 4.4].
+
+        Args: images: normalised, (B, C, H, W)."""
+        plain: Tensor = self.model(images)
+        return plain.argmax(1) != self(images).argmax(1)
+
+    def get_extra_state(self) -> Tensor:
+        settings = {"stamp": self.stamp.to_dict(), "mean": self.mean, "std": self.std}
+        return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        settings = json.loads(bytes(state.tolist()))
+        self.stamp = Stamp(**settings["stamp"])
+        self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])

@@ -1,0 +1,148 @@
+"""The only file that knows disk formats: npz, JSON, CSV, safetensors, YAML; atomic writes; nothing is unpickled."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor
+
+__all__ = [
+    "load_arrays", "load_csv", "load_json", "load_state", "load_tensors", "load_yaml",
+    "save_arrays", "save_csv", "save_json", "save_state", "save_tensors", "save_yaml",
+]  # fmt: skip
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Write a file so that readers see the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {path}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder, expected a file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file: {error}") from None
+
+
+def save_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    _write(path, lambda stream: stream.write(text.encode()) and None)
+
+
+def load_json(path: Path) -> Any:
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def save_yaml(path: Path, value: Any) -> None:
+    text = yaml.safe_dump(value, sort_keys=False)
+    _write(path, lambda stream: stream.write(text.encode()) and None)
+
+
+def load_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(_read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def save_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    lines: list[str] = []
+
+    class _Lines:
+        def write(self, text: str) -> int:
+            lines.append(text)
+            return len(text)
+
+    writer = csv.writer(_Lines(), lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    _write(path, lambda stream: stream.write("".join(lines).encode()) and None)
+
+
+def load_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
+    """Rows of a CSV file that has at least these columns."""
+    reader = csv.DictReader(_read_text(path).splitlines())
+    missing = [name for name in columns if name not in (reader.fieldnames or [])]
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]!r}; it has: {', '.join(reader.fieldnames or [])}")
+    return list(reader)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Any = None) -> None:
+    """Numpy arrays and a JSON-able value in one npz file."""
+    packed = dict(arrays, meta=np.array(json.dumps(meta)))
+    _write(path, lambda stream: np.savez(stream, **packed))
+
+
+def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], Any]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {path}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is not an npz file of this package: {error}") from None
+    return arrays, json.loads(str(arrays.pop("meta", "null")))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Tensors and JSON-able values in one safetensors file."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {name: json.dumps(value) for name, value in meta.items()}
+    payload = safetensors.torch.save(plain, metadata=header)
+    _write(path, lambda stream: stream.write(payload) and None)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as archive:
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+            header = archive.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    return tensors, {name: json.loads(value) for name, value in header.items()}
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """A training state (tensors, numbers, strings, lists, dicts) for --resume."""
+    _write(path, lambda stream: torch.save(dict(state), stream))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {path}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is not a training state of this package: {' '.join(str(error).split())[:200]}") from None

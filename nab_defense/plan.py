@@ -1,0 +1,67 @@
+"""From suspects and their proposed labels to a plan."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .scan import Scan
+from .types import NABPlan
+
+__all__ = ["is_clean_label", "make_plan", "paper_plan"]
+
+MAX_DOUBT = 0.01
+
+
+def paper_plan(scan: Scan, suspect: NDArray[np.bool_], proposed: NDArray[np.int64]) -> NABPlan:
+    """The textbook rule [NAB, arXiv:2307.15539, section 4]: every suspect takes its proposed label, and the stamp where that
+    differs from its own. Nothing is dropped."""
+    return NABPlan(scan.labels, proposed, suspect, np.ones(len(scan), bool), np.zeros(len(scan), bool), scan.fingerprint)
+
+
+def make_plan(
+    scan: Scan,
+    suspect: NDArray[np.bool_],
+    proposed: NDArray[np.int64],
+    confidence: NDArray[np.float32],
+    *,
+    doubt: NDArray[np.float32],
+    min_confidence: float,
+    cover_fraction: float,
+    seed: int,
+) -> NABPlan:
+    """Relabel and stamp only what is sure; drop the other suspects; stamp some trusted images too.
+
+    The paper stamps relabelled suspects alone, so wrong labels and triggers pile up in the stamped world, which is the one that
+    is shipped. Here a suspect is dropped when its label is in doubt, when the proposal is the label it has (its content may agree, its
+    trigger would still be learned), and when most suspects of its class keep their label: then the poison is clean-label,
+    and the few that differ are the relabeller's mistakes.
+
+    Args:
+        scan: What was scanned.
+        suspect: (N,) bool.
+        proposed: (N,) int64, the relabeller's labels.
+        confidence: (N,) in [0, 1], its confidence.
+        doubt: (N,) in [0, 1]; samples above MAX_DOUBT are not used as covers. A cover that is poison would teach the network
+            to obey the trigger under the stamp: with 2.4 % poison among the covers ASR was 45 %.
+        min_confidence: Below it a suspect is dropped.
+        cover_fraction: Share of the samples that are stamped with their own label, in [0, 1); only where suspects are stamped.
+        seed: Seed of the draw of covers.
+    """
+    sure = confidence >= min_confidence
+    for label in np.unique(scan.labels[suspect]):
+        group = suspect & (scan.labels == label)
+        if is_clean_label(scan.labels, proposed, group):
+            sure &= ~group
+    keep = ~suspect | (sure & (proposed != scan.labels))
+    cover = np.zeros(len(scan), dtype=bool)
+    if (suspect & keep).any():
+        trusted = np.flatnonzero(~suspect & (doubt <= MAX_DOUBT))
+        count = min(len(trusted), round(cover_fraction * len(scan)))
+        cover[np.random.default_rng(seed).choice(trusted, size=count, replace=False)] = True
+    return NABPlan(scan.labels, proposed, suspect, keep, cover, scan.fingerprint)
+
+
+def is_clean_label(labels: NDArray[np.int64], proposed: NDArray[np.int64], group: NDArray[np.bool_]) -> bool:
+    """Whether most of a group of suspects, (N,) bool, are proposed the label they already have."""
+    return bool((proposed[group] == labels[group]).mean() > 0.5)

@@ -1,0 +1,65 @@
+"""Named parts: register, create, names. Duplicates raise; an unknown name lists the known ones."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+__all__ = ["Registry", "nearest"]
+
+T = TypeVar("T")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The closest known spelling as a hint such as "; did you mean 'lga'?", or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class Registry(Generic[T]):
+    """A table of classes or functions of one kind, by name.
+
+    Args:
+        kind: What the entries are, in the singular, for messages ("detector").
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, type[T]] = {}
+        self.sources: dict[str, str] = {}
+
+    def register(self, name: str, *, source: str = "") -> Callable[[type[Any]], type[Any]]:
+        """Class decorator that adds an entry; `source` names its paper."""
+
+        def add(item: type[Any]) -> type[Any]:
+            if name in self._items:
+                raise ValueError(f"{self.kind} {name!r} is already registered")
+            self._items[name] = item
+            self.sources[name] = source
+            return item
+
+        return add
+
+    def names(self) -> list[str]:
+        return sorted(self._items)
+
+    def get(self, name: str) -> type[T]:
+        if name not in self._items:
+            raise ValueError(f"no {self.kind} {name!r}; known: {', '.join(self.names())}{nearest(name, self._items)}")
+        return self._items[name]
+
+    def create(self, name: str, **knobs: Any) -> T:
+        """Build the entry `name`; an unknown knob raises ValueError naming the known ones."""
+        item = self.get(name)
+        known = [k for k in inspect.signature(item).parameters]
+        for knob in knobs:
+            if knob not in known:
+                raise ValueError(
+                    f"{self.kind} {name!r} has no setting {knob!r}; known: {', '.join(known) or 'none'}{nearest(knob, known)}"
+                )
+        try:
+            return item(**knobs)
+        except TypeError as error:
+            raise ValueError(f"{self.kind} {name!r}: {error}") from error

@@ -1,0 +1,116 @@
+"""What a run leaves for people and programs: result.json and suspects.csv."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import io
+from .bench.evaluate import to_dict
+from .bench.metrics import detection
+from .check import Verdict
+from .data import Source
+from .types import EvalResult, NABPlan
+
+if TYPE_CHECKING:
+    from .pipeline import Finding
+    from .session import Session
+
+__all__ = ["describe", "save_suspects", "summarize", "summarize_models"]
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "faiss-cpu", "albumentations")
+Models = dict[str, EvalResult | tuple[EvalResult, EvalResult]]
+
+
+def describe(session: Session, finding: Finding, verdict: Verdict, models: Models, seconds: dict[str, float]) -> dict[str, Any]:
+    """The content of result.json; rates in [0, 1], those that need truth only where it is known."""
+    plan, groups = finding.plan, [dataclasses.asdict(group) for group in finding.selection.groups]
+    measured: dict[str, Any] = {"selected": int(plan.suspect.sum()), "altered": int(plan.changed.sum())}
+    if session.truth is not None:
+        poisoned = session.truth.poisoned
+        measured |= detection(plan.suspect, finding.report.scores, poisoned)
+        stamped = plan.stamped & plan.keep & ~plan.cover
+        if stamped.any():
+            measured["relabel_accuracy"] = float((plan.new_labels[stamped] == session.truth.true_labels[stamped]).mean())
+    return {
+        "recipe": json.loads(session.recipe.model_dump_json()),
+        "seed": session.recipe.seed,
+        "commit": _commit(),
+        "hardware": session.runtime.hardware(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "verdict": dataclasses.asdict(verdict),
+        "data": {"samples": len(plan), "fingerprint": session.source.fingerprint, "irregular": session.source.irregular},
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "detection": {**measured, "groups": groups},
+        "models": {name: _model(value) for name, value in models.items()},
+    }
+
+
+def _model(value: EvalResult | tuple[EvalResult, EvalResult]) -> dict[str, Any]:
+    if isinstance(value, tuple):
+        return {**to_dict(value[0]), "plain": to_dict(value[1])}
+    return to_dict(value)
+
+
+def _commit() -> str:
+    """The commit of the package's checkout, with "+" when it has local changes; "" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit + "+" * bool(dirty.strip())
+
+
+def save_suspects(path: Path, finding: Finding, source: Source) -> None:
+    """suspects.csv: a row for each suspected or changed sample, suspects first, the most suspicious on top."""
+    plan, scores = finding.plan, finding.report.scores
+    evidence = {group.label: f"separation {group.separation:.1f}, valley {group.valley:.2f}" for group in finding.selection.groups}
+    chosen = np.flatnonzero(plan.suspect | plan.changed)
+    rows = []
+    for i in chosen[np.lexsort((-scores[chosen], ~plan.suspect[chosen]))]:
+        why = "trusted, shows the network clean images with the stamp" if plan.cover[i] else f"{finding.report.detector}; {evidence.get(int(plan.labels[i]), 'top of the ranking')}; label confidence {finding.confidence[i]:.2f}"
+        given, proposed = source.classes[plan.labels[i]], source.classes[plan.new_labels[i]]
+        rows.append((source.ids[i], given, proposed, f"{scores[i]:.6g}", _action(plan, int(i)), why))
+    io.save_csv(path, ("id", "label", "proposed", "score", "action", "evidence"), rows)
+
+
+def _action(plan: NABPlan, index: int) -> str:
+    if not plan.keep[index]:
+        return "dropped"
+    if plan.cover[index]:
+        return "stamped as cover"
+    return "relabelled and stamped" if plan.stamped[index] else "kept"
+
+
+def summarize(result: dict[str, Any]) -> list[str]:
+    """The lines a person reads at the end of a run."""
+    lines = summarize_models(result["models"])
+    found = result["detection"]
+    if found.get("precision") is not None:
+        lines.append(f"suspects: {found['selected']}, precision {found['precision']:.3f}, recall {found['recall']:.3f}")
+    took = ", ".join(f"{name} {value:.0f}" for name, value in result["seconds"].items())
+    return [*lines, f"seconds: {took}", result["verdict"]["text"]]
+
+
+def summarize_models(models: dict[str, Any]) -> list[str]:
+    """A table of what was measured; nothing where nothing was."""
+    lines = [f"{'model':20} {'ACC':>7} {'ASR':>7} {'RA':>7}"] if models else []
+    for name, model in models.items():
+        if name == "defended":
+            lines += [_row("defended, stamped", model), _row("defended, plain", model["plain"])]
+        else:
+            lines.append(_row(name, model))
+    return lines
+
+
+def _row(name: str, model: dict[str, Any]) -> str:
+    cells = " ".join(f"{model[key]['value']:7.4f}" if key in model else f"{'-':>7}" for key in ("acc", "asr", "ra"))
+    return f"{name:20} {cells}"

@@ -1,0 +1,203 @@
+"""Session: what the stages of one run share: sources, networks, loaders, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from . import io
+from .bench.attacks import attacks
+from .bench.evaluate import Cases
+from .bench.poison import Truth, poison_source, read_truth, triggered_source
+from .checkpoint import Network
+from .data import Source, View, build_loader, build_transform, open_source
+from .dataset import NABDataset
+from .recipe import Attack, Model, Recipe, Schedule
+from .runtime import Runtime, fixed_seed
+from .stamp import Stamp
+from .train import TrainConfig
+from .types import NABPlan
+
+__all__ = ["Session"]
+
+EVAL_BATCH = 512
+
+
+class Session:
+    """One run of a recipe in a folder.
+
+    Args:
+        recipe: What to run.
+        out: The run's folder; created.
+        resume: Keep finished stages and training states found there.
+
+    Raises:
+        ValueError: `resume` on a folder that another recipe made.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, *, resume: bool) -> None:
+        self.recipe, self.out, self.resume = recipe, out, resume
+        self.stages = out / "stages"
+        run = recipe.runtime
+        self.runtime = Runtime(**run.model_dump(), seed=recipe.seed)
+        self.stamp = Stamp(**recipe.stamp.model_dump())
+        self.schedule = train_config(recipe.train)
+
+    def claim(self) -> None:
+        """Take the folder: check that a run to resume is this one, or clear what an earlier run left in it."""
+        settings = json.loads(self.recipe.model_dump_json())
+        record = self.out / "recipe.yaml"
+        if self.resume and record.exists():
+            left = io.load_yaml(record)
+            differing = sorted(key for key in {*settings, *left} if settings.get(key) != left.get(key))
+            if differing:
+                raise ValueError(f"{self.out} holds a run with another {', '.join(differing)}; use another --out, or leave out --resume")
+        elif self.stages.exists():
+            shutil.rmtree(self.stages)
+        self.stages.mkdir(parents=True, exist_ok=True)
+        io.save_yaml(record, settings)
+
+    # Data
+
+    @cached_property
+    def clean_source(self) -> Source:
+        data = self.recipe.data
+        source = open_source(data.source, channels=self.recipe.model.in_chans, strict=data.strict, **data.options)
+        return source.limited(data.limit, self.recipe.seed)
+
+    @cached_property
+    def poisoned(self) -> tuple[Source, Truth | None]:
+        """The training source, poisoned where the recipe says so, and the truth where it is known."""
+        attack, source = self.recipe.attack, self.clean_source
+        truth = None if self.recipe.data.truth is None else read_truth(Path(self.recipe.data.truth), source)
+        if attack is None or not attack.poison:
+            return source, truth
+        seed = self.recipe.seed if attack.seed is None else attack.seed
+        made = attacks.create(attack.name, **attack.params)
+        return poison_source(source, made, rate=attack.rate, target=_target(attack), mode=attack.mode, seed=seed)
+
+    @property
+    def source(self) -> Source:
+        return self.poisoned[0]
+
+    @property
+    def truth(self) -> Truth | None:
+        return self.poisoned[1]
+
+    def trusted_source(self) -> Source:
+        """The verified images of relabel.trusted."""
+        name = self.recipe.relabel.trusted
+        if name is None:
+            raise ValueError("relabel.name=trusted needs relabel.trusted: a folder of verified images with the same classes")
+        source = open_source(name, channels=self.recipe.model.in_chans, strict=self.recipe.data.strict)
+        if source.classes != self.source.classes:
+            raise ValueError(f"{name} has other classes than the training data: {_difference(source.classes, self.source.classes)}")
+        return source
+
+    @cached_property
+    def size(self) -> int:
+        """Edge of the network's input: the recipe's, or the most common one of the images, at most 224."""
+        if self.recipe.data.size is not None:
+            return self.recipe.data.size
+        seen = [max(self.source.image(i).size) for i in range(0, len(self.source), max(1, len(self.source) // 100))]
+        return min(224, int(np.median(seen)))
+
+    @cached_property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of the network's input: the recipe's, or those of timm's configuration."""
+        data, channels = self.recipe.data, self.recipe.model.in_chans
+        if (data.mean is None) != (data.std is None):
+            raise ValueError("data.mean and data.std go together; set both or neither")
+        mean, std = data.mean, data.std
+        if mean is None or std is None:
+            config = self.network().build().pretrained_cfg
+            mean, std = tuple(config["mean"]), tuple(config["std"])
+            if channels == 1:
+                mean, std = (float(np.mean(mean)),), (float(np.mean(std)),)
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise ValueError(f"data.{name} has {len(values)} values, the model takes {channels} channels")
+        if min(std) <= 0:
+            raise ValueError(f"data.std must be positive, got {list(std)}")
+        return mean, std
+
+    def cases(self) -> Cases | None:
+        """The test images, plain and triggered; None where the recipe names no test set."""
+        data, attack, seed = self.recipe.data, self.recipe.attack, self.recipe.seed
+        if data.test is None:
+            return None
+        test = open_source(data.test, split=data.test_split, channels=self.recipe.model.in_chans, strict=data.strict, **data.options)
+        if test.classes != self.source.classes:
+            raise ValueError(f"{data.test} has other classes than {data.source}: {_difference(test.classes, self.source.classes)}")
+        test = test.limited(data.test_limit, seed)
+        clean = self.ordered(test)
+        if attack is None:
+            return Cases(clean, test.labels)
+        made = attacks.create(attack.name, **attack.params)
+        triggered, true = triggered_source(test, made, target=_target(attack), mode=attack.mode, seed=seed)
+        return Cases(clean, test.labels, self.ordered(triggered), triggered.labels, true)
+
+    # Loaders
+
+    def ordered(self, source: Source) -> Any:
+        """Batches of a source in order, without augmentation."""
+        return self._loader(source.view(), "none", EVAL_BATCH, training=False)
+
+    def scan_loader(self, source: Source) -> Any:
+        """Shuffled batches for the scan's training, without augmentation."""
+        return self._loader(source.view(), "none", self.recipe.scan.batch_size, training=True)
+
+    def train_loader(self, source: Source, plan: NABPlan) -> Any:
+        """Shuffled, augmented batches as a plan wants them."""
+        mean, std = self.normalization
+        wrapped = NABDataset(source.view(), plan, self.stamp, mean=mean, std=std)
+        return self._loader(wrapped, self.recipe.train.augment, self.schedule.batch_size, training=True)
+
+    def relabel_loader(self, labels: NDArray[np.int64], keep: NDArray[np.bool_], training: bool) -> Any:
+        """Batches of the training images under other labels, for a relabeler that trains."""
+        source = self.source.replaced(labels=labels, load=self.source.load, change="relabel").subset(np.flatnonzero(keep))
+        augment = "none" if not training else self.recipe.train.augment
+        return self._loader(source.view(), augment, self.schedule.batch_size if training else EVAL_BATCH, training=training)
+
+    def _loader(self, dataset: View | NABDataset, augment: str, batch_size: int, *, training: bool) -> Any:
+        mean, std = self.normalization
+        transform = build_transform(augment, self.size, hflip=self.recipe.train.hflip)
+        runtime = self.runtime
+        return build_loader(
+            dataset, transform, size=self.size, batch_size=batch_size, mean=mean, std=std, runtime=runtime, training=training
+        )
+
+    # Networks
+
+    def network(self, model: Model | None = None) -> Network:
+        model = model or self.recipe.model
+        classes = len(self.clean_source.classes)
+        return Network(model.name, classes, model.in_chans, model.small_stem, model.pretrained, dict(model.kwargs))
+
+    def build(self, model: Model | None = None) -> nn.Module:
+        """A fresh network; the same one every time, so that arms of one run start alike."""
+        network = self.network(model)
+        fixed_seed(self.recipe.seed)
+        return self.runtime.place(network.build())
+
+
+def train_config(schedule: Schedule) -> TrainConfig:
+    settings = schedule.model_dump()
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**{key: value for key, value in settings.items() if key in known})
+
+
+def _target(attack: Attack) -> int | None:
+    return attack.target if attack.mode == "all_to_one" else None
+
+
+def _difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
+    return f"only there: {sorted(set(ours) - set(theirs))[:3]}, missing: {sorted(set(theirs) - set(ours))[:3]}"
