@@ -80,7 +80,9 @@ def measure(model: nn.Module, plain: nn.Module, batches: Batches, plan: NABPlan,
 
 
 @torch.inference_mode()
-def imprint(model: nn.Module, batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], *, runtime: Runtime) -> float:
+def imprint(
+    model: nn.Module, batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], *, runtime: Runtime
+) -> float:
     """What a group of one class shares, added to images of other classes: how many turn to the group's class?
 
     A clean-label trigger cannot be seen on its own images, whose content agrees with their label. The mean difference between
@@ -134,7 +136,14 @@ def judge(plan: NABPlan, survival: Survival, classes: tuple[str, ...]) -> Verdic
     covers = int(plan.cover.sum())
     dropped = int((~plan.keep).sum())
     share = 100 * float(plan.changed.sum()) / total
-    evidence = {**asdict(survival), "suspects": suspects, "stamped": stamped, "dropped": dropped, "covers": covers, "changed": share / 100}
+    evidence = {
+        **asdict(survival),
+        "suspects": suspects,
+        "stamped": stamped,
+        "dropped": dropped,
+        "covers": covers,
+        "changed": share / 100,
+    }
     if not suspects:
         text = (
             f"Nothing was found in {total} samples and nothing was changed: this is ordinary training. "
@@ -143,18 +152,17 @@ def judge(plan: NABPlan, survival: Survival, classes: tuple[str, ...]) -> Verdic
         return Verdict(True, False, text, evidence)
     accused = ", ".join(repr(classes[i]) for i in np.unique(plan.labels[plan.suspect]))
     found = f"{suspects} of {total} samples are suspect (labelled {accused})"
-    done = f"{stamped} were relabelled and stamped, {dropped} dropped, {covers} others stamped with their own label, {share:.1f} % of the set changed"
+    stamps = f"{stamped} were relabelled and stamped, {covers} others stamped with their own label"
+    done = f"{stamps}, {dropped} dropped, {share:.1f} % of the set changed"
     if not stamped and not dropped:
         return Verdict(False, True, f"Not protected: {found}, but nothing could be stamped or dropped.", evidence)
-    if survival.stamped is not None and survival.stamped > SURVIVAL_LIMIT:
-        text = f"Not protected: {found}; {done}; yet with the stamp {100 * survival.stamped:.0f} % of them still go to their old label."
-        return Verdict(False, True, text, evidence)
-    if survival.imprint is not None and survival.imprint > SURVIVAL_LIMIT:
-        text = f"Not protected: {found}; {done}; yet what they have in common still turns {100 * survival.imprint:.0f} % of other images."
-        return Verdict(False, True, text, evidence)
     facts = []
     if survival.stamped is not None:
-        facts.append(f"with the stamp {100 * survival.stamped:.1f} % of the relabelled still go to their old label")
+        facts.append(f"as shipped, {100 * survival.stamped:.1f} % of the relabelled still go to their old label")
     if survival.imprint is not None:
-        facts.append(f"what the clean-label suspects have in common turns {100 * max(0.0, survival.imprint):.1f} % of other images")
-    return Verdict(True, True, f"Protected against what was found: {found}; {done}; {'; '.join(facts) or 'nothing left to measure'}.", evidence)
+        facts.append(f"what the clean-label suspects share turns {100 * max(0.0, survival.imprint):.1f} % of other images")
+    survived = max(survival.stamped or 0.0, survival.imprint or 0.0) > SURVIVAL_LIMIT
+    start = "Not protected, the trigger survives" if survived else "Protected against what was found"
+    return Verdict(
+        not survived, True, f"{start}: {found}; {done}; {'; '.join(facts) or 'nothing was left to measure'}.", evidence
+    )

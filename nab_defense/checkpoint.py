@@ -103,7 +103,9 @@ def load(path: str | Path, model: Callable[[], nn.Module] | None = None) -> nn.M
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit {meta['network']['model']!r}: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(
+            f"the weights in {path} do not fit {meta['network']['model']!r}: {' '.join(str(error).split())[:300]}"
+        ) from error
     if meta["stamp"] is None:
         return network.eval()
     return DefendedModel(network, Stamp(**meta["stamp"]), mean=meta["mean"], std=meta["std"]).eval()

@@ -17,13 +17,10 @@ __all__ = ["NABDataset"]
 
 
 def _normalizes(transform: Any) -> bool:
-    """Whether a transform pipeline (torchvision v1 or v2, albumentations, ours) ends in normalised values."""
-    names = {"Normalize"}
-    parts = getattr(transform, "transforms", None)
-    if isinstance(parts, Sequence) or hasattr(parts, "__iter__"):
-        return any(_normalizes(part) for part in parts)
-    inner = getattr(transform, "pipeline", None)
-    return type(transform).__name__ in names or (inner is not None and _normalizes(inner))
+    """Whether a transform pipeline (torchvision v1 or v2, timm, albumentations) holds a step that normalises."""
+    if type(transform).__name__ == "Normalize":
+        return True
+    return any(_normalizes(step) for step in getattr(transform, "transforms", None) or ())
 
 
 class NABDataset(Dataset[Any]):

@@ -23,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file so that readers see the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -52,7 +52,7 @@ def _read_text(path: Path) -> str:
 
 def save_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    _write(path, lambda stream: stream.write(text.encode()) and None)
+    _write(path, lambda stream: stream.write(text.encode()))
 
 
 def load_json(path: Path) -> Any:
@@ -64,7 +64,7 @@ def load_json(path: Path) -> Any:
 
 def save_yaml(path: Path, value: Any) -> None:
     text = yaml.safe_dump(value, sort_keys=False)
-    _write(path, lambda stream: stream.write(text.encode()) and None)
+    _write(path, lambda stream: stream.write(text.encode()))
 
 
 def load_yaml(path: Path) -> Any:
@@ -85,7 +85,7 @@ def save_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -
     writer = csv.writer(_Lines(), lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    _write(path, lambda stream: stream.write("".join(lines).encode()) and None)
+    _write(path, lambda stream: stream.write("".join(lines).encode()))
 
 
 def load_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
@@ -99,7 +99,7 @@ def load_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Any = None) -> None:
     """Numpy arrays and a JSON-able value in one npz file."""
-    packed = dict(arrays, meta=np.array(json.dumps(meta)))
+    packed: dict[str, Any] = dict(arrays, meta=np.array(json.dumps(meta)))
     _write(path, lambda stream: np.savez(stream, **packed))
 
 
@@ -119,7 +119,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {name: json.dumps(value) for name, value in meta.items()}
     payload = safetensors.torch.save(plain, metadata=header)
-    _write(path, lambda stream: stream.write(payload) and None)
+    _write(path, lambda stream: stream.write(payload))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

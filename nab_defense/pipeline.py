@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +19,20 @@ from .check import Verdict, imprint, judge, measure
 from .defended import DefendedModel
 from .detectors import detectors
 from .detectors.lga import lga_loss
-from .plan import is_clean_label, make_plan, paper_plan
+from .plan import Finding, is_clean_label, make_plan, paper_plan
 from .recipe import Recipe
 from .relabel import relabelers
 from .result import describe, save_suspects
 from .scan import EarlyScan, Scan, scan_model
-from .select import Group, Selection, expand, take_fraction
+from .select import Group, Selection, expand, settled, take_fraction
 from .session import Session, train_config
 from .train import TrainConfig, fit
 from .types import EvalResult, NABPlan, SuspectReport
 
-__all__ = ["Finding", "detect", "run"]
+__all__ = ["detect", "run"]
 
 log = logging.getLogger(__name__)
 IMPRINT_LIMIT = 0.5  # share of other images that what a clean-label group shares must turn to be called a trigger
-
-
-@dataclass(frozen=True, eq=False)
-class Finding:
-    """What came of looking at the data, before any training on it."""
-
-    report: SuspectReport
-    selection: Selection
-    plan: NABPlan
-    confidence: NDArray[np.float32]
 
 
 def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -128,9 +117,11 @@ def _remembered(session: Session) -> Finding:
     finding = detect(session)
     plan, report = finding.plan, finding.report
     fields = {name: getattr(plan, name) for name in ("labels", "new_labels", "suspect", "keep", "cover")}
-    groups = [dataclasses.asdict(group) for group in finding.selection.groups]
-    meta = {"fingerprint": plan.fingerprint, "detector": report.detector, "params": report.params, "groups": groups}
-    io.save_arrays(path, {**fields, "scores": report.scores, "doubt": finding.selection.doubt, "confidence": finding.confidence}, meta)
+    evidence = [dataclasses.asdict(group) for group in finding.selection.groups]
+    meta = {"fingerprint": plan.fingerprint, "detector": report.detector, "params": report.params, "groups": evidence}
+    io.save_arrays(
+        path, {**fields, "scores": report.scores, "doubt": finding.selection.doubt, "confidence": finding.confidence}, meta
+    )
     return finding
 
 
@@ -139,15 +130,17 @@ def detect(session: Session) -> Finding:
     recipe = session.recipe
     detector = detectors.create(recipe.scan.detector, **recipe.scan.params)
 
-    def select(scan: Scan) -> Selection:
-        return expand(detector.detect(scan), scan, fraction=recipe.fraction)
+    found: list[Selection] = []
 
-    scan, network = _scan(session, lambda seen: select(seen).separation)
+    def look(seen: Scan) -> bool:
+        last = found[-1] if found else None
+        found.append(expand(detector.detect(seen), seen, fraction=recipe.fraction, previous=last))
+        log.info("scan %d: %d suspects", seen.epoch, found[-1].suspect.sum())
+        return last is not None and settled(last, found[-1])
+
+    scan, network = _scan(session, look)
     report = detector.detect(scan)
-    if recipe.rule == "paper":
-        selection = take_fraction(report, recipe.fraction)
-    else:
-        selection = select(scan)
+    selection = found[-1] if recipe.rule == "expand" else take_fraction(report, recipe.fraction)
     proposed, confidence = _relabel(session, scan, network, selection.suspect)
     if recipe.rule == "expand":
         selection = _confirmed(session, selection, scan, network, proposed)
@@ -161,7 +154,7 @@ def detect(session: Session) -> Finding:
     return Finding(report, selection, plan, confidence)
 
 
-def _scan(session: Session, separation: Callable[[Scan], float]) -> tuple[Scan, nn.Module]:
+def _scan(session: Session, look: Callable[[Scan], bool]) -> tuple[Scan, nn.Module]:
     source, stage = session.source, session.recipe.scan
     network = session.build()
     settings = TrainConfig(
@@ -169,11 +162,10 @@ def _scan(session: Session, separation: Callable[[Scan], float]) -> tuple[Scan, 
         weight_decay=stage.weight_decay, sched="none",
     )  # fmt: skip
     loss = lga_loss(stage.gamma, stage.form)
-    watch = EarlyScan(
-        session.ordered(source), source.labels, separation=separation, runtime=session.runtime, fingerprint=source.fingerprint
-    )
+    watch = EarlyScan(session.ordered(source), source.labels, look=look, runtime=session.runtime, fingerprint=source.fingerprint)
     fit(network, session.scan_loader(source), runtime=session.runtime, train=settings, loss=loss, after_epoch=watch, title="scan")
-    return watch.result()
+    assert watch.last is not None  # fit runs at least one epoch
+    return watch.last, network
 
 
 def _confirmed(session: Session, selection: Selection, scan: Scan, network: nn.Module, proposed: NDArray[np.int64]) -> Selection:
@@ -200,7 +192,9 @@ def _relabel(
         knobs |= {"model": network, "loaders": session.relabel_loader, "runtime": session.runtime}
     else:
         encoder = network if stage.encoder is None else session.build(stage.encoder)
-        scan = scan_model(encoder, session.ordered(session.source), scan.labels, runtime=session.runtime, fingerprint=scan.fingerprint)
+        scan = scan_model(
+            encoder, session.ordered(session.source), scan.labels, runtime=session.runtime, fingerprint=scan.fingerprint
+        )
         if stage.name == "trusted":
             verified = session.trusted_source()
             seen = scan_model(encoder, session.ordered(verified), verified.labels, runtime=session.runtime)
@@ -213,7 +207,15 @@ def train(session: Session, plan: NABPlan, arm: str) -> nn.Module:
     network = session.build()
     loader = session.train_loader(session.source, plan)
     state = session.stages / f"{arm}.state"
-    fit(network, loader, runtime=session.runtime, train=train_config(session.recipe.train), state=state, resume=session.resume, title=arm)
+    fit(
+        network,
+        loader,
+        runtime=session.runtime,
+        train=train_config(session.recipe.train),
+        state=state,
+        resume=session.resume,
+        title=arm,
+    )
     return network
 
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from .scan import Scan
-from .types import NABPlan
+from .select import Selection
+from .types import NABPlan, SuspectReport
 
-__all__ = ["is_clean_label", "make_plan", "paper_plan"]
+__all__ = ["Finding", "is_clean_label", "make_plan", "paper_plan"]
 
 MAX_DOUBT = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """What came of looking at the data: the ranking, the accused, what to do, and the relabeller's confidence, (N,)."""
+
+    report: SuspectReport
+    selection: Selection
+    plan: NABPlan
+    confidence: NDArray[np.float32]
 
 
 def paper_plan(scan: Scan, suspect: NDArray[np.bool_], proposed: NDArray[np.int64]) -> NABPlan:
@@ -32,10 +45,10 @@ def make_plan(
 ) -> NABPlan:
     """Relabel and stamp only what is sure; drop the other suspects; stamp some trusted images too.
 
-    The paper stamps relabelled suspects alone, so wrong labels and triggers pile up in the stamped world, which is the one that
-    is shipped. Here a suspect is dropped when its label is in doubt, when the proposal is the label it has (its content may agree, its
-    trigger would still be learned), and when most suspects of its class keep their label: then the poison is clean-label,
-    and the few that differ are the relabeller's mistakes.
+    The paper stamps relabelled suspects alone, so wrong labels and triggers pile up in the stamped world, which is the one
+    that is shipped. Here a suspect is dropped when its label is in doubt, when the proposal is the label it has (its content
+    may agree, its trigger would still be learned), and when most suspects of its class keep their label: then the poison is
+    clean-label, and the few that differ are the relabeller's mistakes.
 
     Args:
         scan: What was scanned.

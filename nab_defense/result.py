@@ -7,7 +7,7 @@ import json
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +16,9 @@ from .bench.evaluate import to_dict
 from .bench.metrics import detection
 from .check import Verdict
 from .data import Source
+from .plan import Finding
+from .session import Session
 from .types import EvalResult, NABPlan
-
-if TYPE_CHECKING:
-    from .pipeline import Finding
-    from .session import Session
 
 __all__ = ["describe", "save_suspects", "summarize", "summarize_models"]
 
@@ -63,7 +61,9 @@ def _commit() -> str:
     here = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
     return commit + "+" * bool(dirty.strip())
@@ -72,11 +72,16 @@ def _commit() -> str:
 def save_suspects(path: Path, finding: Finding, source: Source) -> None:
     """suspects.csv: a row for each suspected or changed sample, suspects first, the most suspicious on top."""
     plan, scores = finding.plan, finding.report.scores
-    evidence = {group.label: f"separation {group.separation:.1f}, valley {group.valley:.2f}" for group in finding.selection.groups}
+    evidence = {
+        group.label: f"separation {group.separation:.1f}, valley {group.valley:.2f}" for group in finding.selection.groups
+    }
     chosen = np.flatnonzero(plan.suspect | plan.changed)
     rows = []
     for i in chosen[np.lexsort((-scores[chosen], ~plan.suspect[chosen]))]:
-        why = "trusted, shows the network clean images with the stamp" if plan.cover[i] else f"{finding.report.detector}; {evidence.get(int(plan.labels[i]), 'top of the ranking')}; label confidence {finding.confidence[i]:.2f}"
+        group = evidence.get(int(plan.labels[i]), "top of the ranking")
+        why = f"{finding.report.detector}; {group}; label confidence {finding.confidence[i]:.2f}"
+        if plan.cover[i]:
+            why = "trusted; shows the network a clean image with the stamp"
         given, proposed = source.classes[plan.labels[i]], source.classes[plan.new_labels[i]]
         rows.append((source.ids[i], given, proposed, f"{scores[i]:.6g}", _action(plan, int(i)), why))
     io.save_csv(path, ("id", "label", "proposed", "score", "action", "evidence"), rows)

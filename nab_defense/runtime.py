@@ -86,7 +86,7 @@ class Runtime:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         model = model.to(self.torch_device)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def put(self, images: Tensor) -> Tensor:
         """Move a batch (B, C, H, W) to the device and memory format."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -87,47 +86,30 @@ def scan_model(model: nn.Module, loader: Batches, labels: NDArray[np.int64], *, 
 
 
 class EarlyScan:
-    """Watches a network train: an ordered pass after each epoch, of which the one that separates best is kept.
+    """Watches a network train: an ordered pass after each epoch, until what it shows is settled.
 
     When poison stands apart depends on the attack: on CIFAR-10 with 10 % BadNets the lowest 5 % of losses are all poison
-    after epochs 3 to 5 and hardly any are after epochs 1 and 2. So the epoch is chosen by what the data shows, not fixed.
-    Training ends one epoch after the best separation; where nothing separates it runs to its end and the last pass stands.
+    after epochs 3 to 5 and hardly any are after epochs 1 and 2. So when to read is decided by what the data shows.
 
     Args:
         loader: Ordered batches of the source, without augmentation.
         labels: (N,) labels of the source.
-        separation: Scan -> how clearly suspects stand apart, 0 where they do not.
+        look: Called with each pass; true ends the scan.
         runtime: Device and precision.
         fingerprint: Fingerprint of the source.
     """
 
     def __init__(
-        self,
-        loader: Batches,
-        labels: NDArray[np.int64],
-        *,
-        separation: Callable[[Scan], float],
-        runtime: Runtime,
-        fingerprint: str,
+        self, loader: Batches, labels: NDArray[np.int64], *, look: Callable[[Scan], bool], runtime: Runtime, fingerprint: str
     ) -> None:
-        self.loader, self.labels, self.separation = loader, labels, separation
+        self.loader, self.labels, self.look = loader, labels, look
         self.runtime, self.fingerprint = runtime, fingerprint
-        self.separations: list[float] = []
-        self.best: tuple[Scan, nn.Module] | None = None
+        self.last: Scan | None = None
 
     def __call__(self, model: nn.Module, epoch: int) -> bool:
         """To be called after each epoch, counted from 1. Returns: whether to stop training."""
         seen = scan_model(model, self.loader, self.labels, runtime=self.runtime, fingerprint=self.fingerprint)
         if not np.isfinite(seen.losses).all():
             raise ValueError(f"the scan's loss is not finite after epoch {epoch}; lower scan.lr")
-        self.separations.append(self.separation(seen))
-        if self.separations[-1] >= max(self.separations):
-            self.best = dataclasses.replace(seen, epoch=epoch), copy.deepcopy(model)
-            return False
-        return True
-
-    def result(self) -> tuple[Scan, nn.Module]:
-        """The kept pass, and the network as it was then."""
-        if self.best is None:
-            raise ValueError("the scan saw no epoch; scan.epochs must be at least 1")
-        return self.best
+        self.last = dataclasses.replace(seen, epoch=epoch)
+        return self.look(self.last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +15,12 @@ from sklearn.preprocessing import StandardScaler
 from .scan import Scan
 from .types import SuspectReport
 
-__all__ = ["Group", "Selection", "expand", "split_in_two", "take_fraction"]
+__all__ = ["Group", "Selection", "expand", "settled", "split_in_two", "take_fraction"]
 
 MIN_SEPARATION = 2.0  # Ashman's D: below it a mixture of two normals does not separate [Ashman et al. 1994]
 MIN_VALLEY = 0.25  # the density between the groups must fall this far below the lower of its peaks
 MIN_SEEDS = 20
+SETTLED = 0.98  # overlap of two passes, intersection over union
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
 
 
@@ -59,11 +61,6 @@ class Selection:
     doubt: NDArray[np.float32]
     groups: tuple[Group, ...] = field(default=())
 
-    @property
-    def separation(self) -> float:
-        """The largest Ashman's D among accused classes; 0 where none is accused."""
-        return max((group.separation for group in self.groups if group.distinct), default=0.0)
-
 
 def take_fraction(report: SuspectReport, fraction: float) -> Selection:
     """The most suspicious `fraction`, whatever it holds: the paper's rule [NAB, arXiv:2307.15539, section 5.1: 5 %]."""
@@ -85,7 +82,7 @@ def split_in_two(values: NDArray[Any]) -> tuple[NDArray[np.float64], float, floa
     return mixture.predict_proba(column)[:, means.argmax()], float(separation), float(np.clip(valley, 0, 1))
 
 
-def expand(report: SuspectReport, scan: Scan, *, fraction: float) -> Selection:
+def expand(report: SuspectReport, scan: Scan, *, fraction: float, previous: Selection | None = None) -> Selection:
     """Seeds and expansion: from the most suspicious few to the whole group they belong to, if there is such a group.
 
     The seeds are the top `fraction` of the report. For each class with enough of them, a linear probe on the scan's own
@@ -94,28 +91,51 @@ def expand(report: SuspectReport, scan: Scan, *, fraction: float) -> Selection:
     one is suspect. Its size, and so the poison rate, is never asked for. A class whose scores stay one hump is left alone: on
     clean data the seeds are merely the easiest images of a continuum.
 
+    Losses tell poison apart only for a while, features from then on: a group found on an earlier pass is grown again on this
+    one, and stands wherever this pass shows none that is more distinct.
+
     Args:
         report: Any detector's.
         scan: What it looked at.
         fraction: Share of samples taken as seeds, in (0, 1).
+        previous: What an earlier pass of the same network showed.
     """
+    previous = previous or Selection(np.zeros(len(scan), dtype=bool), np.zeros(len(scan), dtype=np.float32))
     seeds = report.select(fraction)
     features = StandardScaler().fit_transform(scan.features)
     counts = np.bincount(scan.labels[seeds], minlength=scan.num_classes)
-    suspect, doubt = np.zeros(len(scan), dtype=bool), np.zeros(len(scan), dtype=np.float32)
-    groups = []
-    for label in np.flatnonzero(counts >= MIN_SEEDS):
+    suspect, doubt, groups = previous.suspect.copy(), previous.doubt.copy(), []
+    for label in range(scan.num_classes):
         members = scan.labels == label
-        group = seeds & members
-        for _ in range(ROUNDS):
-            if not 1 < group.sum() < len(scan):
-                break
-            probe = LogisticRegression(C=0.1, class_weight="balanced", max_iter=200).fit(features, group)
-            likely, separation, valley = split_in_two(probe.decision_function(features[members]))
-            group = np.zeros(len(scan), dtype=bool)
-            group[members] = likely > 0.5
-        groups.append(Group(int(label), int(counts[label]), separation, valley, int(group.sum())))
-        if groups[-1].distinct:
-            suspect |= group
-            doubt[members] = likely
+        starts = [start & members for start in (seeds, previous.suspect)]
+        grown = [_grow(features, members, start, int(counts[label])) for start in starts if start.sum() >= MIN_SEEDS]
+        if not grown:
+            continue
+        group, likely = max(grown, key=lambda pair: (pair[0].distinct, pair[0].separation))
+        old = next((g for g in previous.groups if g.label == label and g.distinct), None)
+        if group.distinct:
+            doubt[members], suspect[members] = likely, likely > 0.5
+        groups.append(old if old and not group.distinct else dataclasses.replace(group, label=label))
     return Selection(suspect, doubt, tuple(groups))
+
+
+def _grow(
+    features: NDArray[np.float32], members: NDArray[np.bool_], start: NDArray[np.bool_], seeds: int
+) -> tuple[Group, NDArray[np.float64]]:
+    """Probe and split, a few times over. Returns: the evidence, and each member's probability of the higher group."""
+    group = start
+    for _ in range(ROUNDS):
+        probe = LogisticRegression(C=0.1, class_weight="balanced", max_iter=200).fit(features, group)
+        likely, separation, valley = split_in_two(probe.decision_function(features[members]))
+        grown = np.zeros_like(group)
+        grown[members] = likely > 0.5
+        if not grown.any():
+            break
+        group = grown
+    return Group(-1, seeds, separation, valley, int((likely > 0.5).sum())), likely
+
+
+def settled(before: Selection, after: Selection) -> bool:
+    """Whether two passes accuse (nearly) the same samples, and any at all."""
+    either = before.suspect | after.suspect
+    return bool(either.any() and (before.suspect & after.suspect).sum() >= SETTLED * either.sum())

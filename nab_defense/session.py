@@ -59,7 +59,9 @@ class Session:
             left = io.load_yaml(record)
             differing = sorted(key for key in {*settings, *left} if settings.get(key) != left.get(key))
             if differing:
-                raise ValueError(f"{self.out} holds a run with another {', '.join(differing)}; use another --out, or leave out --resume")
+                raise ValueError(
+                    f"{self.out} holds a run with another {', '.join(differing)}; use another --out, or leave out --resume"
+                )
         elif self.stages.exists():
             shutil.rmtree(self.stages)
         self.stages.mkdir(parents=True, exist_ok=True)
@@ -99,7 +101,9 @@ class Session:
             raise ValueError("relabel.name=trusted needs relabel.trusted: a folder of verified images with the same classes")
         source = open_source(name, channels=self.recipe.model.in_chans, strict=self.recipe.data.strict)
         if source.classes != self.source.classes:
-            raise ValueError(f"{name} has other classes than the training data: {_difference(source.classes, self.source.classes)}")
+            raise ValueError(
+                f"{name} has other classes than the training data: {_difference(source.classes, self.source.classes)}"
+            )
         return source
 
     @cached_property
@@ -118,7 +122,7 @@ class Session:
             raise ValueError("data.mean and data.std go together; set both or neither")
         mean, std = data.mean, data.std
         if mean is None or std is None:
-            config = self.network().build().pretrained_cfg
+            config: dict[str, Any] = self.network().build().pretrained_cfg  # type: ignore[assignment]
             mean, std = tuple(config["mean"]), tuple(config["std"])
             if channels == 1:
                 mean, std = (float(np.mean(mean)),), (float(np.mean(std)),)
@@ -134,9 +138,13 @@ class Session:
         data, attack, seed = self.recipe.data, self.recipe.attack, self.recipe.seed
         if data.test is None:
             return None
-        test = open_source(data.test, split=data.test_split, channels=self.recipe.model.in_chans, strict=data.strict, **data.options)
+        test = open_source(
+            data.test, split=data.test_split, channels=self.recipe.model.in_chans, strict=data.strict, **data.options
+        )
         if test.classes != self.source.classes:
-            raise ValueError(f"{data.test} has other classes than {data.source}: {_difference(test.classes, self.source.classes)}")
+            raise ValueError(
+                f"{data.test} has other classes than {data.source}: {_difference(test.classes, self.source.classes)}"
+            )
         test = test.limited(data.test_limit, seed)
         clean = self.ordered(test)
         if attack is None:

@@ -24,6 +24,7 @@ from .runtime import Runtime, fixed_seed
 __all__ = ["TrainConfig", "fit"]
 
 log = logging.getLogger(__name__)
+OPTIMIZERS = [str(name) for name in list_optimizers()]
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -70,8 +71,8 @@ class TrainConfig:
             raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing}")
         if self.sched not in SCHEDULES:
             raise ValueError(f"sched must be one of {', '.join(SCHEDULES)}, got {self.sched!r}")
-        if self.opt.lower() not in list_optimizers():
-            raise ValueError(f"timm has no optimizer {self.opt!r}{nearest(self.opt, list_optimizers())}")
+        if self.opt.lower() not in OPTIMIZERS:
+            raise ValueError(f"timm has no optimizer {self.opt!r}{nearest(self.opt, OPTIMIZERS)}")
 
 
 def fit(
@@ -155,9 +156,12 @@ def fit(
                 mean, hits = float(total) / count, float(correct) / count
                 if not torch.isfinite(torch.tensor(mean)):
                     bar.close()
-                    raise ValueError(f"{title}: the loss is {mean} in epoch {epoch + 1}, step {step + 1}; lower lr (now {train.lr}) or set clip_grad")
+                    where = f"epoch {epoch + 1}, step {step + 1}"
+                    raise ValueError(f"{title}: the loss is {mean} in {where}; lower lr (now {train.lr}) or set clip_grad")
                 rate = count / max(time.perf_counter() - started, 1e-9)
-                bar.set_postfix_str(f"epoch {epoch + 1}/{train.epochs} loss {mean:.3f} acc {hits:.3f} {rate:.0f} img/s", refresh=False)
+                bar.set_postfix_str(
+                    f"epoch {epoch + 1}/{train.epochs} loss {mean:.3f} acc {hits:.3f} {rate:.0f} img/s", refresh=False
+                )
         seconds = time.perf_counter() - started
         lr = optimizer.param_groups[0]["lr"]
         history.append({"epoch": epoch + 1, "loss": mean, "accuracy": hits, "lr": lr, "seconds": seconds})
@@ -188,9 +192,17 @@ def _scheduler(optimizer: Any, train: TrainConfig, updates: int) -> Any:
     return scheduler
 
 
-def _packed(settings: dict[str, Any], model: nn.Module, optimizer: Any, ema: Any, history: list[dict[str, float]]) -> dict[str, Any]:
+def _packed(
+    settings: dict[str, Any], model: nn.Module, optimizer: Any, ema: Any, history: list[dict[str, float]]
+) -> dict[str, Any]:
     average = None if ema is None else ema.module.state_dict()
-    return {"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": average, "history": history}
+    return {
+        "settings": settings,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ema": average,
+        "history": history,
+    }
 
 
 def _restore(state: Path, settings: dict[str, Any], model: nn.Module, optimizer: Any, ema: Any) -> list[dict[str, float]]:

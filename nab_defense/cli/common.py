@@ -52,7 +52,9 @@ def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST):
             raise
-        message = f"cannot write {error.filename or 'the output'}: {error.strerror}; what was written before is intact, make room and use --resume"
+        message = (
+            f"cannot write {error.filename or 'the output'}: {error.strerror}; what was there is intact, make room, use --resume"
+        )
     except KeyboardInterrupt:
         print("stopped; go on with --resume", file=sys.stderr)
         return 130

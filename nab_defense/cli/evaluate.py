@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .. import io
 from ..bench.evaluate import evaluate, to_dict
@@ -31,7 +32,13 @@ def main(argv: list[str]) -> int:
     model = load(args.model)
     attack = None
     if args.attack is not None:
-        attack = {"name": args.attack, "target": args.target, "mode": args.mode, "poison": False, "params": key_values(args.settings)}
+        attack = {
+            "name": args.attack,
+            "target": args.target,
+            "mode": args.mode,
+            "poison": False,
+            "params": key_values(args.settings),
+        }
     elif args.settings:
         raise ValueError(f"{args.settings[0]!r} sets an attack; name it with --attack")
     network = header["network"]
@@ -48,13 +55,18 @@ def main(argv: list[str]) -> int:
     session = Session(parse_recipe(tree, (), "evaluation settings"), out, resume=False)
     cases = session.cases()
     assert cases is not None  # data.test is set above
-    if list(session.source.classes) != header["classes"]:
-        raise ValueError(f"{args.data} has classes {', '.join(session.source.classes[:5])}..., the model knows {', '.join(header['classes'][:5])}...")
+    ours, theirs = session.source.classes, tuple(header["classes"])
+    if ours != theirs:
+        raise ValueError(
+            f"{args.data} has {len(ours)} classes, {ours[0]!r} to {ours[-1]!r}; the model was trained on {len(theirs)} others"
+        )
     session.runtime.place(model)
     if isinstance(model, DefendedModel):
-        models = {"defended": {**to_dict(evaluate(model, cases, session.runtime)), "plain": to_dict(evaluate(model.model, cases, session.runtime))}}
+        plain = to_dict(evaluate(model.model, cases, session.runtime))
+        models: dict[str, Any] = {"defended": {**to_dict(evaluate(model, cases, session.runtime)), "plain": plain}}
     else:
         models = {"model": to_dict(evaluate(model, cases, session.runtime))}
-    io.save_json(out / "result.json", {"model": str(args.model), "data": args.data, "attack": attack, "verdict": header["verdict"], "models": models})
+    facts = {"model": str(args.model), "data": args.data, "attack": attack, "verdict": header["verdict"]}
+    io.save_json(out / "result.json", {**facts, "models": models})
     print("\n".join([*summarize_models(models), f"written to {out}"]))
     return 0

@@ -123,9 +123,7 @@ class View(Dataset[Any]):
         return self.source.fingerprint
 
 
-def open_source(
-    name: str, *, split: str = "train", channels: int | None = None, strict: bool = True, **options: Any
-) -> Source:
+def open_source(name: str, *, split: str = "train", channels: int | None = None, strict: bool = True, **options: Any) -> Source:
     """Open a data set by name.
 
     Args:

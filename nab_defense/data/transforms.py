@@ -31,7 +31,9 @@ def _evaluate(size: int, crop_pct: float, interpolation: str) -> Transform:
 
 def _crop_flip(size: int, pad: int, hflip: float) -> Transform:
     """Random crop from a zero-padded image and horizontal flip, the usual augmentation of small images."""
-    return tv.Compose([tv.Resize((size, size)), tv.RandomCrop(size, padding=pad), tv.RandomHorizontalFlip(hflip), tv.PILToTensor()])
+    return tv.Compose(
+        [tv.Resize((size, size)), tv.RandomCrop(size, padding=pad), tv.RandomHorizontalFlip(hflip), tv.PILToTensor()]
+    )
 
 
 class Albumentation:
@@ -60,7 +62,13 @@ AUGMENTATIONS = ("none", "crop_flip", "timm", "albumentations")
 
 
 def build_transform(
-    augment: str, size: int, *, hflip: float = 0.5, crop_pad: int | None = None, crop_pct: float = 0.875, interpolation: str = "bicubic"
+    augment: str,
+    size: int,
+    *,
+    hflip: float = 0.5,
+    crop_pad: int | None = None,
+    crop_pct: float = 0.875,
+    interpolation: str = "bicubic",
 ) -> Transform:
     """A pipeline from PIL image to (C, size, size) uint8.
 

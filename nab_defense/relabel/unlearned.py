@@ -71,7 +71,14 @@ class Unlearned:
         forget = TrainConfig(epochs=1, batch_size=self.batch_size, lr=self.lr, sched="none")
         recover = dataclasses.replace(forget, epochs=self.epochs, sched="cosine")
         marked = scan.labels + scan.num_classes * suspect
-        fit(model, self.loaders(marked, everything, True), runtime=self.runtime, train=forget, loss=unlearning_loss, title="unlearn")
+        fit(
+            model,
+            self.loaders(marked, everything, True),
+            runtime=self.runtime,
+            train=forget,
+            loss=unlearning_loss,
+            title="unlearn",
+        )
         fit(model, self.loaders(scan.labels, ~suspect, True), runtime=self.runtime, train=recover, title="recover")
         seen = scan_model(model, self.loaders(scan.labels, suspect, False), scan.labels[suspect], runtime=self.runtime)
         probability = torch.from_numpy(seen.logits).softmax(1)
