@@ -5,6 +5,7 @@ from .data import Source, open_source
 from .dataset import NABDataset
 from .defended import DefendedModel
 from .detectors import detectors
+from .plan import load_plan
 from .relabel import relabelers
 from .runtime import Runtime
 from .scan import Scan, scan_model
@@ -14,5 +15,5 @@ from .types import EvalResult, NABPlan, SuspectReport
 
 __all__ = [
     "DefendedModel", "EvalResult", "NABDataset", "NABPlan", "Runtime", "Scan", "Source", "Stamp", "SuspectReport",
-    "TrainConfig", "detectors", "fit", "load", "open_source", "relabelers", "scan_model",
+    "TrainConfig", "detectors", "fit", "load", "load_plan", "open_source", "relabelers", "scan_model",
 ]  # fmt: skip

@@ -19,15 +19,15 @@ from .check import Verdict, imprint, judge, measure
 from .defended import DefendedModel
 from .detectors import detectors
 from .detectors.lga import lga_loss
-from .plan import Finding, is_clean_label, make_plan, paper_plan
+from .plan import Finding, is_clean_label, load_finding, make_plan, paper_plan, save_finding
 from .recipe import Recipe
 from .relabel import relabelers
 from .result import describe, save_suspects
 from .scan import EarlyScan, Scan, scan_model
-from .select import Group, Selection, expand, settled, take_fraction
+from .select import Selection, expand, settled, take_fraction
 from .session import Session, train_config
 from .train import TrainConfig, fit
-from .types import EvalResult, NABPlan, SuspectReport
+from .types import EvalResult, NABPlan
 
 __all__ = ["detect", "run"]
 
@@ -70,6 +70,7 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
             models[arm] = evaluate(twin, cases, session.runtime)
     if cases is not None:
         models["defended"] = evaluate(shipped, cases, session.runtime), evaluate(network, cases, session.runtime)
+    save_finding(out / "plan.npz", finding)
     save_suspects(out / "suspects.csv", finding, session.source)
     result = describe(session, finding, verdict, models, clock.seconds)
     io.save_json(out / "result.json", result)
@@ -105,23 +106,13 @@ def _twins(session: Session) -> list[tuple[str, NABPlan]]:
 
 def _remembered(session: Session) -> Finding:
     """The finding of an interrupted run of this recipe, or a new one."""
-    path = session.stages / "finding.npz"
-    if path.exists():
-        arrays, meta = io.load_arrays(path)
-        fields = {name: arrays[name] for name in ("labels", "new_labels", "suspect", "keep", "cover")}
-        plan = NABPlan(**fields, fingerprint=meta["fingerprint"])
-        plan.check_matches(len(session.source), session.source.fingerprint)
-        report = SuspectReport(arrays["scores"], plan.labels, meta["detector"], meta["params"], plan.fingerprint)
-        groups = tuple(Group(**group) for group in meta["groups"])
-        return Finding(report, Selection(plan.suspect, arrays["doubt"], groups), plan, arrays["confidence"])
+    path = session.stages / "plan.npz"
+    if session.resume and path.exists():
+        finding = load_finding(path)
+        finding.plan.check_matches(len(session.source), session.source.fingerprint)
+        return finding
     finding = detect(session)
-    plan, report = finding.plan, finding.report
-    fields = {name: getattr(plan, name) for name in ("labels", "new_labels", "suspect", "keep", "cover")}
-    evidence = [dataclasses.asdict(group) for group in finding.selection.groups]
-    meta = {"fingerprint": plan.fingerprint, "detector": report.detector, "params": report.params, "groups": evidence}
-    io.save_arrays(
-        path, {**fields, "scores": report.scores, "doubt": finding.selection.doubt, "confidence": finding.confidence}, meta
-    )
+    save_finding(path, finding)
     return finding
 
 

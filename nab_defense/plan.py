@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import io
 from .scan import Scan
-from .select import Selection
+from .select import Group, Selection
 from .types import NABPlan, SuspectReport
 
-__all__ = ["Finding", "is_clean_label", "make_plan", "paper_plan"]
+__all__ = ["Finding", "is_clean_label", "load_finding", "load_plan", "make_plan", "paper_plan", "save_finding"]
+
+PLAN_ARRAYS = ("labels", "new_labels", "suspect", "keep", "cover")
 
 MAX_DOUBT = 0.01
 
@@ -78,3 +83,34 @@ def make_plan(
 def is_clean_label(labels: NDArray[np.int64], proposed: NDArray[np.int64], group: NDArray[np.bool_]) -> bool:
     """Whether most of a group of suspects, (N,) bool, are proposed the label they already have."""
     return bool((proposed[group] == labels[group]).mean() > 0.5)
+
+
+def save_finding(path: Path, finding: Finding) -> None:
+    """Write a finding to an npz file that `load_finding` and `load_plan` read."""
+    plan, report, selection = finding.plan, finding.report, finding.selection
+    arrays = {name: getattr(plan, name) for name in PLAN_ARRAYS}
+    arrays |= {"scores": report.scores, "doubt": selection.doubt, "confidence": finding.confidence}
+    groups = [dataclasses.asdict(group) for group in selection.groups]
+    meta = {"fingerprint": plan.fingerprint, "detector": report.detector, "params": report.params, "groups": groups}
+    io.save_arrays(path, arrays, meta)
+
+
+def load_finding(path: Path) -> Finding:
+    """Read what `save_finding` wrote.
+
+    Raises:
+        ValueError: No such file, or another kind of file.
+    """
+    arrays, meta = io.load_arrays(path)
+    missing = [name for name in (*PLAN_ARRAYS, "scores", "doubt", "confidence") if name not in arrays]
+    if missing or not isinstance(meta, dict):
+        raise ValueError(f"{path} is not a plan of this package: it lacks {', '.join(missing) or 'its settings'}")
+    plan = NABPlan(**{name: arrays[name] for name in PLAN_ARRAYS}, fingerprint=meta["fingerprint"])
+    report = SuspectReport(arrays["scores"], plan.labels, meta["detector"], meta["params"], plan.fingerprint)
+    selection = Selection(plan.suspect, arrays["doubt"], tuple(Group(**group) for group in meta["groups"]))
+    return Finding(report, selection, plan, arrays["confidence"])
+
+
+def load_plan(path: str | Path) -> NABPlan:
+    """The plan that a scan or a training run left in its folder as plan.npz."""
+    return load_finding(Path(path)).plan

@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import io
 from ..data import open_source
 from ..pipeline import detect
+from ..plan import save_finding
 from ..recipe import parse_recipe
 from ..result import save_suspects
 from ..session import Session
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
         "groups": groups,
     }
     io.save_json(out / "report.json", report)
+    save_finding(out / "plan.npz", finding)
     save_suspects(out / "suspects.csv", finding, session.source)
     accused = [session.source.classes[group.label] for group in finding.selection.groups if group.distinct]
     where = f" labelled {', '.join(accused)}" if accused else ""
