@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets.vision import StandardTransform
 
 from .stamp import Stamp
 from .types import NABPlan
@@ -21,6 +22,13 @@ def _normalizes(transform: Any) -> bool:
     if type(transform).__name__ == "Normalize":
         return True
     return any(_normalizes(step) for step in getattr(transform, "transforms", None) or ())
+
+
+def _like(label: Any, new: int) -> Any:
+    """Another label of the same type and shape; some data sets give arrays or tensors."""
+    if isinstance(label, Tensor):
+        return torch.full_like(label, new)
+    return np.full_like(label, new) if isinstance(label, np.ndarray) else type(label)(new)
 
 
 class NABDataset(Dataset[Any]):
@@ -67,14 +75,15 @@ class NABDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         position = int(self._order[index])
         image, label, *rest = self.dataset[position]
-        if int(label) != self.plan.labels[position]:
+        given = int(label.item() if isinstance(label, np.ndarray) else label)
+        if given != self.plan.labels[position]:
             raise ValueError(
-                f"sample {position} came with label {int(label)}, the plan saw {self.plan.labels[position]}: "
+                f"sample {position} came with label {given}, the plan saw {self.plan.labels[position]}: "
                 "the data set changed, or replaced an unreadable file by another; scan again"
             )
         if self.plan.suspect[position]:
             new = self.plan.new_labels[position]
-            label = torch.tensor(new, dtype=label.dtype) if isinstance(label, Tensor) else type(label)(new)
+            label = _like(label, int(new))
         if self._stamped[position]:
             image = self._paint(image)
         return (image, label, *rest)
@@ -94,9 +103,9 @@ class NABDataset(Dataset[Any]):
     @transform.setter
     def transform(self, transform: Callable[[Any], Any] | None) -> None:
         self.dataset.transform = transform
-        if getattr(self.dataset, "transforms", None) is not None:
-            # torchvision's VisionDataset reads .transforms and ignores .transform (timm issue 1216)
-            self.dataset.transforms = type(self.dataset.transforms)(transform, self.dataset.target_transform)
+        if hasattr(self.dataset, "transforms"):
+            # some of torchvision's data sets read .transforms and ignore .transform (timm issue 1216)
+            self.dataset.transforms = StandardTransform(transform, getattr(self.dataset, "target_transform", None))
 
     def filename(self, index: int, *args: Any, **kwargs: Any) -> str:
         return str(self.dataset.filename(int(self._order[index]), *args, **kwargs))

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from io import StringIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +19,7 @@ import yaml
 from torch import Tensor
 
 __all__ = [
-    "load_arrays", "load_csv", "load_json", "load_state", "load_tensors", "load_yaml",
+    "check_folder", "load_arrays", "load_csv", "load_json", "load_state", "load_tensors", "load_yaml",
     "save_arrays", "save_csv", "save_json", "save_state", "save_tensors", "save_yaml",
 ]  # fmt: skip
 
@@ -37,6 +38,18 @@ def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made, or that cannot be written to.
+
+    Raises:
+        ValueError: Names what is in the way."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"cannot write to {folder}: {there} is a file; name another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write to {folder}: no permission to write in {there}; name another folder")
 
 
 def _read_text(path: Path) -> str:
@@ -90,7 +103,7 @@ def save_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -
 
 def load_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     """Rows of a CSV file that has at least these columns."""
-    reader = csv.DictReader(_read_text(path).splitlines())
+    reader = csv.DictReader(StringIO(_read_text(path), newline=""))
     missing = [name for name in columns if name not in (reader.fieldnames or [])]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}; it has: {', '.join(reader.fieldnames or [])}")
@@ -107,11 +120,13 @@ def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("a zip file of something else")
+        return arrays, json.loads(str(arrays.pop("meta", "null")))
     except FileNotFoundError:
         raise ValueError(f"no such file: {path}") from None
     except Exception as error:
         raise ValueError(f"{path} is not an npz file of this package: {error}") from None
-    return arrays, json.loads(str(arrays.pop("meta", "null")))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -131,7 +146,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = archive.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    return tensors, {name: json.loads(value) for name, value in header.items()}
+    return tensors, {name: _parsed(value) for name, value in header.items()}
+
+
+def _parsed(text: str) -> Any:
+    """A value of ours; the text itself where another program wrote it ("pt", in most files)."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

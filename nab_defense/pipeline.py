@@ -40,7 +40,7 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
 
     Args:
         recipe: What to do.
-        out: Folder for model.safetensors, result.json, recipe.yaml, suspects.csv.
+        out: Folder for model.safetensors, plan.npz, suspects.csv, recipe.yaml, result.json.
         resume: Go on with what an interrupted run of the same recipe left there.
 
     Returns:
@@ -52,16 +52,16 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     session = Session(recipe, out, resume=resume)
     cases = session.cases()  # opened first, so that a wrong test set costs no training
     twins = _twins(session)
-    session.claim()
+    session.rehearse()
+    done = session.claim()
+    if done is not None:
+        return done
     clock = _Clock(session)
     finding = clock("scan", lambda: _remembered(session))
     log.info("%d suspects", finding.plan.suspect.sum())
     network = clock("train", lambda: train(session, finding.plan, "defended"))
     shipped = defend(session, network, finding.plan)
     verdict = clock("check", lambda: check(session, shipped, network, finding.plan))
-    mean, std = session.normalization
-    header = {"classes": session.source.classes, "input_size": session.size, "verdict": dataclasses.asdict(verdict)}
-    checkpoint.save(out / "model.safetensors", shipped, session.network(), mean=mean, std=std, **header)
     models: dict[str, EvalResult | tuple[EvalResult, EvalResult]] = {}
     for arm, plan in twins:
         same = np.array_equal(plan.changed, finding.plan.changed) and not plan.changed.any()
@@ -70,10 +70,16 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
             models[arm] = evaluate(twin, cases, session.runtime)
     if cases is not None:
         models["defended"] = evaluate(shipped, cases, session.runtime), evaluate(network, cases, session.runtime)
+    result = describe(session, finding, verdict, models, clock.seconds)
+    mean, std = session.normalization
+    header = {"classes": session.source.classes, "input_size": session.size, "verdict": dataclasses.asdict(verdict)}
+    # All at the end: a run that fails leaves whatever an earlier one shipped here, and no mixture of both.
+    checkpoint.save(out / "model.safetensors", shipped, session.network(), mean=mean, std=std, **header)
     save_finding(out / "plan.npz", finding)
     save_suspects(out / "suspects.csv", finding, session.source)
-    result = describe(session, finding, verdict, models, clock.seconds)
+    io.save_yaml(out / "recipe.yaml", session.settings)
     io.save_json(out / "result.json", result)
+    io.save_json(session.finished, True)
     return result
 
 
@@ -187,7 +193,7 @@ def _relabel(
             encoder, session.ordered(session.source), scan.labels, runtime=session.runtime, fingerprint=scan.fingerprint
         )
         if stage.name == "trusted":
-            verified = session.trusted_source()
+            verified = session.trusted_source
             seen = scan_model(encoder, session.ordered(verified), verified.labels, runtime=session.runtime)
             knobs |= {"features": seen.features, "labels": seen.labels}
     return relabelers.create(stage.name, **knobs).relabel(scan, suspect)

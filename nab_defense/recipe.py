@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from . import io
 from .registry import nearest
 
-__all__ = ["Recipe", "load_recipe"]
+__all__ = ["Recipe", "key_values", "load_recipe", "parse_recipe"]
 
 REFUSED = {
     "mixup": "Mixup blends images after the stamp is painted",
     "cutmix": "CutMix pastes over the stamp after it is painted",
     "reprob": "the loader's random erasing can hide the stamp; use train.augment=albumentations, which erases before it",
 }  # fmt: skip
+HOLDERS = ("params", "kwargs", "options")  # where a section keeps the settings of what it names
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 takes 1e-4 for text, wanting 1.0e-4; nobody means text there."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    return [_number(item) for item in value] if isinstance(value, list) else value
+
+
 Fraction = typing.Annotated[float, Field(gt=0, lt=1)]
 Positive = typing.Annotated[int, Field(ge=1)]
+Settings = typing.Annotated[dict[str, Any], BeforeValidator(_number)]
 
 
 class Section(BaseModel):
@@ -38,7 +52,7 @@ class Data(Section):
     size: Positive | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    options: dict[str, Any] = {}
+    options: Settings = {}
     truth: str | None = None
 
 
@@ -49,7 +63,7 @@ class Attack(Section):
     mode: Literal["all_to_one", "all_to_all"] = "all_to_one"
     seed: int | None = None
     poison: bool = True
-    params: dict[str, Any] = {}
+    params: Settings = {}
 
 
 class Model(Section):
@@ -57,7 +71,7 @@ class Model(Section):
     in_chans: Literal[1, 3] = 3
     small_stem: bool = False
     pretrained: bool = False
-    kwargs: dict[str, Any] = {}
+    kwargs: Settings = {}
 
 
 class Schedule(Section):
@@ -91,7 +105,7 @@ class ScanStage(Section):
     weight_decay: float = Field(1e-4, ge=0)
     gamma: float = Field(0.5, gt=0)
     form: Literal["flooding", "per_sample"] = "flooding"
-    params: dict[str, Any] = {}
+    params: Settings = {}
 
 
 class Relabel(Section):
@@ -100,7 +114,7 @@ class Relabel(Section):
     cover_fraction: float = Field(0.1, ge=0, lt=1)
     encoder: Model | None = None
     trusted: str | None = None
-    params: dict[str, Any] = {}
+    params: Settings = {}
 
 
 class StampStage(Section):
@@ -157,31 +171,43 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ValueError: One line that names the key, the value, what is allowed and the nearest right spelling.
     """
-    tree = io.load_yaml(Path(path))
+    path = Path(path)
+    if not path.exists() and path.parent.is_dir():
+        raise ValueError(f"no such recipe: {path}{nearest(path.name, [p.name for p in path.parent.iterdir()])}")
+    tree = io.load_yaml(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds {type(tree).__name__}, expected keys such as data, model, train")
-    return parse_recipe({"name": Path(path).stem, **tree}, overrides, str(path))
+    return parse_recipe({"name": path.stem, **tree}, overrides, str(path))
 
 
 def parse_recipe(tree: dict[str, Any], overrides: list[str] | tuple[str, ...], origin: str) -> Recipe:
     """Build a recipe from a nested dict and overrides; `origin` names it in messages."""
-    for item in overrides:
-        key, sign, text = item.partition("=")
-        if not sign or not key:
-            raise ValueError(f"{item!r} is not an override; write key=value, e.g. train.epochs=12")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"{item!r}: the value is not valid YAML; quote it") from None
-        _put(tree, key.split("."), value, item)
+    tree = dict(tree)
+    for key, value in key_values(overrides, example="train.epochs=12").items():
+        _put(tree, key.split("."), value, f"{key}={value}")
     for section in (tree, tree.get("train")):
         for key in section if isinstance(section, dict) else ():
             if key in REFUSED:
                 raise ValueError(f"{origin}: {key} cannot be used: {REFUSED[key]}")
+    tree = {key: value for key, value in tree.items() if value is not None or key not in Recipe.model_fields}
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise ValueError(f"{origin}: {_first(error)}") from None
+
+
+def key_values(items: list[str] | tuple[str, ...], *, example: str) -> dict[str, Any]:
+    """["size=3", "pattern=white"] -> {"size": 3, "pattern": "white"}; values in YAML."""
+    values = {}
+    for item in items:
+        key, sign, text = item.partition("=")
+        if not sign or not key.strip("."):
+            raise ValueError(f"{item!r} is not a setting; write key=value, e.g. {example}")
+        try:
+            values[key] = _number(yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise ValueError(f"{item!r}: the value is not valid YAML; quote it") from None
+    return values
 
 
 def _put(tree: dict[str, Any], keys: list[str], value: Any, item: str) -> None:
@@ -198,18 +224,51 @@ def _put(tree: dict[str, Any], keys: list[str], value: Any, item: str) -> None:
 
 
 def _first(error: ValidationError) -> str:
+    """What is wrong, the unknown keys first, as they often explain the rest."""
     entries = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
-    entry, more = entries[0], len(entries) - 1
-    where = [str(part) for part in entry["loc"]]
-    name, tail = ".".join(where), f" (and {more} more)" if more else ""
+    entry = entries[0]
+    where = _place(entry["loc"])
+    same = [e for e in entries if _place(e["loc"]) == where]  # one for each alternative of a union
+    name, tail = ".".join(where), f" (and {len(entries) - len(same)} more)" if len(entries) > len(same) else ""
     if entry["type"] == "extra_forbidden":
-        known = _keys(where[:-1])
-        everywhere = [path for path in _paths(Recipe) if path.split(".")[-1] == where[-1]]
-        hint = f"; did you mean {everywhere[0]!r}?" if everywhere else nearest(where[-1], known)
-        return f"no key {name!r}; known here: {', '.join(known)}{hint}{tail}"
+        return f"no key {name!r}; known here: {', '.join(_keys(where[:-1]))}{_hint(where)}{tail}"
     if entry["type"] == "missing":
         return f"key {name!r} is missing{tail}"
-    return f"{name}={entry['input']!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}{tail}"
+    if entry["type"] == "model_type":
+        return f"{name}={entry['input']!r}: expected keys such as {', '.join(_keys(where)[:4])}{tail}"
+    reasons = " or ".join(dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in same))
+    return f"{name}={entry['input']!r}: {reasons}{tail}"
+
+
+def _hint(where: list[str]) -> str:
+    """Where a key may have been meant to stand, or how it may have been meant to be spelled."""
+    word, known = where[-1], _keys(where[:-1])
+    homes = [path for path in _paths(Recipe) if path.split(".")[-1] == word]
+    if homes:
+        best = next((path for path in homes if path.startswith("train.")), homes[0])
+        return f"; did you mean {best!r}?"
+    if len(where) == 1:  # a bare key, misspelled: look everywhere
+        paths = {path.split(".")[-1]: path for path in sorted(_paths(Recipe), key=lambda path: path.startswith("train."))}
+        close = nearest(word, known) or nearest(word, paths)
+        return re.sub(r"'(.*)'", lambda found: repr(paths.get(found[1], found[1])), close)
+    holder = next((key for key in HOLDERS if key in known), None)
+    return nearest(word, known) or (
+        f"; settings of what it names go in {'.'.join([*where[:-1], holder, word])!r}" if holder else ""
+    )
+
+
+def _place(loc: tuple[int | str, ...]) -> list[str]:
+    """A pydantic location without the names of a union's alternatives."""
+    section: type[Section] | None = Recipe
+    where: list[str] = []
+    for part in loc:
+        if section is not None:
+            field = section.model_fields.get(str(part))
+            section = None if field is None else _section(field.annotation)
+        elif not isinstance(part, int):
+            break
+        where.append(str(part))
+    return where
 
 
 def _section(annotation: Any) -> type[Section] | None:

@@ -10,12 +10,17 @@ from typing import Any, Generic, TypeVar
 __all__ = ["Registry", "nearest"]
 
 T = TypeVar("T")
+KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """The closest known spelling as a hint such as "; did you mean 'lga'?", or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _is_kind(value: object, kind: str) -> bool:
+    return isinstance(value, KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
 
 
 class Registry(Generic[T]):
@@ -59,6 +64,9 @@ class Registry(Generic[T]):
                 raise ValueError(
                     f"{self.kind} {name!r} has no setting {knob!r}; known: {', '.join(known) or 'none'}{nearest(knob, known)}"
                 )
+            kind = str(inspect.signature(item).parameters[knob].annotation)
+            if kind in KINDS and not _is_kind(knobs[knob], kind):
+                raise ValueError(f"{self.kind} {name!r}: {knob} must be {kind}, got {knobs[knob]!r}")
         try:
             return item(**knobs)
         except TypeError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -20,15 +21,23 @@ from .bench.poison import Truth, poison_source, read_truth, triggered_source
 from .checkpoint import Network
 from .data import Source, View, build_loader, build_transform, open_source
 from .dataset import NABDataset
+from .detectors import detectors
 from .recipe import Attack, Model, Recipe, Schedule
+from .relabel import relabelers
 from .runtime import Runtime, fixed_seed
+from .scan import features_and_logits
 from .stamp import Stamp
 from .train import TrainConfig
 from .types import NABPlan
 
-__all__ = ["Session"]
+__all__ = ["Session", "check_methods"]
 
 EVAL_BATCH = 512
+# What the pipeline hands a relabeler; these stand for it where only the recipe's own settings are checked.
+HANDED: dict[str, dict[str, Any]] = {
+    "unlearned": {"model": None, "loaders": None, "runtime": None},
+    "trusted": {"features": np.zeros((1, 1), np.float32), "labels": np.zeros(1, np.int64)},
+}
 
 
 class Session:
@@ -40,46 +49,93 @@ class Session:
         resume: Keep finished stages and training states found there.
 
     Raises:
-        ValueError: `resume` on a folder that another recipe made.
+        ValueError: A setting that no stage can use, a folder that cannot be written, or `resume` on a folder that another
+            recipe made. Nothing was written or read yet.
     """
 
     def __init__(self, recipe: Recipe, out: Path, *, resume: bool) -> None:
         self.recipe, self.out, self.resume = recipe, out, resume
         self.stages = out / "stages"
+        self.record, self.finished = self.stages / "recipe.yaml", self.stages / "finished.json"
+        self.settings: dict[str, Any] = json.loads(recipe.model_dump_json())
+        io.check_folder(out)
+        if resume and self.stages.exists():
+            if not self.record.exists():
+                raise ValueError(
+                    f"{self.stages} does not say which recipe it belongs to; use another --out, or leave out --resume"
+                )
+            left = io.load_yaml(self.record)
+            differing = sorted(key for key in {*self.settings, *left} if self.settings.get(key) != left.get(key))
+            if differing:
+                raise ValueError(
+                    f"{out} holds a run with another {', '.join(differing)}; use another --out, or leave out --resume"
+                )
+        check_methods(recipe)
         run = recipe.runtime
         self.runtime = Runtime(**run.model_dump(), seed=recipe.seed)
         self.stamp = Stamp(**recipe.stamp.model_dump())
         self.schedule = train_config(recipe.train)
 
-    def claim(self) -> None:
-        """Take the folder: check that a run to resume is this one, or clear what an earlier run left in it."""
-        settings = json.loads(self.recipe.model_dump_json())
-        record = self.out / "recipe.yaml"
-        if self.resume and record.exists():
-            left = io.load_yaml(record)
-            differing = sorted(key for key in {*settings, *left} if settings.get(key) != left.get(key))
-            if differing:
-                raise ValueError(
-                    f"{self.out} holds a run with another {', '.join(differing)}; use another --out, or leave out --resume"
-                )
+    def claim(self) -> dict[str, Any] | None:
+        """Take the folder. What an earlier run shipped there stays until this one has all of its own.
+
+        Returns: The result, where the run to resume was finished."""
+        if self.resume and self.record.exists():
+            if self.finished.exists() and (self.out / "model.safetensors").exists():
+                result: dict[str, Any] = io.load_json(self.out / "result.json")
+                if result["data"]["fingerprint"] != self.source.fingerprint:
+                    raise ValueError(f"the images changed since the run in {self.out}; leave out --resume to run again")
+                return result
         elif self.stages.exists():
             shutil.rmtree(self.stages)
-        self.stages.mkdir(parents=True, exist_ok=True)
-        io.save_yaml(record, settings)
+        io.save_yaml(self.record, self.settings)
+        return None
+
+    def rehearse(self) -> None:
+        """Try what comes late in a run on two blank images: the networks, the stamp, the trusted images.
+
+        Raises:
+            ValueError: What would fail, before anything is trained or written."""
+        size, recipe = self.size, self.recipe
+        if len(self.source) < 2:
+            raise ValueError(f"{self.source.name} gives {len(self.source)} training image, two are the least; raise data.limit")
+        self.stamp.region(size, size)
+        if recipe.relabel.name == "trusted":
+            self.trusted_source  # noqa: B018
+        for model in (recipe.model, recipe.relabel.encoder):
+            if model is None:
+                continue
+            network = self.build(model).eval()
+            blank = torch.zeros(2, recipe.model.in_chans, size, size)
+            try:
+                with torch.inference_mode(), self.runtime.autocast():
+                    features_and_logits(network, self.runtime.put(blank))
+            except Exception as error:  # forward passes raise anything, timm's often AssertionError
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"{model.name!r} cannot take {recipe.model.in_chans}x{size}x{size} images: {reason}; "
+                    "set data.size to what it takes, or choose another model"
+                ) from error
 
     # Data
 
     @cached_property
-    def clean_source(self) -> Source:
+    def whole_source(self) -> Source:
         data = self.recipe.data
-        source = open_source(data.source, channels=self.recipe.model.in_chans, strict=data.strict, **data.options)
-        return source.limited(data.limit, self.recipe.seed)
+        return open_source(data.source, channels=self.recipe.model.in_chans, strict=data.strict, **data.options)
+
+    @cached_property
+    def clean_source(self) -> Source:
+        return self.whole_source.limited(self.recipe.data.limit, self.recipe.seed)
 
     @cached_property
     def poisoned(self) -> tuple[Source, Truth | None]:
         """The training source, poisoned where the recipe says so, and the truth where it is known."""
-        attack, source = self.recipe.attack, self.clean_source
-        truth = None if self.recipe.data.truth is None else read_truth(Path(self.recipe.data.truth), source)
+        attack, source, path = self.recipe.attack, self.clean_source, self.recipe.data.truth
+        truth = None
+        if path is not None:
+            number = {name: index for index, name in enumerate(self.whole_source.ids)}
+            truth = read_truth(Path(path), self.whole_source).subset([number[name] for name in source.ids])
         if attack is None or not attack.poison:
             return source, truth
         seed = self.recipe.seed if attack.seed is None else attack.seed
@@ -94,11 +150,11 @@ class Session:
     def truth(self) -> Truth | None:
         return self.poisoned[1]
 
+    @cached_property
     def trusted_source(self) -> Source:
         """The verified images of relabel.trusted."""
         name = self.recipe.relabel.trusted
-        if name is None:
-            raise ValueError("relabel.name=trusted needs relabel.trusted: a folder of verified images with the same classes")
+        assert name is not None  # check_methods
         source = open_source(name, channels=self.recipe.model.in_chans, strict=self.recipe.data.strict)
         if source.classes != self.source.classes:
             raise ValueError(
@@ -118,8 +174,6 @@ class Session:
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation of the network's input: the recipe's, or those of timm's configuration."""
         data, channels = self.recipe.data, self.recipe.model.in_chans
-        if (data.mean is None) != (data.std is None):
-            raise ValueError("data.mean and data.std go together; set both or neither")
         mean, std = data.mean, data.std
         if mean is None or std is None:
             config: dict[str, Any] = self.network().build().pretrained_cfg  # type: ignore[assignment]
@@ -195,6 +249,35 @@ class Session:
         network = self.network(model)
         fixed_seed(self.recipe.seed)
         return self.runtime.place(network.build())
+
+
+def check_methods(recipe: Recipe) -> None:
+    """Refuse methods and settings of methods that do not exist or do not go together.
+
+    Raises:
+        ValueError: Names the setting, what is allowed, and the nearest right spelling."""
+    stage, attack = recipe.relabel, recipe.attack
+    detectors.create(recipe.scan.detector, **recipe.scan.params)
+    handed = HANDED.get(stage.name, {})
+    own = [name for name in stage.params if name in handed]
+    if own:
+        raise ValueError(f"relabeler {stage.name!r} has no setting {own[0]!r}: the run provides it")
+    relabelers.create(stage.name, **{**stage.params, **handed})
+    if stage.name == "trusted" and stage.trusted is None:
+        raise ValueError("relabel.name=trusted needs relabel.trusted: a folder of verified images with the same classes")
+    if stage.encoder is not None and stage.encoder.in_chans != recipe.model.in_chans:
+        raise ValueError(
+            f"relabel.encoder.in_chans={stage.encoder.in_chans} and model.in_chans={recipe.model.in_chans} must agree"
+        )
+    if attack is not None:
+        attacks.create(attack.name, **attack.params)
+        if attack.poison and recipe.data.truth is not None:
+            raise ValueError(
+                "data.truth says what is poisoned already and attack would poison it again; drop one, or set "
+                "attack.poison=false to use the attack for measuring only"
+            )
+    if (recipe.data.mean is None) != (recipe.data.std is None):
+        raise ValueError("data.mean and data.std go together; set both or neither")
 
 
 def train_config(schedule: Schedule) -> TrainConfig:

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nab_defense.pipeline import run
+from nab_defense.recipe import load_recipe
 from nab_defense.scan import Scan
+from tests.digits_runs import BLEND, write_recipe
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture
@@ -33,3 +37,12 @@ def make_scan() -> Callable[..., Scan]:
         return Scan(labels, losses, logits, np.asarray(features, dtype=np.float32), fingerprint="synthetic")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def blend_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one small finished run, to be read only: Blend on digits, found, with both baselines."""
+    folder = tmp_path_factory.mktemp("blend")
+    recipe = write_recipe(folder, **BLEND, baselines=["undefended", "oracle"])
+    run(load_recipe(recipe), folder / "run")
+    return folder / "run"

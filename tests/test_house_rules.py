@@ -27,6 +27,7 @@ METHODS = {"detectors", "relabel", "purify", "bench.attacks"}  # one method a fi
 IN_ORDER = ["recipe", "session", "result", "pipeline", "grid", "cli"]  # L4 and L5: each may import those before it
 BELOW = {own: {room for room in LAYER if LAYER[room] == 0 or LAYER[room] < LAYER[own]} for own in LAYER}
 BELOW |= {own: BELOW[own] | set(IN_ORDER[:place]) for place, own in enumerate(IN_ORDER)}
+BELOW["plan"] |= {"select"}  # a plan is made of a selection
 TIMM_ROOMS = {"data", "train", "checkpoint", "pipeline"}
 MAX_LINES = 300
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal"}

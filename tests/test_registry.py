@@ -57,7 +57,7 @@ def test_a_bad_value_keeps_its_own_message(parts: Registry[Any]) -> None:
 
 
 def test_a_value_of_the_wrong_type_is_a_users_mistake(parts: Registry[Any]) -> None:
-    with pytest.raises(ValueError, match=r"part 'wheel': .*not supported"):
+    with pytest.raises(ValueError, match=r"part 'wheel': size must be int, got 'big'"):
         parts.create("wheel", size="big")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,11 @@ class Truth:
                 raise ValueError(f"{name} must have shape ({len(self.poisoned)},), got {array.shape}")
             array.setflags(write=False)
             object.__setattr__(self, name, array)
+
+    def subset(self, indices: Sequence[int]) -> Truth:
+        """The truth about these samples, in this order."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return Truth(self.poisoned[chosen], self.true_labels[chosen], self.target, self.mode, self.cover[chosen])
 
 
 def write_truth(path: Path, source: Source, truth: Truth) -> None:

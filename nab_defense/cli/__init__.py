@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from ..registry import nearest
 from .common import guarded
 
 __all__ = ["COMMANDS", "main"]
@@ -15,16 +16,27 @@ COMMANDS = {
     "evaluate": "measure a saved model",
     "poison": "write a poisoned image folder, to try a defense blind",
 }
+USAGE = """usage: nab COMMAND ...
+
+{commands}
+
+examples:
+  nab train recipes/quickstart_digits.yaml
+  nab scan path/to/images
+  nab evaluate runs/quickstart_digits --data digits --attack blend alpha=0.3
+  nab poison digits --attack badnets --rate 0.1 --target 0 --out poisoned/digits
+
+nab COMMAND --help tells more. Exit status: 0 done, 2 wrong input (one line says what), 3 finished but not protected."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """`nab COMMAND ...`. Returns the exit status: 0 done, 2 wrong input, 3 finished but not protected."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: nab COMMAND ...\n\n" + "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
-        print("\nnab COMMAND --help tells more")
+        print(USAGE.format(commands="\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())))
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
-        print(f"error: no command {argv[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        known = ", ".join(COMMANDS)
+        print(f"error: no command {argv[0]!r}; known: {known}{nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
-    return guarded(import_module(f".{argv[0]}", __name__).main, argv[1:])
+    return guarded(lambda arguments: int(import_module(f".{argv[0]}", __name__).main(arguments)), argv[1:])

@@ -9,35 +9,51 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import NoReturn
 
-import yaml
+from .. import io
 
-__all__ = ["EXIT_INPUT", "EXIT_UNPROTECTED", "Parser", "guarded", "key_values"]
+__all__ = ["EXIT_INPUT", "EXIT_UNPROTECTED", "Parser", "check_out", "guarded"]
 
 EXIT_INPUT = 2
 EXIT_UNPROTECTED = 3
+DISK = {
+    errno.ENOSPC: "the disk is full; make room",
+    errno.EDQUOT: "the quota is used up; make room",
+    errno.EACCES: "no permission; name another folder",
+    errno.EPERM: "no permission; name another folder",
+    errno.EROFS: "it is on a read-only disk; name another folder",
+    errno.ENOTDIR: "a file is where a folder should be; name another folder",
+    errno.EISDIR: "a folder is where a file should be; name another one",
+    errno.EEXIST: "a file is where a folder should be; name another folder",
+}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for a mistake."""
+    """argparse with one line for a mistake, and with examples.
+
+    Args:
+        prog, description: As in argparse.
+        examples: Command lines to start from."""
+
+    def __init__(self, prog: str, description: str, examples: list[str]) -> None:
+        lines = "\n".join(f"  {line}" for line in examples)
+        shape = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, epilog=f"examples:\n{lines}", formatter_class=shape)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(EXIT_INPUT, f"error: {message}; see {self.prog} --help\n")
 
 
-def key_values(items: list[str]) -> dict[str, Any]:
-    """["size=3", "pattern=white"] -> {"size": 3, "pattern": "white"}; values in YAML."""
-    values = {}
-    for item in items:
-        key, sign, text = item.partition("=")
-        if not sign or not key:
-            raise ValueError(f"{item!r} is not a setting; write key=value")
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"{item!r}: the value is not valid YAML; quote it") from None
-    return values
+def check_out(out: Path) -> None:
+    """Refuse to write beside a trained model, whose own results would be lost, and to where nothing can be written.
+
+    Raises:
+        ValueError: Names the folder."""
+    io.check_folder(out)
+    if (out / "model.safetensors").exists():
+        raise ValueError(f"{out} holds a trained model and its results, which would be overwritten; name another --out")
 
 
 def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
@@ -49,14 +65,22 @@ def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
         return command(argv)
     except ValueError as error:
         message = str(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST):
+        if "Original Traceback" in message:  # from a loader's process, which sends its whole traceback
+            message = message.strip().splitlines()[-1].removeprefix("ValueError: ")
+    except (OSError, RuntimeError) as error:
+        cause = _disk_error(error)
+        if cause is None:
             raise
-        message = (
-            f"cannot write {error.filename or 'the output'}: {error.strerror}; what was there is intact, make room, use --resume"
-        )
+        message = f"{cause.filename or 'the output'}: {DISK[cause.errno or 0]}. Finished files are intact"
     except KeyboardInterrupt:
-        print("stopped; go on with --resume", file=sys.stderr)
+        print("stopped; the same command goes on with --resume, where it has that option", file=sys.stderr)
         return 130
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return EXIT_INPUT
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The trouble with the disk behind an error; torch.save wraps it in a RuntimeError of its own."""
+    while error is not None and not (isinstance(error, OSError) and error.errno in DISK):
+        error = error.__cause__ or error.__context__
+    return error

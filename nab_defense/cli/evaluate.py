@@ -6,30 +6,45 @@ from pathlib import Path
 from typing import Any
 
 from .. import io
+from ..bench.attacks import attacks
 from ..bench.evaluate import evaluate, to_dict
 from ..checkpoint import load, read_header
 from ..defended import DefendedModel
-from ..recipe import parse_recipe
+from ..recipe import key_values, parse_recipe
 from ..result import summarize_models
 from ..session import Session
-from .common import Parser, key_values
+from .common import Parser, check_out
 
 __all__ = ["main"]
 
+EXAMPLES = [
+    "nab evaluate runs/quickstart_digits --data digits",
+    "nab evaluate runs/quickstart_digits --data digits --attack blend alpha=0.3 --target 0",
+    "nab evaluate runs/mine/model.safetensors --data path/to/test --attack badnets size=3 --out runs/mine_badnets",
+]
+
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="nab evaluate", description="Measure a saved model: ACC, and with an attack ASR and RA.")
+    parser = Parser(
+        "nab evaluate",
+        "Measure a saved model: ACC (right on clean images), and with an attack ASR (triggered images that go where the attacker "
+        "wants) and RA (triggered images that are right all the same).",
+        EXAMPLES,
+    )
     parser.add_argument("model", type=Path, help="a run's folder, or its model.safetensors")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the attack, e.g. pattern=white")
     parser.add_argument("--data", required=True, help="test images: a folder, digits, or a timm data set name")
-    parser.add_argument("--attack", help="badnets, blend, sig or wanet")
+    parser.add_argument("--attack", metavar="NAME", help=f"paint its trigger on the images: {', '.join(attacks.names())}")
     parser.add_argument("--target", type=int, default=0, help="the attack's target class; default 0")
     parser.add_argument("--mode", default="all_to_one", choices=("all_to_one", "all_to_all"))
-    parser.add_argument("--limit", type=int, help="evaluate this many random images")
-    parser.add_argument("--out", type=Path, help="folder for result.json; default <run>/evaluation")
+    parser.add_argument("--limit", type=int, help="evaluate this many random images", metavar="N")
+    parser.add_argument("--seed", type=int, default=0, help="seed of that draw; default 0")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for result.json; default <run>/evaluation")
     args = parser.parse_intermixed_args(argv)
-    header = read_header(args.model)
-    model = load(args.model)
+    out = args.out or (args.model if args.model.is_dir() else args.model.parent) / "evaluation"
+    check_out(out)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {args.limit}")
     attack = None
     if args.attack is not None:
         attack = {
@@ -37,13 +52,17 @@ def main(argv: list[str]) -> int:
             "target": args.target,
             "mode": args.mode,
             "poison": False,
-            "params": key_values(args.settings),
+            "params": key_values(args.settings, example="size=3"),
         }
+        attacks.create(args.attack, **attack["params"])
     elif args.settings:
         raise ValueError(f"{args.settings[0]!r} sets an attack; name it with --attack")
+    header = read_header(args.model)
+    model = load(args.model)
     network = header["network"]
     tree = {
         "name": "evaluate",
+        "seed": args.seed,
         "data": {
             "source": args.data, "test": args.data, "test_limit": args.limit, "size": header["input_size"],
             "mean": header["mean"], "std": header["std"],
@@ -51,7 +70,6 @@ def main(argv: list[str]) -> int:
         "attack": attack,
         "model": {"name": network["model"], "in_chans": network["in_chans"]},
     }  # fmt: skip
-    out = args.out or (args.model if args.model.is_dir() else args.model.parent) / "evaluation"
     session = Session(parse_recipe(tree, (), "evaluation settings"), out, resume=False)
     cases = session.cases()
     assert cases is not None  # data.test is set above

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from ..bench.attacks import attacks, create
 from ..bench.poison import MODES, poison_source, write_truth
 from ..data.sources import Source, open_source
+from ..io import check_folder
+from ..recipe import key_values
 from ..registry import nearest
+from .common import Parser
 
 __all__ = ["main"]
+
+EXAMPLES = [
+    "nab poison digits --attack badnets --rate 0.1 --target 0 --out poisoned/digits",
+    "nab poison path/to/images --attack blend alpha=0.1 --rate 0.05 --target cat --out poisoned/images",
+    "nab train recipes/imagefolder.yaml data.source=poisoned/images data.truth=poisoned/images.truth.csv",
+]
 
 FILE_TIME = 946684800  # 2000-01-01: one time for every file, so that none stands out
 
@@ -35,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{arguments.out} exists and is not an empty folder; name another --out or remove it")
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
-    attack = create(arguments.attack, **_settings(arguments.settings))
+    check_folder(out)
+    attack = create(arguments.attack, **key_values(arguments.settings, example="alpha=0.1"))
     source = _as_folder_order(open_source(arguments.source)).limited(arguments.limit, arguments.seed)
     target = None if arguments.target is None else _class_index(arguments.target, source)
     poisoned, truth = poison_source(source, attack, rate=arguments.rate, target=target, mode=arguments.mode, seed=arguments.seed)
@@ -53,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nab poison", description=__doc__)
+def _parser() -> Parser:
+    what = "Write a poisoned copy of a data set as an image folder DIR, and the truth about it to DIR.truth.csv."
+    parser = Parser("nab poison", what, EXAMPLES)
     parser.add_argument("source", metavar="SOURCE", help="digits, a folder with one sub-folder a class, or a timm name")
     parser.add_argument("settings", metavar="key=value", nargs="*", help="settings of the attack, such as alpha=0.1")
     parser.add_argument("--attack", required=True, metavar="NAME", help=", ".join(attacks.names()))
@@ -65,19 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--limit", type=int, metavar="N", help="draw N of the images first")
     return parser
-
-
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not name or not equals:
-            raise ValueError(f"settings look like key=value, got {pair!r}")
-        try:
-            settings[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{pair!r} is not a value: {' '.join(str(error).split())}") from None
-    return settings
 
 
 def _as_folder_order(source: Source) -> Source:

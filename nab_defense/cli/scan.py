@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
+from typing import Any
 
 from .. import io
 from ..data import open_source
+from ..detectors import detectors
 from ..pipeline import detect
 from ..plan import save_finding
-from ..recipe import parse_recipe
+from ..recipe import Recipe, parse_recipe
 from ..result import save_suspects
-from ..session import Session
-from .common import Parser
+from ..session import Session, check_methods
+from .common import Parser, check_out
 
 __all__ = ["main"]
 
 SMALL = 64  # the scan's network looks at images of at most this edge
+EXAMPLES = [
+    "nab scan digits",
+    "nab scan path/to/images --out runs/look data.limit=5000",
+    "nab scan path/to/images data.strict=false scan.epochs=20 data.size=96",
+    "nab scan torch/cifar10 data.options.root=data data.options.download=true",
+]
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="nab scan", description="Rank the images of a data set by suspicion; no model is shipped.")
+    parser = Parser("nab scan", "Rank the images of a data set by suspicion. Nothing is changed, no model is shipped.", EXAMPLES)
     parser.add_argument("source", help="digits, a folder with one sub-folder a class, or a timm data set name")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe settings, e.g. scan.epochs=10 data.limit=5000")
-    parser.add_argument("--detector", default="lga", help="lga, spectral, activation_clustering or knn; default lga")
-    parser.add_argument("--out", type=Path, help="folder for the results; default runs/scan_<source>")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe settings, see the examples")
+    parser.add_argument("--detector", default="lga", metavar="NAME", help=f"{', '.join(detectors.names())}; default lga")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results; default runs/scan_<source>")
     args = parser.parse_intermixed_args(argv)
-    recipe = parse_recipe(_tree(args.source, args.detector), args.overrides, "scan settings")
     out = args.out or Path("runs") / f"scan_{Path(args.source).name}"
-    session = Session(recipe, out, resume=False)
-    session.claim()
+    check_out(out)
+    session = _session(args.source, args.detector, args.overrides, out)
+    session.rehearse()
     finding = detect(session)
     suspects = int(finding.plan.suspect.sum())
     groups = [dataclasses.asdict(group) for group in finding.selection.groups]
     report = {
-        "recipe": json.loads(recipe.model_dump_json()),
+        "recipe": session.settings,
         "samples": len(finding.plan),
         "suspects": suspects,
         "fingerprint": session.source.fingerprint,
@@ -51,16 +58,29 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _tree(source: str, detector: str) -> dict[str, object]:
-    """A recipe for scanning anything: a small network on small images."""
-    opened = open_source(source)
-    edge = min(SMALL, max(opened.image(0).size))
-    spread = [0.5] * opened.channels
+def _session(source: str, detector: str, overrides: list[str], out: Path) -> Session:
+    """A small network on small images; their size and color are those of the images, where the settings do not say."""
     kwargs = {"stem_type": "deep", "stem_width": 8, "channels": [16, 32, 64, 128], "avg_down": False}
-    return {
+    tree: dict[str, Any] = {
         "name": f"scan_{Path(source).name}",
-        "data": {"source": source, "size": edge, "mean": spread, "std": [value / 2 for value in spread]},
-        "model": {"name": "resnet10t", "in_chans": opened.channels, "small_stem": True, "kwargs": kwargs},
+        "data": {"source": source},
+        "model": {"name": "resnet10t", "small_stem": True, "kwargs": kwargs},
         "scan": {"detector": detector, "epochs": 10},
         "train": {"augment": "crop_flip"},
     }
+    asked = _parsed(tree, overrides)
+    check_methods(asked)  # before the images are read
+    data = asked.data
+    opened = open_source(data.source, strict=data.strict, **data.options)
+    channels = asked.model.in_chans if "in_chans" in asked.model.model_fields_set else opened.channels
+    size = data.size or min(SMALL, max(opened.image(0).size))
+    found = {"size": size, "mean": data.mean or [0.5] * channels, "std": data.std or [0.25] * channels}
+    tree = {**tree, "data": tree["data"] | found, "model": {**tree["model"], "in_chans": channels}}
+    session = Session(_parsed(tree, overrides), out, resume=False)
+    if channels == opened.channels:
+        session.whole_source = opened  # not read twice
+    return session
+
+
+def _parsed(tree: dict[str, Any], overrides: list[str]) -> Recipe:
+    return parse_recipe(tree, overrides, "scan settings")

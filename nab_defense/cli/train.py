@@ -11,13 +11,20 @@ from .common import EXIT_UNPROTECTED, Parser
 
 __all__ = ["main"]
 
+EXAMPLES = [
+    "nab train recipes/quickstart_digits.yaml",
+    "nab train recipes/imagefolder.yaml data.source=path/to/train data.test=path/to/val model.name=convnext_tiny",
+    "nab train recipes/cifar10_cpu.yaml seed=1 attack=blend attack.params.alpha=0.1 train.epochs=20 --out runs/blend",
+    "nab train recipes/cifar10_cpu.yaml --resume",
+]
+
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="nab train", description="Train a model on images that may be poisoned.")
-    parser.add_argument("recipe", help="a YAML file such as recipes/cifar10_cpu.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seed=1 attack.name=blend train.epochs=20")
-    parser.add_argument("--out", type=Path, help="folder for the results; default runs/<recipe name>")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in that folder")
+    parser = Parser("nab train", "Train a model on images that may be poisoned.", EXAMPLES)
+    parser.add_argument("recipe", help="a YAML file; those in recipes/ are examples")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, values in YAML")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results; default runs/<recipe name>")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of this recipe in that folder")
     args = parser.parse_intermixed_args(argv)
     recipe = load_recipe(args.recipe, args.overrides)
     out = args.out or Path("runs") / recipe.name

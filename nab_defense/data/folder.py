@@ -46,7 +46,8 @@ def decode(data: bytes) -> tuple[Image.Image, str]:
     image.load()
     if image.mode.startswith(("I", "F")):  # PIL's own convert() would clip 16-bit values to white
         values = np.asarray(image, dtype=np.float64)
-        scale = 255 / 65535 if values.max(initial=0) > 255 else 1
+        top = values.max(initial=0)
+        scale = 255 / 65535 if top > 255 else 255 if image.mode == "F" and top <= 1 else 1
         return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)), "16-bit"
     kind = KINDS.get(image.mode, image.mode)
     return (image if image.mode in ("L", "RGB") else image.convert("L" if kind == "grey" else "RGB")), kind
@@ -100,7 +101,7 @@ def read_folder(root: Path, channels: int | None, strict: bool) -> Folder:
                 if cached <= CACHE_BYTES:
                     cache[index] = image
     _refuse_broken(root, irregular, len(ids), strict)
-    only_grey = len(irregular.get("grey", [])) == len(kept) > 0
+    only_grey = sum(len(irregular.get(kind, [])) for kind in ("grey", "16-bit")) == len(kept) > 0
     if channels == 3 and only_grey:
         raise ValueError(f"all images in {root} are grey and the model takes 3 channels; set model.in_chans=1")
     mode = "L" if channels == 1 or (channels is None and only_grey) else "RGB"

@@ -140,6 +140,8 @@ def open_source(name: str, *, split: str = "train", channels: int | None = None,
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if name == "digits":
+        if channels == 3:
+            raise ValueError("all images in digits are grey and the model takes 3 channels; set model.in_chans=1")
         source = _digits(split)
     elif name.split("/")[0].lower() in TIMM_PREFIXES:
         source = _from_timm(name, split, channels, options)
@@ -190,8 +192,13 @@ def _from_timm(name: str, split: str, channels: int | None, options: dict[str, A
 
     def load(index: int) -> Image.Image:
         # By way of the reader: timm's ImageDataset would return the next sample in place of an unreadable one.
-        image = Image.open(reader[index][0]) if reader is not None else data[index][0]
-        return image.convert(mode)
+        try:
+            if reader is None:
+                return data[index][0].convert(mode)
+            with reader[index][0] as file:
+                return Image.open(file).convert(mode)
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"sample {index} of {name!r} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
     targets = getattr(data, "targets", getattr(data, "labels", None))
     if reader is not None:

@@ -54,7 +54,7 @@ class Albumentation:
 
     def __call__(self, image: Any) -> Tensor:
         self.compose.set_random_seed(int(torch.randint(2**31, ())))
-        array = self.compose(image=np.asarray(image))["image"]
+        array = self.compose(image=np.array(image))["image"]
         return torch.from_numpy(np.ascontiguousarray(array if array.ndim == 3 else array[..., None])).permute(2, 0, 1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,14 +61,19 @@ class Unlearned:
     batch_size: int = 128
     lr: float = 0.05
 
+    def __post_init__(self) -> None:
+        self._phase(self.epochs, "cosine")  # refuses settings that cannot be, before anything is scanned
+
+    def _phase(self, epochs: int, sched: str) -> TrainConfig:
+        return TrainConfig(epochs=epochs, batch_size=self.batch_size, lr=self.lr, sched=sched)
+
     def relabel(self, scan: Scan, suspect: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """See Relabeler; confidence is the network's probability of the proposed label."""
         if not suspect.any():
             return merge(scan, suspect, np.zeros(0, np.int64), np.zeros(0, np.float32))
         model = copy.deepcopy(self.model)
         everything = np.ones(len(scan), dtype=bool)
-        forget = TrainConfig(epochs=1, batch_size=self.batch_size, lr=self.lr, sched="none")
-        recover = dataclasses.replace(forget, epochs=self.epochs, sched="cosine")
+        forget, recover = self._phase(1, "none"), self._phase(self.epochs, "cosine")
         marked = scan.labels + scan.num_classes * suspect
         fit(
             model,

@@ -1,0 +1,82 @@
+"""nab evaluate: the numbers that training reported come back, from a run's folder and from its file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nab_defense.cli import main
+from tests.digits_runs import contents, write_images, write_recipe
+
+ATTACK = ["--data", "digits", "--limit", "60", "--attack", "blend", "alpha=0.3", "--target", "0"]
+
+
+@pytest.fixture
+def copied(blend_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(blend_run, tmp_path / "run"))
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "result.json").read_text()))
+
+
+def test_a_run(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, reported = contents(copied), measured(copied)
+    assert main(["evaluate", str(copied), *ATTACK]) == 0
+    found = measured(copied / "evaluation")
+    assert found["models"] == {"defended": reported["models"]["defended"]}
+    assert found["verdict"] == reported["verdict"]
+    assert found["attack"]["name"] == "blend" and found["attack"]["params"] == {"alpha": 0.3}
+    after = contents(copied)
+    assert {name: after[name] for name in before} == before
+    shown = capsys.readouterr().out
+    assert "defended, stamped" in shown and "defended, plain" in shown and "evaluation" in shown
+
+
+def test_its_file(copied: Path, tmp_path: Path) -> None:
+    out = tmp_path / "elsewhere"
+    assert main(["evaluate", str(copied / "model.safetensors"), *ATTACK, "--out", str(out)]) == 0
+    assert measured(out)["models"]["defended"] == measured(copied)["models"]["defended"]
+    assert not (copied / "evaluation").exists()
+
+
+def test_without_an_attack(copied: Path) -> None:
+    assert main(["evaluate", str(copied), "--data", "digits", "--limit", "60"]) == 0
+    model = measured(copied / "evaluation")["models"]["defended"]
+    assert set(model) == {"acc", "plain"} and model["acc"] == measured(copied)["models"]["defended"]["acc"]
+
+
+def test_a_model_without_a_stamp(tmp_path: Path) -> None:
+    assert main(["train", str(write_recipe(tmp_path)), "--out", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--data", "digits", "--limit", "60"]) == 0
+    models = measured(tmp_path / "run" / "evaluation")["models"]
+    assert models == {"model": {"acc": measured(tmp_path / "run")["models"]["defended"]["acc"]}}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--data", "digits", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--data", "nowhere"], "no such folder or data set: nowhere"),
+        (["--data", "IMAGES"], "has 2 classes"),
+        (["--data", "digits", "--attack", "blend", "--target", "10"], "target must be a class in 0..9, got 10"),
+        (["--data", "digits", "--attack", "sig", "--mode", "all_to_all"], "use mode all_to_one"),
+        (["--data", "digits", "--mode", "all_to_al"], "invalid choice: 'all_to_al'"),
+        (["--data", "digits", "--out", "RUN"], "holds a trained model and its results"),
+    ],
+)
+def test_mistakes(extra: list[str], message: str, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_images(tmp_path / "images", mode="L")
+    before = contents(tmp_path)
+    places = {"IMAGES": str(images), "RUN": str(copied)}
+    try:
+        status = main(["evaluate", str(copied), *(places.get(word, word) for word in extra)])
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    said = capsys.readouterr().err
+    assert status == 2 and message in said and len(said.splitlines()) == 1
+    assert contents(tmp_path) == before

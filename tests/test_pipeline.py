@@ -1,0 +1,197 @@
+"""A run from source to shipped model: what it leaves, that it repeats bit for bit, and that it never asks for the truth."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import nab_defense
+from nab_defense import io, pipeline
+from nab_defense.bench.truth import Truth
+from nab_defense.cli import main
+from nab_defense.defended import DefendedModel
+from nab_defense.pipeline import run
+from nab_defense.recipe import load_recipe
+from nab_defense.session import Session
+from nab_defense.types import NABPlan
+from tests.digits_runs import BLEND, ROOT, contents, write_recipe
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return io.load_tensors(folder / "model.safetensors")[0]
+
+
+def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def plan_of(folder: Path) -> dict[str, Any]:
+    return io.load_arrays(folder / "plan.npz")[0]
+
+
+def check_measured(model: dict[str, Any], names: set[str]) -> None:
+    assert set(model) == names
+    for name in names - {"plain"}:
+        assert set(model[name]) == {"value", "n", "low", "high"}
+        assert 0 <= model[name]["low"] <= model[name]["value"] <= model[name]["high"] <= 1 and model[name]["n"] > 0
+
+
+def test_result_has_the_promised_form(blend_run: Path) -> None:
+    result = json.loads((blend_run / "result.json").read_text())
+    promised = {"recipe", "seed", "commit", "hardware", "versions", "verdict", "seconds", "detection", "models"}
+    assert promised <= set(result)
+    assert result["recipe"] == io.load_yaml(blend_run / "recipe.yaml") and result["seed"] == 0
+    assert isinstance(result["commit"], str) and isinstance(result["hardware"], str)
+    assert {"torch", "timm"} <= set(result["versions"])
+    assert isinstance(result["verdict"]["protected"], bool) and "115 of 800" in result["verdict"]["text"]
+    assert {"scan", "train", "check", "undefended", "oracle", "total"} == set(result["seconds"])
+    total = result["seconds"].pop("total")
+    assert total == pytest.approx(sum(result["seconds"].values())) and min(result["seconds"].values()) > 0
+    found = result["detection"]
+    assert (found["selected"], found["altered"]) == (115, 195)
+    for rate in ("precision", "recall", "auroc", "relabel_accuracy"):
+        assert 0 <= found[rate] <= 1
+    assert found["precision"] > 0.95 and found["recall"] > 0.9
+    assert set(result["models"]) == {"undefended", "oracle", "defended"}
+    for name, model in result["models"].items():
+        check_measured(model, {"acc", "asr", "ra"} | ({"plain"} if name == "defended" else set()))
+    check_measured(result["models"]["defended"]["plain"], {"acc", "asr", "ra"})
+    assert result["models"]["defended"]["acc"]["n"] == 60
+
+
+def test_what_a_run_leaves(blend_run: Path) -> None:
+    names = {path.name for path in blend_run.iterdir() if path.is_file()}
+    assert names == {"model.safetensors", "plan.npz", "result.json", "recipe.yaml", "suspects.csv"}
+    with (blend_run / "suspects.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == ["id", "label", "proposed", "score", "action", "evidence"]
+    assert len(rows) == 195 and len({row["id"] for row in rows}) == 195
+    actions = [row["action"] for row in rows]
+    assert {"dropped", "relabelled and stamped", "stamped as cover"} == set(actions)
+    suspects = [row for row in rows if row["action"] != "stamped as cover"]
+    assert rows[: len(suspects)] == suspects and {row["label"] for row in suspects} == {"0"}
+    scores = [float(row["score"]) for row in suspects]
+    assert scores == sorted(scores, reverse=True)
+    assert all(row["label"] == row["proposed"] for row in rows[len(suspects) :])
+
+
+def test_the_shipped_model_keeps_its_stamp(blend_run: Path) -> None:
+    model = nab_defense.load(blend_run)
+    assert isinstance(model, DefendedModel) and not model.training
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    header = io.load_tensors(blend_run / "model.safetensors")[1]
+    assert header["classes"] == [str(i) for i in range(10)] and header["input_size"] == 8
+    assert header["verdict"] == json.loads((blend_run / "result.json").read_text())["verdict"]
+
+
+def test_its_recipe_repeats_the_run_and_baselines_leave_no_mark(blend_run: Path, tmp_path: Path) -> None:
+    run(load_recipe(blend_run / "recipe.yaml", ["baselines=[]"]), tmp_path / "again")
+    assert same_weights(weights(blend_run), weights(tmp_path / "again"))
+    assert (blend_run / "suspects.csv").read_bytes() == (tmp_path / "again" / "suspects.csv").read_bytes()
+    first, second = plan_of(blend_run), plan_of(tmp_path / "again")
+    assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_resume_of_a_finished_run_changes_nothing(blend_run: Path, tmp_path: Path) -> None:
+    before = contents(blend_run)
+    result = run(load_recipe(blend_run / "recipe.yaml"), blend_run, resume=True)
+    assert result == json.loads(before["result.json"]) and contents(blend_run) == before
+
+
+def test_truth_and_test_set_change_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "poisoned"
+    attack = ["--attack", "blend", "alpha=0.3", "--rate", "0.15", "--target", "0", "--limit", "800"]
+    assert main(["poison", "digits", *attack, "--out", str(folder)]) == 0
+    blind = {**BLEND, "attack": None, "data": {"source": str(folder), "test": None, "limit": 700}}
+    recipe = load_recipe(write_recipe(tmp_path, **blind))
+    told = load_recipe(
+        tmp_path / "tiny.yaml", [f"data.truth={folder}.truth.csv", "data.test=digits", "attack={name: sig, poison: false}"]
+    )
+    results = {name: run(which, tmp_path / name) for name, which in {"blind": recipe, "told": told}.items()}
+    assert results["told"]["detection"]["precision"] > 0.5 and results["told"]["detection"]["recall"] > 0.8
+    assert {"precision", "recall", "auroc"}.isdisjoint(results["blind"]["detection"]) and results["blind"]["models"] == {}
+    assert results["blind"]["verdict"] == results["told"]["verdict"] and results["blind"]["verdict"]["found"]
+    assert (tmp_path / "blind" / "suspects.csv").read_bytes() == (tmp_path / "told" / "suspects.csv").read_bytes()
+    assert same_weights(weights(tmp_path / "blind"), weights(tmp_path / "told"))
+
+
+def test_the_defense_never_looks_at_the_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    looked = Truth.__getattribute__
+
+    def look(truth: Truth, name: str) -> Any:
+        if closed and not name.startswith("__"):
+            raise AssertionError(f"{closed[-1]} reads {name} of the truth")
+        return looked(truth, name)
+
+    def behind_a_wall(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
+        def walled(*arguments: Any, **keywords: Any) -> Any:
+            closed.append(name)
+            try:
+                return stage(*arguments, **keywords)
+            finally:
+                closed.pop()
+
+        return walled
+
+    monkeypatch.setattr(Truth, "__getattribute__", look)
+    for name in ("detect", "train", "defend", "check"):
+        monkeypatch.setattr(pipeline, name, behind_a_wall(name, getattr(pipeline, name)))
+    overrides = ["train.epochs=1", "relabel.params.epochs=1"]
+    result = run(load_recipe(write_recipe(tmp_path, **BLEND), overrides), tmp_path / "run")
+    assert result["detection"]["precision"] > 0.9  # the truth was there to be read
+    session = Session(load_recipe(tmp_path / "tiny.yaml"), tmp_path / "run", resume=False)
+    with pytest.raises(AssertionError, match="the test reads poisoned"):
+        behind_a_wall("the test", lambda: session.truth.poisoned)()  # type: ignore[union-attr]
+
+
+def test_clean_data_is_trained_as_ever(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, baselines=["undefended"], train={"epochs": 2})
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["verdict"]["found"] is False and result["verdict"]["protected"] is True
+    assert "Nothing was found" in capsys.readouterr().out
+    assert result["detection"]["selected"] == result["detection"]["altered"] == 0
+    assert result["models"]["undefended"] == {k: v for k, v in result["models"]["defended"].items() if k != "plain"}
+    session = Session(load_recipe(recipe), tmp_path / "other", resume=False)
+    ordinary = pipeline.train(session, NABPlan.empty(session.source.labels), "ordinary")
+    assert same_weights(weights(tmp_path / "run"), dict(ordinary.state_dict()))
+    assert not isinstance(nab_defense.load(tmp_path / "run"), DefendedModel)
+
+
+def test_not_protected_is_said_and_returned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Clean-label poison keeps its label under the textbook rule, so nothing is stamped.
+    sections: dict[str, Any] = {"attack": {"name": "sig", "rate": 0.08, "params": {"delta": 60}}, "scan": {"epochs": 6}}
+    recipe = write_recipe(tmp_path, rule="paper", relabel={"name": "nearest_center", "params": {}}, **sections)
+    assert main(["train", str(recipe), "data.limit=800", "--out", str(tmp_path / "run")]) == 3
+    assert "Not protected" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["verdict"]["protected"] is False
+
+
+def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, rule="paper", train={"epochs": 12, "batch_size": 16}, data={"test": None})
+    run(load_recipe(recipe), tmp_path / "whole")
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), str(recipe), "--out", str(tmp_path / "cut")]
+    state = tmp_path / "cut" / "stages" / "defended.state"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not state.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    done = len(io.load_state(state)["history"])
+    assert 1 <= done < 12
+    run(load_recipe(recipe), tmp_path / "cut", resume=True)
+    assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert (tmp_path / "whole" / "suspects.csv").read_bytes() == (tmp_path / "cut" / "suspects.csv").read_bytes()

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nab_defense.runtime import Runtime, fixed_seed
+
+
+def draws() -> list[float]:
+    return [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
+
+
+def test_fixed_seed_repeats_python_numpy_and_torch() -> None:
+    found = []
+    for parts in ((0,), (0, 0), (0, 1), (1, 0), (0, 1)):
+        fixed_seed(*parts)
+        found.append(draws())
+    assert found[2] == found[4]
+    for place in range(3):  # each library follows the seed
+        assert len({sample[place] for sample in found[1:4]}) == 3
+
+
+def test_unknown_and_missing_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="device 'gpu' is not a device; use auto, cpu or cuda"):
+        Runtime(device="gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(ValueError, match=f"device '{device}' asked for, but this machine shows no CUDA device"):
+            Runtime(device=device)
+    assert Runtime().torch_device == torch.device("cpu")
+    with pytest.raises(ValueError, match="precision must be auto, bfloat16 or float32, got 'float16'"):
+        Runtime(precision="float16")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_precision_is_bfloat16_only_where_the_processor_has_it(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: fast, raising=False)
+    expected = torch.bfloat16 if fast else torch.float32
+    runtime = Runtime(device="cpu")
+    assert runtime.amp_dtype == expected
+    with runtime.autocast():
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == expected
+
+
+def test_set_precision_is_kept() -> None:
+    assert Runtime(device="cpu", precision="bfloat16").amp_dtype == torch.bfloat16
+    assert Runtime(device="cpu", precision="float32").amp_dtype == torch.float32
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_memory_format(channels_last: bool) -> None:
+    runtime = Runtime(device="cpu", channels_last=channels_last)
+    model = runtime.place(nn.Conv2d(3, 4, 3))
+    images = torch.rand(2, 3, 8, 8)
+    put = runtime.put(images)
+    assert torch.equal(put, images)
+    for tensor in (put, model.weight):
+        assert isinstance(tensor, torch.Tensor)
+        assert tensor.is_contiguous(memory_format=torch.channels_last) is channels_last
+
+
+def test_threads_are_set_by_place_alone() -> None:
+    before = torch.get_num_threads()
+    try:
+        runtime = Runtime(device="cpu", threads=before + 1)
+        assert torch.get_num_threads() == before
+        runtime.place(nn.Linear(1, 1))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_hardware_names_device_threads_and_precision() -> None:
+    runtime = Runtime(device="cpu", precision="float32")
+    assert f"{torch.get_num_threads()} threads, float32" in runtime.hardware() and "CPU" in runtime.hardware()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        runtime.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_auto_takes_the_gpu() -> None:
+    runtime = Runtime()
+    assert runtime.torch_device.type == "cuda" and runtime.put(torch.ones(1, 3, 2, 2)).is_cuda

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nab_defense.scan import Scan
+from nab_defense.select import MIN_SEEDS, Selection, expand, settled, split_in_two, take_fraction
+from nab_defense.types import SuspectReport
+
+CLASSES, DIM = 5, 24
+
+
+def sample(
+    *, seed: int = 0, count: int = 2500, targets: Iterable[int] = (), rate: float = 0.0, shift: float = 8.0
+) -> tuple[Scan, NDArray[np.bool_]]:
+    """What a scan early in training sees: features of `count` images, whose losses follow a direction of ease in them.
+
+    `rate` of all are poison, split over the target classes: `shift` deviations away along a direction of its own, and easy."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, count)
+    features = rng.normal(size=(count, DIM)) @ np.diag(np.linspace(2, 0.5, DIM)) + 2 * rng.normal(size=(CLASSES, DIM))[labels]
+    ease = features[:, 0] + 0.5 * features[:, 1]
+    poisoned = np.zeros(count, dtype=bool)
+    for target in targets:
+        chosen = rng.choice(np.flatnonzero(~poisoned), int(rate * count / len(list(targets))), replace=False)
+        features[chosen, -1 - target] += shift
+        labels[chosen], poisoned[chosen] = target, True
+    losses = np.exp(-0.4 * ease + 0.3 * rng.normal(size=count) - 3 * poisoned)
+    logits = np.zeros((count, CLASSES))
+    return Scan(labels, losses.astype(np.float32), logits.astype(np.float32), features.astype(np.float32)), poisoned
+
+
+def lowest(scan: Scan) -> SuspectReport:
+    return SuspectReport(-scan.losses, scan.labels, "lga")
+
+
+def precision_and_recall(suspect: NDArray[np.bool_], poisoned: NDArray[np.bool_]) -> tuple[float, float]:
+    hits = (suspect & poisoned).sum()
+    return hits / max(1, suspect.sum()), hits / poisoned.sum()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("center", "spread", "share"), [(6.0, 1.0, 0.3), (8.0, 2.0, 0.1), (10.0, 0.5, 0.05)])
+def test_two_humps_are_split_where_they_are(center: float, spread: float, share: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    higher = rng.random(2000) < share
+    values = np.where(higher, center + spread * rng.normal(size=2000), rng.normal(size=2000))
+    likely, separation, valley = split_in_two(values)
+    assert separation == pytest.approx(center / np.sqrt((1 + spread**2) / 2), rel=0.12)
+    assert valley > 0.5
+    assert ((likely > 0.5) == higher).mean() > 0.985
+    mirrored, same_separation, same_valley = split_in_two(-3 * values + 7)
+    assert (same_separation, same_valley) == pytest.approx((separation, valley), rel=0.02)
+    np.testing.assert_allclose(mirrored, 1 - likely, atol=0.05)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_one_hump_has_no_valley(seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=2000)
+    assert split_in_two(values)[2] < 0.25
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_equal_values_and_skewed_ones_have_no_valley() -> None:
+    assert split_in_two(np.zeros(100))[2] == 0
+    assert split_in_two(np.random.default_rng(0).exponential(size=2000))[2] < 0.25
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("rate", [0.03, 0.1])
+def test_expand_finds_exactly_the_planted_group(rate: float, seed: int) -> None:
+    scan, poisoned = sample(seed=seed, targets=(2,), rate=rate)
+    report = lowest(scan)
+    seeds = report.select(0.02)
+    assert (seeds & poisoned).sum() >= MIN_SEEDS and not (poisoned <= seeds).all()
+    selection = expand(report, scan, fraction=0.02)
+    precision, recall = precision_and_recall(selection.suspect, poisoned)
+    assert precision > 0.98 and recall > 0.98
+    group = next(group for group in selection.groups if group.label == 2)
+    assert group.distinct and group.size == selection.suspect.sum() and group.seeds == (seeds & (scan.labels == 2)).sum()
+    assert not any(group.distinct for group in selection.groups if group.label != 2)
+    assert selection.doubt.dtype == np.float32 and (selection.doubt[poisoned] > 0.5).mean() > 0.98
+
+
+def test_two_target_classes_are_both_found() -> None:
+    scan, poisoned = sample(targets=(0, 3), rate=0.1)
+    selection = expand(lowest(scan), scan, fraction=0.06)
+    precision, recall = precision_and_recall(selection.suspect, poisoned)
+    assert precision > 0.98 and recall > 0.98
+    assert [group.label for group in selection.groups if group.distinct] == [0, 3]
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.1])
+@pytest.mark.parametrize("seed", range(10))
+def test_on_clean_data_nobody_is_accused(seed: int, fraction: float) -> None:
+    # Losses hang on the features here, as they do in life: the seeds of a class do stand at one of its ends.
+    scan, _ = sample(seed=seed)
+    report = lowest(scan)
+    assert np.bincount(scan.labels[report.select(fraction)], minlength=CLASSES).max() >= MIN_SEEDS
+    selection = expand(report, scan, fraction=fraction)
+    assert not selection.suspect.any() and not selection.doubt.any()
+    assert len(selection.groups) > 0 and not any(group.distinct for group in selection.groups)
+
+
+def test_on_few_clean_samples_with_many_features_nobody_is_accused() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES, 1500)
+    features = rng.normal(size=(1500, 200)) + 3 * np.eye(CLASSES, 200)[labels]
+    losses = np.exp(-0.8 * features[np.arange(1500), labels] + 2 * rng.normal(size=1500))
+    scan = Scan(labels, losses.astype(np.float32), np.zeros((1500, CLASSES), np.float32), features.astype(np.float32))
+    assert not expand(lowest(scan), scan, fraction=0.1).suspect.any()
+
+
+def test_too_few_seeds_accuse_nobody() -> None:
+    scan, _ = sample(targets=(2,), rate=0.1)
+    selection = expand(lowest(scan), scan, fraction=(MIN_SEEDS - 1) / len(scan))
+    assert not selection.suspect.any() and selection.groups == ()
+
+
+def test_scaling_features_changes_nothing() -> None:
+    scan, _ = sample(targets=(2,), rate=0.1)
+    scaled = Scan(scan.labels, scan.losses, scan.logits, (scan.features * np.logspace(-3, 3, DIM) + 5).astype(np.float32))
+    first, second = (expand(lowest(scan), seen, fraction=0.05) for seen in (scan, scaled))
+    assert (first.suspect == second.suspect).mean() > 0.999
+
+
+def test_a_previous_group_is_carried_on_and_grows() -> None:
+    early, poisoned = sample(targets=(2,), rate=0.1)
+    found = expand(lowest(early), early, fraction=0.05)
+    # Later, losses tell nothing any more; a part of the group as previous is enough to grow all of it from the features.
+    later = Scan(early.labels, np.random.default_rng(1).random(len(early)).astype(np.float32), early.logits, early.features)
+    part = Selection(found.suspect & (np.random.default_rng(2).random(len(early)) < 0.5), found.doubt, found.groups)
+    alone = expand(lowest(later), later, fraction=0.01)
+    assert not alone.suspect.any()
+    grown = expand(lowest(later), later, fraction=0.01, previous=part)
+    precision, recall = precision_and_recall(grown.suspect, poisoned)
+    assert precision > 0.98 and recall > 0.98 and part.suspect.sum() < 0.6 * grown.suspect.sum()
+    # A pass whose features show nothing leaves the earlier group as it was.
+    blank = np.random.default_rng(3).normal(size=early.features.shape).astype(np.float32)
+    kept = expand(lowest(later), Scan(early.labels, later.losses, early.logits, blank), fraction=0.01, previous=found)
+    np.testing.assert_array_equal(kept.suspect, found.suspect)
+    np.testing.assert_array_equal(kept.doubt, found.doubt)
+    assert [group for group in kept.groups if group.distinct] == [group for group in found.groups if group.distinct]
+    assert found.suspect.sum() == expand(lowest(early), early, fraction=0.05).suspect.sum()  # previous is not written to
+
+
+def select(*indices: int, count: int = 100) -> Selection:
+    suspect = np.isin(np.arange(count), indices)
+    return Selection(suspect, suspect.astype(np.float32))
+
+
+def test_settled_is_an_overlap_of_98_percent_of_somebody() -> None:
+    fifty = select(*range(50))
+    assert settled(fifty, fifty)
+    assert settled(fifty, select(*range(49))) and settled(select(*range(49)), fifty)
+    assert not settled(fifty, select(*range(48)))
+    assert not settled(fifty, select(*range(1, 51)))
+    assert not settled(select(), select()) and not settled(select(), fifty)
+
+
+def test_take_fraction_takes_exactly_that() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=1000)
+    for fraction, count in ((0.05, 50), (0.0505, 50), (0.5, 500)):
+        selection = take_fraction(SuspectReport(scores, np.zeros(1000), "d"), fraction)
+        assert selection.suspect.sum() == count and selection.groups == ()
+        assert scores[selection.suspect].min() > scores[~selection.suspect].max()
+        np.testing.assert_array_equal(selection.doubt, selection.suspect)
