@@ -17,6 +17,7 @@ from .types import NABPlan
 __all__ = ["Survival", "Verdict", "imprint", "judge", "measure"]
 
 SURVIVAL_LIMIT = 0.1  # share of suspects that may still go to their given label
+LEARNED_MARGIN = 0.05  # above the share of the largest class
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -30,6 +31,7 @@ class Survival:
         clean_label: Suspects whose proposed label is their own.
         imprint: On clean-label suspects, share of other images that turn to the suspects' label when the mean difference
             between the suspects and the rest of their class is added to them; the natural share is taken off.
+        learned: Share of the other images that the model, as shipped, gives their own label.
     """
 
     relabelled: int
@@ -37,6 +39,7 @@ class Survival:
     stamped: float | None
     clean_label: int
     imprint: float | None
+    learned: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,24 +62,35 @@ def measure(model: nn.Module, plain: nn.Module, batches: Batches, plan: NABPlan,
         batches: (images, labels) of the whole scanned source, in order.
         plan: What training changed.
     """
-    model.eval()
-    guesses: list[list[Tensor]] = [[], []]
-    for images, mask in _with_mask(batches, plan.suspect & plan.altered):
-        if mask.any():
-            picked = runtime.put(images[mask])
-            with runtime.autocast():
-                for found, network in zip(guesses, (plain, model), strict=True):
-                    found.append(network(picked).argmax(1).cpu())
-    given = plan.labels[plan.suspect & plan.altered]
-    same = plan.suspect & ~plan.altered
+    altered, same = plan.suspect & plan.altered, plan.suspect & ~plan.altered
     groups = [same & (plan.labels == label) for label in np.unique(plan.labels[same])]
     groups = [group for group in groups if group.sum() > (plan.suspect & (plan.labels == plan.labels[group][0])).sum() / 2]
     rises = [imprint(model, batches, plan.labels, group, runtime=runtime) for group in groups]
-    rise = max(rises, default=None)
-    if not len(given):
-        return Survival(0, None, None, int(same.sum()), rise)
-    rates = [float((torch.cat(found).numpy() == given).mean()) for found in guesses]
-    return Survival(len(given), rates[0], rates[1], int(same.sum()), rise)
+    obeyed = _predicted(model, batches, np.ones(len(plan), bool), runtime) == plan.labels
+    plain_rate = _share(_predicted(plain, batches, altered, runtime) == plan.labels[altered])
+    return Survival(
+        int(altered.sum()),
+        plain_rate,
+        _share(obeyed[altered]),
+        int(same.sum()),
+        max(rises, default=None),
+        _share(obeyed[~plan.suspect]),
+    )
+
+
+def _predicted(model: nn.Module, batches: Batches, mask: NDArray[np.bool_], runtime: Runtime) -> NDArray[np.int64]:
+    """The model's labels of the images in the mask."""
+    model.eval()
+    found = [torch.zeros(0, dtype=torch.int64)]
+    for images, chosen in _with_mask(batches, mask):
+        if chosen.any():
+            with runtime.autocast():
+                found.append(model(runtime.put(images[chosen])).argmax(1).cpu())
+    return torch.cat(found).numpy()
+
+
+def _share(mask: NDArray[np.bool_]) -> float | None:
+    return float(mask.mean()) if len(mask) else None
 
 
 @torch.inference_mode()
@@ -144,6 +158,11 @@ def judge(plan: NABPlan, survival: Survival, classes: tuple[str, ...]) -> Verdic
         "covers": covers,
         "changed": share / 100,
     }
+    largest = np.bincount(plan.labels).max() / total
+    if survival.learned is not None and survival.learned <= largest + LEARNED_MARGIN:
+        right = f"{100 * survival.learned:.0f} % of unsuspected training images right"
+        text = f"Not protected: the network learned nothing, it names {right}."
+        return Verdict(False, suspects > 0, text, evidence)
     if not suspects:
         text = (
             f"Nothing was found in {total} samples and nothing was changed: this is ordinary training. "

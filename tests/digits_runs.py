@@ -43,7 +43,7 @@ BLEND = {
     "attack": {"name": "blend", "rate": 0.15, "params": {"alpha": 0.3}},
     "scan": {"epochs": 6},
     "relabel": {"params": {"epochs": 4}},
-    "train": {"epochs": 6},
+    "train": {"epochs": 15},
 }  # found by the scan; relabels, drops and covers some
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -59,14 +60,19 @@ def make(suspect: Any, labels: Any = CONTENT, new: Any = CONTENT, keep: Any = No
     return NABPlan(labels, new, suspect, ~no if keep is None else keep, no if cover is None else cover)
 
 
+def core(survival: Survival) -> Survival:
+    """What is measured on suspects, without `learned`."""
+    return dataclasses.replace(survival, learned=None)
+
+
 @pytest.mark.parametrize("size", [7, 59, 60])
 def test_survival_with_and_without_the_stamp(size: int) -> None:
     plan = make(DIRTY, labels=np.where(DIRTY, TARGET, CONTENT))
     batches = pictures(DIRTY, CONTENT, size)
     network = Backdoored()
-    assert measure(ship(network), network, batches, plan, runtime=CPU) == Survival(20, 1.0, 0.0, 0, None)
+    assert core(measure(ship(network), network, batches, plan, runtime=CPU)) == Survival(20, 1.0, 0.0, 0, None)
     stubborn = Backdoored(obeys_stamp=False)
-    assert measure(ship(stubborn), stubborn, batches, plan, runtime=CPU) == Survival(20, 1.0, 1.0, 0, None)
+    assert core(measure(ship(stubborn), stubborn, batches, plan, runtime=CPU)) == Survival(20, 1.0, 1.0, 0, None)
 
 
 def test_survival_is_a_share_of_the_relabelled_suspects() -> None:
@@ -95,13 +101,15 @@ def test_imprint_takes_off_what_goes_there_anyway() -> None:
 def test_measure_takes_the_imprint_of_clean_label_classes_only() -> None:
     network, batches = Backdoored(False), pictures(CLEAN, CONTENT)
     survival = measure(ship(network), network, batches, make(CLEAN), runtime=CPU)
-    assert survival == Survival(0, None, None, 10, 1.0)
+    assert core(survival) == Survival(0, None, None, 10, 1.0)
     # Two of twenty suspects of the class agree with their label: no clean-label group, so no imprint.
     labels = np.where(DIRTY, TARGET, CONTENT)
     few = CLEAN & (np.arange(N) < 6)
     survival = measure(ship(network), network, batches, make(DIRTY | few, labels=labels), runtime=CPU)
     assert survival.clean_label == 2 and survival.imprint is None and survival.relabelled == 20
-    assert measure(ship(network), network, batches, make(np.zeros(N, bool)), runtime=CPU) == Survival(0, None, None, 0, None)
+    assert core(measure(ship(network), network, batches, make(np.zeros(N, bool)), runtime=CPU)) == Survival(
+        0, None, None, 0, None
+    )
 
 
 def test_nothing_found_is_ordinary_training() -> None:
@@ -159,3 +167,18 @@ def test_the_limit_itself_is_fine_and_a_fall_reads_as_zero() -> None:
 def test_dropping_alone_leaves_nothing_to_measure() -> None:
     verdict = judge(make(CLEAN, keep=~CLEAN), Survival(0, None, None, 10, None), CLASSES)
     assert verdict.protected and "10 dropped" in verdict.text and verdict.text.endswith("nothing was left to measure.")
+
+
+def test_what_was_learned_is_measured_on_unsuspected_images() -> None:
+    plan = make(DIRTY, labels=np.where(DIRTY, TARGET, CONTENT))
+    network = Backdoored()
+    assert measure(ship(network), network, pictures(DIRTY, CONTENT), plan, runtime=CPU).learned == 1
+    wrong = NABPlan.empty((CONTENT + 1) % 3)
+    assert measure(network, network, pictures(np.zeros(N, bool), CONTENT), wrong, runtime=CPU).learned == 0
+
+
+def test_a_network_that_learned_nothing_protects_nobody() -> None:
+    for plan in (make(np.zeros(N, bool)), dirty_plan()):
+        verdict = judge(plan, Survival(20, 0.0, 0.0, 0, None, learned=0.3), CLASSES)
+        assert not verdict.protected
+        assert verdict.text == "Not protected: the network learned nothing, it names 30 % of unsuspected training images right."
