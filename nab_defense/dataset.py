@@ -68,6 +68,7 @@ class NABDataset(Dataset[Any]):
         self.normalized = normalized
         self._order = np.flatnonzero(plan.keep)
         self._stamped = plan.stamped
+        self._patches: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._order)
@@ -93,8 +94,16 @@ class NABDataset(Dataset[Any]):
             return self._paint(torch.from_numpy(image)).numpy()
         if not isinstance(image, Tensor):
             raise ValueError(f"cannot stamp a {type(image).__name__}; end the transform in a tensor, e.g. with PILToTensor()")
-        normalized = self.normalized if self.normalized is not None else _normalizes(self.transform)
-        return self.stamp(image, mean=self.mean, std=self.std, normalized=normalized)
+        if image.shape[-3] != len(self.mean):
+            raise ValueError(f"image has {image.shape[-3]} channels, the normalisation {len(self.mean)}")
+        rows, cols = self.stamp.region(image.shape[-2], image.shape[-1])
+        key = (rows.stop - rows.start, image.dtype)
+        if key not in self._patches:  # the same for all images; building it takes longer than painting it
+            normalized = self.normalized if self.normalized is not None else _normalizes(self.transform)
+            self._patches[key] = self.stamp.values(*key, mean=self.mean, std=self.std, normalized=normalized)
+        stamped = image.clone()
+        stamped[..., rows, cols] = self._patches[key]
+        return stamped
 
     @property
     def transform(self) -> Callable[[Any], Any] | None:
@@ -102,6 +111,7 @@ class NABDataset(Dataset[Any]):
 
     @transform.setter
     def transform(self, transform: Callable[[Any], Any] | None) -> None:
+        self._patches.clear()  # another transform may normalise where this one did not
         self.dataset.transform = transform
         if hasattr(self.dataset, "transforms"):
             # some of torchvision's data sets read .transforms and ignore .transform (timm issue 1216)

@@ -94,13 +94,20 @@ class Stamp:
         if image.shape[-3] != len(mean):
             raise ValueError(f"image has {image.shape[-3]} channels, the normalisation {len(mean)}")
         rows, cols = self.region(image.shape[-2], image.shape[-1])
-        patch = self.patch(rows.stop - rows.start, mean)
-        if image.dtype == torch.uint8:
+        patch = self.values(rows.stop - rows.start, image.dtype, mean=mean, std=std, normalized=normalized)
+        stamped = image.clone()
+        stamped[..., rows, cols] = patch.to(image.device)
+        return stamped
+
+    def values(
+        self, edge: int, dtype: torch.dtype, *, mean: Sequence[float], std: Sequence[float] | None, normalized: bool
+    ) -> Tensor:
+        """(C, edge, edge) of this dtype: the patch in the units of the images it is painted on; see __call__."""
+        patch = self.patch(edge, mean)
+        if dtype == torch.uint8:
             patch = (patch * 255).round()
         elif normalized:
             if std is None:
                 raise ValueError("a normalised image needs std to be stamped")
             patch = (patch - torch.tensor(list(mean)).view(-1, 1, 1)) / torch.tensor(list(std)).view(-1, 1, 1)
-        stamped = image.clone()
-        stamped[..., rows, cols] = patch.to(device=image.device, dtype=image.dtype)
-        return stamped
+        return patch.to(dtype)
