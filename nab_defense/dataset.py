@@ -94,16 +94,12 @@ class NABDataset(Dataset[Any]):
             return self._paint(torch.from_numpy(image)).numpy()
         if not isinstance(image, Tensor):
             raise ValueError(f"cannot stamp a {type(image).__name__}; end the transform in a tensor, e.g. with PILToTensor()")
-        if image.shape[-3] != len(self.mean):
-            raise ValueError(f"image has {image.shape[-3]} channels, the normalisation {len(self.mean)}")
-        rows, cols = self.stamp.region(image.shape[-2], image.shape[-1])
+        rows, _ = self.stamp.region(image.shape[-2], image.shape[-1])
         key = (rows.stop - rows.start, image.dtype)
         if key not in self._patches:  # the same for all images; building it takes longer than painting it
             normalized = self.normalized if self.normalized is not None else _normalizes(self.transform)
             self._patches[key] = self.stamp.values(*key, mean=self.mean, std=self.std, normalized=normalized)
-        stamped = image.clone()
-        stamped[..., rows, cols] = self._patches[key]
-        return stamped
+        return self.stamp.paint(image, self._patches[key])
 
     @property
     def transform(self) -> Callable[[Any], Any] | None:

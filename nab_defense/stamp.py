@@ -91,12 +91,17 @@ class Stamp:
         Returns:
             A new tensor of the same shape and dtype; the three forms agree to within one grey level.
         """
-        if image.shape[-3] != len(mean):
-            raise ValueError(f"image has {image.shape[-3]} channels, the normalisation {len(mean)}")
+        rows, _ = self.region(image.shape[-2], image.shape[-1])
+        values = self.values(rows.stop - rows.start, image.dtype, mean=mean, std=std, normalized=normalized)
+        return self.paint(image, values.to(image.device))
+
+    def paint(self, image: Tensor, values: Tensor) -> Tensor:
+        """A copy of an image or a batch with these (C, edge, edge) values in the stamp's place; see `values`."""
+        if image.shape[-3] != len(values):
+            raise ValueError(f"image has {image.shape[-3]} channels, the normalisation {len(values)}")
         rows, cols = self.region(image.shape[-2], image.shape[-1])
-        patch = self.values(rows.stop - rows.start, image.dtype, mean=mean, std=std, normalized=normalized)
         stamped = image.clone()
-        stamped[..., rows, cols] = patch.to(image.device)
+        stamped[..., rows, cols] = values
         return stamped
 
     def values(
