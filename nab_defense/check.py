@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .content import weighted_images
 from .runtime import Runtime
 from .types import NABPlan
 
@@ -112,7 +113,8 @@ def imprint(
     label = int(labels[group][0])
     rest = (labels == label) & ~group
     model.eval()
-    pattern = (_sum(batches, group) / group.sum() - _sum(batches, rest) / max(1, int(rest.sum()))).float()
+    weights = group / group.sum() - rest / max(1, int(rest.sum()))
+    pattern = weighted_images(batches, weights[None])[0]
     before = after = count = 0
     for images, mask in _with_mask(batches, labels != label):
         if not mask.any():
@@ -123,10 +125,6 @@ def imprint(
             after += int((model(picked + pattern.to(picked)).argmax(1) == label).sum())
         count += len(picked)
     return (after - before) / max(1, count)
-
-
-def _sum(batches: Batches, mask: NDArray[np.bool_]) -> Tensor:
-    return torch.stack([images[chosen].double().sum(0) for images, chosen in _with_mask(batches, mask)]).sum(0)
 
 
 def _with_mask(batches: Batches, mask: NDArray[np.bool_]) -> Iterator[tuple[Tensor, Tensor]]:

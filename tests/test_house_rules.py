@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "nab_defense"
 LAYERS = [
     {"types", "registry", "stamp", "io", "runtime"},
-    {"data", "scan", "dataset", "defended", "train"},
+    {"data", "scan", "content", "dataset", "defended", "train"},
     {"detectors", "relabel", "purify", "select", "plan"},
     {"checkpoint", "check", "bench", "report"},
     {"recipe", "session", "result", "pipeline"},

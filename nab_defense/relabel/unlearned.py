@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..content import label_by_content
 from ..runtime import Runtime
-from ..scan import Scan, scan_model
+from ..scan import Scan
 from ..train import TrainConfig, fit
 from .base import merge, relabelers
 
@@ -44,7 +45,7 @@ class Unlearned:
     """Needs neither clean data nor self-supervision.
 
     One epoch unlearns the suspects, the others train on the rest alone, so that suspects whose content does agree with
-    their label (clean-label poison, innocents) get it back.
+    their label (clean-label poison, innocents) get it back. See label_by_content for what the network then proposes.
 
     Args:
         model: The scan's network; it is copied.
@@ -71,20 +72,13 @@ class Unlearned:
         """See Relabeler; confidence is the network's probability of the proposed label."""
         if not suspect.any():
             return merge(scan, suspect, np.zeros(0, np.int64), np.zeros(0, np.float32))
-        model = copy.deepcopy(self.model)
-        everything = np.ones(len(scan), dtype=bool)
+        model, everything = copy.deepcopy(self.model), np.ones(len(scan), dtype=bool)
+        marked = self.loaders(scan.labels + scan.num_classes * suspect, everything, True)
         forget, recover = self._phase(1, "none"), self._phase(self.epochs, "cosine")
-        marked = scan.labels + scan.num_classes * suspect
-        fit(
-            model,
-            self.loaders(marked, everything, True),
-            runtime=self.runtime,
-            train=forget,
-            loss=unlearning_loss,
-            title="unlearn",
-        )
+        fit(model, marked, runtime=self.runtime, train=forget, loss=unlearning_loss, title="unlearn")
         fit(model, self.loaders(scan.labels, ~suspect, True), runtime=self.runtime, train=recover, title="recover")
-        seen = scan_model(model, self.loaders(scan.labels, suspect, False), scan.labels[suspect], runtime=self.runtime)
-        probability = torch.from_numpy(seen.logits).softmax(1)
-        confidence, proposed = probability.max(1)
-        return merge(scan, suspect, proposed.numpy(), confidence.numpy())
+
+        def plain(keep: NDArray[np.bool_]) -> Any:
+            return self.loaders(scan.labels, keep, False)
+
+        return merge(scan, suspect, *label_by_content(model, plain, scan.labels, suspect, runtime=self.runtime))

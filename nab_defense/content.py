@@ -1,0 +1,110 @@
+"""Labels by content: what a group of suspects shares is taken off its images before a network names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .runtime import Runtime
+
+__all__ = ["label_by_content", "weighted_images"]
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+ROUNDS = 4
+STANDS = 0.98  # share of labels that no longer change
+CLEAN_LABEL = 0.5  # of the rate at which the rest of the class is given its label
+
+
+def weighted_images(batches: Batches, weights: NDArray[np.float64]) -> Tensor:
+    """Weighted sums of images, in one pass.
+
+    Args:
+        batches: (images (B, C, H, W), labels) of N images in order.
+        weights: (G, N).
+
+    Returns: (G, C, H, W) float32, on the CPU."""
+    table, first, total = torch.from_numpy(weights), 0, torch.zeros(())
+    for images, _ in batches:
+        part = table[:, first : first + len(images)]
+        first += len(images)
+        if part.any():
+            total = total + torch.einsum("gb,bchw->gchw", part, images.cpu().double())
+    return total.float()
+
+
+def label_by_content(
+    model: nn.Module,
+    batches: Callable[[NDArray[np.bool_]], Batches],
+    labels: NDArray[np.int64],
+    suspect: NDArray[np.bool_],
+    *,
+    runtime: Runtime,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Label suspects with their trigger taken off, as far as it is the same in all of them.
+
+    A network that never learned a trigger can still be misled by it: sinusoidal stripes make airplanes look like horses. So the
+    suspects of one given label are compared with trusted images of the same content: their mean, less the means of the
+    classes that were proposed for them, each as often as proposed, is what they share beyond content. It is taken off, the
+    network proposes anew, and so on until the labels stand still. Right proposals hardly change by this.
+
+    A group that goes to its given label at half the rate of the rest of its class, or more, is clean-label poison (or
+    innocent): content and label agree, and the whole group keeps its label.
+
+    Args:
+        model: Knows the classes and not the triggers.
+        batches: From a mask of the N samples to loaders over them: normalised images, in order, without augmentation.
+        labels: (N,) as given.
+        suspect: (N,) bool with S true.
+        runtime: Where to compute.
+
+    Returns:
+        (S,) labels and (S,) the network's probability of them, in the suspects' order.
+    """
+    given, member = np.unique(labels[suspect], return_inverse=True)
+    everything = np.ones(len(labels), dtype=bool)
+    rest = ~suspect & np.isin(labels, given)
+    obeyed = _probabilities(model, batches(rest), runtime).argmax(1) == labels[rest]
+    recall = np.array([obeyed[labels[rest] == label].sum() / max(1, (labels[rest] == label).sum()) for label in given])
+    chances = _probabilities(model, batches(suspect), runtime)
+    proposed = chances.argmax(1)
+    sizes = np.bincount(labels[~suspect], minlength=chances.shape[1]).clip(min=1)
+    for _ in range(ROUNDS):
+        weights = np.zeros((len(given), len(labels)))
+        for index in range(len(given)):
+            own = member == index
+            shares = np.bincount(proposed[own], minlength=chances.shape[1]) / own.sum()
+            weights[index] = np.where(suspect, 0.0, -(shares / sizes)[labels])
+            weights[index, np.flatnonzero(suspect)[own]] = 1 / own.sum()
+        shared = weighted_images(batches(everything), weights)
+        chances = _probabilities(model, batches(suspect), runtime, shared, torch.from_numpy(member))
+        before, proposed = proposed, chances.argmax(1)
+        if (before == proposed).mean() >= STANDS:
+            break
+    for index, label in enumerate(given):
+        own = member == index
+        if (proposed[own] == label).mean() > CLEAN_LABEL * recall[index] > 0:
+            proposed[own] = label
+    return proposed, chances[np.arange(len(proposed)), proposed]
+
+
+@torch.inference_mode()
+def _probabilities(
+    model: nn.Module, batches: Batches, runtime: Runtime, shared: Tensor | None = None, member: Tensor | None = None
+) -> NDArray[np.float32]:
+    """(N, K) softmax of the images, less what image i shares with its group member[i]."""
+    model.eval()
+    found: list[Tensor] = []
+    first = 0
+    for images, _ in batches:
+        images = images.cpu()
+        if shared is not None and member is not None:
+            images = images - shared[member[first : first + len(images)]]
+        first += len(images)
+        with runtime.autocast():
+            found.append(model(runtime.put(images)).float().softmax(1).cpu())
+    chances: NDArray[np.float32] = torch.cat(found).numpy()
+    return chances
