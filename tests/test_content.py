@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nab_defense.content import label_by_content, weighted_images
+from nab_defense.runtime import Runtime
+
+CPU = Runtime(device="cpu", precision="float32")
+PER_CLASS = 200
+TRUE = np.repeat(np.arange(4), PER_CLASS)
+EARLY = np.tile(np.arange(PER_CLASS) < 60, 4)
+
+
+class Rows(nn.Module):
+    """Names an image after the row with the most contrast; never learned a trigger, and can be misled by a bright one."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 2 * images.square().mean((1, 3))
+
+
+def rows(triggers: list[tuple[NDArray[np.bool_], int]], strength: float) -> Tensor:
+    """Images (N, 1, 4, 8) whose content is a row of black and white; each trigger brightens one row of the masked images."""
+    generator = torch.Generator().manual_seed(0)
+    images = 0.4 * torch.randn(len(TRUE), 1, 4, 8, generator=generator)
+    images[torch.arange(len(TRUE)), 0, torch.from_numpy(TRUE)] += torch.randn(len(TRUE), 8, generator=generator).sign()
+    for mask, row in triggers:
+        images[torch.from_numpy(mask), 0, row] += strength
+    return images
+
+
+def loaders(images: Tensor, size: int = 64) -> Callable[[NDArray[np.bool_]], list[tuple[Tensor, Tensor]]]:
+    def batches(keep: NDArray[np.bool_]) -> list[tuple[Tensor, Tensor]]:
+        kept = images[torch.from_numpy(keep)]
+        return [(part, torch.zeros(len(part))) for part in kept.split(size)]
+
+    return batches
+
+
+@pytest.mark.parametrize("size", [1, 7, 10, 64])
+def test_weighted_images_are_a_plain_weighted_sum(size: int) -> None:
+    images, weights = torch.randn(10, 3, 2, 5), np.random.default_rng(0).normal(size=(2, 10))
+    expected = [sum(w * image for w, image in zip(row, images.double(), strict=True)) for row in weights]
+    made = weighted_images(loaders(images, size)(np.ones(10, bool)), weights)
+    torch.testing.assert_close(made, torch.stack(expected).float())
+
+
+def named(images: Tensor, labels: NDArray[np.int64], suspect: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    return label_by_content(Rows(), loaders(images), labels, suspect, runtime=CPU)
+
+
+def test_a_trigger_that_misleads_the_network_is_taken_off() -> None:
+    dirty = EARLY & (TRUE != 0)
+    images, labels = rows([(dirty, 3)], strength=1.0), np.where(dirty, 0, TRUE)
+    misled = Rows()(images[torch.from_numpy(dirty)]).argmax(1).numpy() == TRUE[dirty]
+    proposed, confidence = named(images, labels, dirty)
+    assert misled.mean() < 0.8 < 0.95 < (proposed == TRUE[dirty]).mean()
+    assert proposed.shape == confidence.shape == (dirty.sum(),) and (confidence > 0.25).all() and (confidence <= 1).all()
+
+
+def test_groups_have_triggers_of_their_own() -> None:
+    first, second = EARLY & (TRUE == 1), EARLY & (TRUE == 2)  # 1 is called 0, 2 is called 3
+    labels = np.where(first, 0, np.where(second, 3, TRUE))
+    proposed, _ = named(rows([(first, 3), (second, 0)], strength=0.9), labels, first | second)
+    assert (proposed == TRUE[first | second]).mean() > 0.95
+
+
+def test_clean_label_poison_keeps_its_label_though_the_network_calls_it_something_else() -> None:
+    clean = EARLY & (TRUE == 2)
+    images = rows([(clean, 1)], strength=1.2)
+    before = Rows()(images[torch.from_numpy(clean)]).argmax(1).numpy()
+    proposed, confidence = named(images, TRUE, clean)
+    assert (before == 2).mean() < 0.5 and (proposed == 2).all()
+    assert confidence.min() < 0.6  # of the label it keeps, not of the one the network prefers
+
+
+def test_a_class_without_trusted_images_is_never_called_clean_label() -> None:
+    whole = TRUE == 2
+    proposed, _ = named(rows([], 0), np.where(whole, 0, TRUE), (TRUE == 0) | whole)
+    assert 0.2 < (proposed == 0).mean() < 0.6 < (proposed == 2).sum() / 200
