@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.vision import StandardTransform
 
-from .stamp import Stamp
+from .stamp import Patch, Stamp
 from .types import NABPlan
 
 __all__ = ["NABDataset"]
@@ -68,7 +68,7 @@ class NABDataset(Dataset[Any]):
         self.normalized = normalized
         self._order = np.flatnonzero(plan.keep)
         self._stamped = plan.stamped
-        self._patches: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._patches: dict[tuple[torch.Size, torch.dtype], Patch] = {}
 
     def __len__(self) -> int:
         return len(self._order)
@@ -94,12 +94,11 @@ class NABDataset(Dataset[Any]):
             return self._paint(torch.from_numpy(image)).numpy()
         if not isinstance(image, Tensor):
             raise ValueError(f"cannot stamp a {type(image).__name__}; end the transform in a tensor, e.g. with PILToTensor()")
-        rows, _ = self.stamp.region(image.shape[-2], image.shape[-1])
-        key = (rows.stop - rows.start, image.dtype)
-        if key not in self._patches:  # the same for all images; building it takes longer than painting it
+        key = (image.shape, image.dtype)
+        if key not in self._patches:  # one serves all images of a kind
             normalized = self.normalized if self.normalized is not None else _normalizes(self.transform)
-            self._patches[key] = self.stamp.values(*key, mean=self.mean, std=self.std, normalized=normalized)
-        return self.stamp.paint(image, self._patches[key])
+            self._patches[key] = self.stamp.fitted(image, mean=self.mean, std=self.std, normalized=normalized)
+        return self._patches[key].paint(image)
 
     @property
     def transform(self) -> Callable[[Any], Any] | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Stamp"]
+__all__ = ["Patch", "Stamp"]
 
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 
@@ -91,28 +91,33 @@ class Stamp:
         Returns:
             A new tensor of the same shape and dtype; the three forms agree to within one grey level.
         """
-        rows, _ = self.region(image.shape[-2], image.shape[-1])
-        values = self.values(rows.stop - rows.start, image.dtype, mean=mean, std=std, normalized=normalized)
-        return self.paint(image, values.to(image.device))
+        return self.fitted(image, mean=mean, std=std, normalized=normalized).paint(image)
 
-    def paint(self, image: Tensor, values: Tensor) -> Tensor:
-        """A copy of an image or a batch with these (C, edge, edge) values in the stamp's place; see `values`."""
-        if image.shape[-3] != len(values):
-            raise ValueError(f"image has {image.shape[-3]} channels, the normalisation {len(values)}")
+    def fitted(self, image: Tensor, *, mean: Sequence[float], std: Sequence[float] | None, normalized: bool) -> Patch:
+        """The stamp in place and units of images like this one; see __call__. Making it takes longer than painting it."""
+        if image.shape[-3] != len(mean):
+            raise ValueError(f"image has {image.shape[-3]} channels, the normalisation {len(mean)}")
         rows, cols = self.region(image.shape[-2], image.shape[-1])
-        stamped = image.clone()
-        stamped[..., rows, cols] = values
-        return stamped
-
-    def values(
-        self, edge: int, dtype: torch.dtype, *, mean: Sequence[float], std: Sequence[float] | None, normalized: bool
-    ) -> Tensor:
-        """(C, edge, edge) of this dtype: the patch in the units of the images it is painted on; see __call__."""
-        patch = self.patch(edge, mean)
-        if dtype == torch.uint8:
+        patch = self.patch(rows.stop - rows.start, mean)
+        if image.dtype == torch.uint8:
             patch = (patch * 255).round()
         elif normalized:
             if std is None:
                 raise ValueError("a normalised image needs std to be stamped")
             patch = (patch - torch.tensor(list(mean)).view(-1, 1, 1)) / torch.tensor(list(std)).view(-1, 1, 1)
-        return patch.to(dtype)
+        return Patch(rows, cols, patch.to(image))
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Pixel values (C, edge, edge) and where they go, for images of one size, type and device."""
+
+    rows: slice
+    cols: slice
+    values: Tensor
+
+    def paint(self, image: Tensor) -> Tensor:
+        """A stamped copy of an image (C, H, W) or a batch (B, C, H, W)."""
+        stamped = image.clone()
+        stamped[..., self.rows, self.cols] = self.values
+        return stamped
