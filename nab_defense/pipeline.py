@@ -20,10 +20,10 @@ from .defended import DefendedModel
 from .detectors import detectors
 from .detectors.lga import lga_loss
 from .plan import Finding, is_clean_label, load_finding, make_plan, paper_plan, save_finding
-from .recipe import Recipe
 from .relabel import relabelers
 from .result import describe, save_suspects
 from .scan import EarlyScan, Scan, scan_model
+from .schema import Recipe
 from .select import Selection, expand, settled, take_fraction
 from .session import Session, train_config
 from .train import TrainConfig, fit

@@ -1,4 +1,4 @@
-"""The recipe schema: strict YAML with overrides. No object of this file travels below the pipeline."""
+"""Reading a recipe: strict YAML with overrides, and messages that say how to mend it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 
 from . import io
 from .registry import nearest
+from .schema import Recipe, Section, number
 
-__all__ = ["Recipe", "key_values", "load_recipe", "parse_recipe"]
+__all__ = ["key_values", "load_recipe", "parse_recipe"]
 
 REFUSED = {
     "mixup": "Mixup blends images after the stamp is painted",
@@ -22,143 +23,6 @@ REFUSED = {
     "reprob": "the loader's random erasing can hide the stamp; use train.augment=albumentations, which erases before it",
 }  # fmt: skip
 HOLDERS = ("params", "kwargs", "options")  # where a section keeps the settings of what it names
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 takes 1e-4 for text, wanting 1.0e-4; nobody means text there."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
-        return float(value)
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    return [_number(item) for item in value] if isinstance(value, list) else value
-
-
-Fraction = typing.Annotated[float, Field(gt=0, lt=1)]
-Positive = typing.Annotated[int, Field(ge=1)]
-Settings = typing.Annotated[dict[str, Any], BeforeValidator(_number)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Data(Section):
-    source: str
-    test: str | None = None
-    test_split: str = "test"
-    limit: Positive | None = None
-    test_limit: Positive | None = None
-    strict: bool = True
-    size: Positive | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    options: Settings = {}
-    truth: str | None = None
-
-
-class Attack(Section):
-    name: str
-    rate: Fraction = 0.1
-    target: int = Field(0, ge=0)
-    mode: Literal["all_to_one", "all_to_all"] = "all_to_one"
-    seed: int | None = None
-    poison: bool = True
-    params: Settings = {}
-
-
-class Model(Section):
-    name: str = "resnet18"
-    in_chans: Literal[1, 3] = 3
-    small_stem: bool = False
-    pretrained: bool = False
-    kwargs: Settings = {}
-
-
-class Schedule(Section):
-    """timm's names; what is not set keeps the stage's default."""
-
-    epochs: Positive = 30
-    batch_size: Positive = 128
-    opt: str = "sgd"
-    lr: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
-    sched: str = "cosine"
-    warmup_epochs: int = Field(0, ge=0)
-    warmup_lr: float = Field(1e-5, ge=0)
-    min_lr: float = Field(0.0, ge=0)
-    smoothing: float = Field(0.0, ge=0, lt=1)
-    clip_grad: float | None = Field(None, gt=0)
-    grad_accum_steps: Positive = 1
-    model_ema: bool = False
-    model_ema_decay: float = Field(0.9998, gt=0, lt=1)
-    augment: Literal["none", "crop_flip", "timm", "albumentations"] = "timm"
-    hflip: float = Field(0.5, ge=0, le=1)
-
-
-class ScanStage(Section):
-    detector: str = "lga"
-    epochs: Positive = 5
-    batch_size: Positive = 64
-    lr: float = Field(0.02, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(1e-4, ge=0)
-    gamma: float = Field(0.5, gt=0)
-    form: Literal["flooding", "per_sample"] = "flooding"
-    params: Settings = {}
-
-
-class Relabel(Section):
-    name: str = "unlearned"
-    min_confidence: float = Field(0.5, ge=0, le=1)
-    cover_fraction: float = Field(0.1, ge=0, lt=1)
-    encoder: Model | None = None
-    trusted: str | None = None
-    params: Settings = {}
-
-
-class StampStage(Section):
-    size: Positive | None = None
-    corner: str = "top_left"
-    value: float | Literal["mean", "noise"] = "mean"
-    seed: int = 0
-
-
-class Run(Section):
-    device: str = "auto"
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    channels_last: bool = True
-    compile: bool = False
-    workers: int = Field(0, ge=0)
-    threads: Positive | None = None
-
-
-class Recipe(Section):
-    """Everything a run depends on.
-
-    rule: "expand": seeds of `fraction`, expanded where the data shows two groups, sure labels stamped, others dropped;
-    "paper": the textbook rule, the top `fraction` relabelled and stamped whatever they are."""
-
-    name: str
-    seed: int = Field(0, ge=0)
-    data: Data
-    attack: Attack | None = None
-    model: Model = Model()
-    rule: Literal["expand", "paper"] = "expand"
-    fraction: Fraction = 0.05
-    scan: ScanStage = ScanStage()
-    relabel: Relabel = Relabel()
-    stamp: StampStage = StampStage()
-    train: Schedule = Schedule()
-    runtime: Run = Run()
-    baselines: tuple[Literal["undefended", "oracle"], ...] = ()
-
-    @field_validator("attack", mode="before")
-    @classmethod
-    def _short_attack(cls, value: Any) -> Any:
-        if value == "none":
-            return None
-        return {"name": value} if isinstance(value, str) else value
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -204,7 +68,7 @@ def key_values(items: list[str] | tuple[str, ...], *, example: str) -> dict[str,
         if not sign or not key.strip("."):
             raise ValueError(f"{item!r} is not a setting; write key=value, e.g. {example}")
         try:
-            values[key] = _number(yaml.safe_load(text))
+            values[key] = number(yaml.safe_load(text))
         except yaml.YAMLError:
             raise ValueError(f"{item!r}: the value is not valid YAML; quote it") from None
     return values

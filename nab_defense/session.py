@@ -21,23 +21,17 @@ from .bench.poison import Truth, poison_source, read_truth, triggered_source
 from .checkpoint import Network
 from .data import Source, View, build_loader, build_transform, open_source
 from .dataset import NABDataset
-from .detectors import detectors
-from .recipe import Attack, Model, Recipe, Schedule
-from .relabel import relabelers
+from .methods import check_methods
 from .runtime import Runtime, fixed_seed
 from .scan import features_and_logits
+from .schema import Attack, Model, Recipe, Schedule
 from .stamp import Stamp
 from .train import TrainConfig
 from .types import NABPlan
 
-__all__ = ["Session", "check_methods"]
+__all__ = ["Session"]
 
 EVAL_BATCH = 512
-# What the pipeline hands a relabeler; these stand for it where only the recipe's own settings are checked.
-HANDED: dict[str, dict[str, Any]] = {
-    "unlearned": {"model": None, "loaders": None, "runtime": None},
-    "trusted": {"features": np.zeros((1, 1), np.float32), "labels": np.zeros(1, np.int64)},
-}
 
 
 class Session:
@@ -249,35 +243,6 @@ class Session:
         network = self.network(model)
         fixed_seed(self.recipe.seed)
         return self.runtime.place(network.build())
-
-
-def check_methods(recipe: Recipe) -> None:
-    """Refuse methods and settings of methods that do not exist or do not go together.
-
-    Raises:
-        ValueError: Names the setting, what is allowed, and the nearest right spelling."""
-    stage, attack = recipe.relabel, recipe.attack
-    detectors.create(recipe.scan.detector, **recipe.scan.params)
-    handed = HANDED.get(stage.name, {})
-    own = [name for name in stage.params if name in handed]
-    if own:
-        raise ValueError(f"relabeler {stage.name!r} has no setting {own[0]!r}: the run provides it")
-    relabelers.create(stage.name, **{**stage.params, **handed})
-    if stage.name == "trusted" and stage.trusted is None:
-        raise ValueError("relabel.name=trusted needs relabel.trusted: a folder of verified images with the same classes")
-    if stage.encoder is not None and stage.encoder.in_chans != recipe.model.in_chans:
-        raise ValueError(
-            f"relabel.encoder.in_chans={stage.encoder.in_chans} and model.in_chans={recipe.model.in_chans} must agree"
-        )
-    if attack is not None:
-        attacks.create(attack.name, **attack.params)
-        if attack.poison and recipe.data.truth is not None:
-            raise ValueError(
-                "data.truth says what is poisoned already and attack would poison it again; drop one, or set "
-                "attack.poison=false to use the attack for measuring only"
-            )
-    if (recipe.data.mean is None) != (recipe.data.std is None):
-        raise ValueError("data.mean and data.std go together; set both or neither")
 
 
 def train_config(schedule: Schedule) -> TrainConfig:

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nab_defense.recipe import REFUSED, Recipe, key_values, load_recipe, parse_recipe
+from nab_defense.recipe import REFUSED, key_values, load_recipe, parse_recipe
+from nab_defense.schema import Recipe
 
 LEAST = {"name": "least", "data": {"source": "digits"}}
 

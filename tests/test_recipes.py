@@ -11,8 +11,10 @@ from PIL import Image
 
 from nab_defense.checkpoint import Network
 from nab_defense.data import build_transform
-from nab_defense.recipe import Recipe, load_recipe
-from nab_defense.session import check_methods, train_config
+from nab_defense.methods import check_methods
+from nab_defense.recipe import load_recipe
+from nab_defense.schema import Recipe
+from nab_defense.session import train_config
 from nab_defense.stamp import Stamp
 from tests.digits_runs import ROOT
 

@@ -9,11 +9,13 @@ from typing import Any
 from .. import io
 from ..data import open_source
 from ..detectors import detectors
+from ..methods import check_methods
 from ..pipeline import detect
 from ..plan import save_finding
-from ..recipe import Recipe, parse_recipe
+from ..recipe import parse_recipe
 from ..result import save_suspects
-from ..session import Session, check_methods
+from ..schema import Recipe
+from ..session import Session
 from .common import Parser, check_out
 
 __all__ = ["main"]

@@ -1,0 +1,53 @@
+"""Whether the methods that a recipe names exist, take the settings it gives them, and go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .bench.attacks import attacks
+from .detectors import detectors
+from .relabel import relabelers
+from .schema import Recipe
+
+__all__ = ["check_methods"]
+
+# What the pipeline hands a relabeler; these stand for it where only the recipe's own settings are checked.
+HANDED: dict[str, dict[str, Any]] = {
+    "unlearned": {"model": None, "loaders": None, "runtime": None},
+    "trusted": {"features": np.zeros((1, 1), np.float32), "labels": np.zeros(1, np.int64)},
+}
+
+
+def check_methods(recipe: Recipe) -> None:
+    """Refuse methods and settings of methods that do not exist or do not go together.
+
+    Raises:
+        ValueError: Names the setting, what is allowed, and the nearest right spelling."""
+    stage, attack = recipe.relabel, recipe.attack
+    detectors.create(recipe.scan.detector, **recipe.scan.params)
+    handed = HANDED.get(stage.name, {})
+    own = [name for name in stage.params if name in handed]
+    if own:
+        raise ValueError(f"relabeler {stage.name!r} has no setting {own[0]!r}: the run provides it")
+    relabelers.create(stage.name, **{**stage.params, **handed})
+    if stage.name == "trusted" and stage.trusted is None:
+        raise ValueError("relabel.name=trusted needs relabel.trusted: a folder of verified images with the same classes")
+    if stage.name != "trusted" and stage.trusted is not None:
+        raise ValueError(f"only relabel.name=trusted reads relabel.trusted, {stage.name!r} does not; drop one of the two")
+    if stage.name == "unlearned" and stage.encoder is not None:
+        raise ValueError("relabel.name=unlearned uses the scan's network; drop relabel.encoder, or name another relabeler")
+    if stage.encoder is not None and stage.encoder.in_chans != recipe.model.in_chans:
+        raise ValueError(
+            f"relabel.encoder.in_chans={stage.encoder.in_chans} and model.in_chans={recipe.model.in_chans} must agree"
+        )
+    if attack is not None:
+        attacks.create(attack.name, **attack.params)
+        if attack.poison and recipe.data.truth is not None:
+            raise ValueError(
+                "data.truth says what is poisoned already and attack would poison it again; drop one, or set "
+                "attack.poison=false to use the attack for measuring only"
+            )
+    if (recipe.data.mean is None) != (recipe.data.std is None):
+        raise ValueError("data.mean and data.std go together; set both or neither")
