@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -119,61 +120,78 @@ def fit(
 
     runtime.place(model)
     optimizer = create_optimizer_v2(model, opt=train.opt, lr=train.lr, weight_decay=train.weight_decay, momentum=train.momentum)
-    updates = -(-steps // train.grad_accum_steps)  # per epoch; a shorter last group still counts
+    accum = train.grad_accum_steps
+    updates = -(-steps // accum)  # per epoch; a shorter last group still counts
     scheduler = _scheduler(optimizer, train, updates)
     ema = ModelEmaV3(model, decay=train.model_ema_decay, use_warmup=True) if train.model_ema else None
     settings = {"train": asdict(train), "seed": runtime.seed, "steps": steps}
     history = _restore(state, settings, model, optimizer, ema) if resume and state and state.exists() else []
     forward = torch.compile(model) if runtime.compile else model
-    bar = tqdm(total=train.epochs * steps, initial=len(history) * steps, desc=title, unit="batch", disable=None, leave=False)
-    for epoch in range(len(history), train.epochs):
-        fixed_seed(runtime.seed, epoch)
-        model.train()
-        started, total, hits, count = time.perf_counter(), torch.zeros((), device=runtime.torch_device), 0.0, 0
-        correct = torch.zeros((), device=runtime.torch_device)
-        optimizer.zero_grad()
-        for step, (images, labels) in enumerate(loader):
-            if scheduler is not None and step % train.grad_accum_steps == 0:
-                scheduler.step_update(epoch * updates + step // train.grad_accum_steps)
-            with runtime.autocast():
-                logits = forward(runtime.put(images))
-            labels = labels.to(logits.device)
-            value = loss(logits.float(), labels)
-            group = min(train.grad_accum_steps, steps - step // train.grad_accum_steps * train.grad_accum_steps)
-            (value / group).backward()
-            if (step + 1) % train.grad_accum_steps == 0 or step + 1 == steps:
-                if train.clip_grad is not None:
-                    dispatch_clip_grad(model.parameters(), train.clip_grad)
-                optimizer.step()
-                optimizer.zero_grad()
-                if ema is not None:
-                    ema.update(model, step=epoch * updates + step // train.grad_accum_steps)
-            total += value.detach() * len(labels)
-            correct += (logits.detach().argmax(1) == labels).sum()
-            count += len(labels)
-            bar.update()
-            if step % CHECK_EVERY == 0 or step + 1 == steps:
-                mean, hits = float(total) / count, float(correct) / count
-                if not torch.isfinite(torch.tensor(mean)):
-                    bar.close()
-                    where = f"epoch {epoch + 1}, step {step + 1}"
-                    raise ValueError(f"{title}: the loss is {mean} in {where}; lower lr (now {train.lr}) or set clip_grad")
-                rate = count / max(time.perf_counter() - started, 1e-9)
-                bar.set_postfix_str(
-                    f"epoch {epoch + 1}/{train.epochs} loss {mean:.3f} acc {hits:.3f} {rate:.0f} img/s", refresh=False
-                )
-        seconds = time.perf_counter() - started
-        lr = optimizer.param_groups[0]["lr"]
-        history.append({"epoch": epoch + 1, "loss": mean, "accuracy": hits, "lr": lr, "seconds": seconds})
-        log.info("%s: epoch %d/%d loss %.3f acc %.3f in %.1f s", title, epoch + 1, train.epochs, mean, hits, seconds)
-        if state is not None:
-            io.save_state(state, _packed(settings, model, optimizer, ema, history))
-        if after_epoch is not None and after_epoch(model, epoch + 1):
-            break
-    bar.close()
+    with tqdm(
+        total=train.epochs * steps, initial=len(history) * steps, desc=title, unit="batch", disable=None, leave=False
+    ) as bar:
+        for epoch in range(len(history), train.epochs):
+            fixed_seed(runtime.seed, epoch)
+            model.train()
+            optimizer.zero_grad()
+            meter = _Meter(title, f"epoch {epoch + 1}/{train.epochs}", runtime, bar)
+            for step, (images, labels) in enumerate(loader):
+                update = epoch * updates + step // accum
+                if scheduler is not None and step % accum == 0:
+                    scheduler.step_update(update)
+                with runtime.autocast():
+                    logits = forward(runtime.put(images))
+                labels = labels.to(logits.device)
+                value = loss(logits.float(), labels)
+                (value / min(accum, steps - step // accum * accum)).backward()
+                if (step + 1) % accum == 0 or step + 1 == steps:
+                    if train.clip_grad is not None:
+                        dispatch_clip_grad(model.parameters(), train.clip_grad)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    if ema is not None:
+                        ema.update(model, step=update)
+                meter.add(value, logits, labels)
+                if step % CHECK_EVERY == 0 or step + 1 == steps:
+                    meter.read(f"lower lr (now {train.lr}) or set clip_grad")
+            history.append({"epoch": epoch + 1, **meter.record(), "lr": optimizer.param_groups[0]["lr"]})
+            if state is not None:
+                io.save_state(state, _packed(settings, model, optimizer, ema, history))
+            if after_epoch is not None and after_epoch(model, epoch + 1):
+                break
     if ema is not None:
         model.load_state_dict(ema.module.state_dict())
     return history
+
+
+class _Meter:
+    """Loss and accuracy of one epoch, summed on the device so that a step never waits for it."""
+
+    def __init__(self, title: str, where: str, runtime: Runtime, bar: Any) -> None:
+        self.title, self.where, self.bar = title, where, bar
+        self.total, self.correct = torch.zeros(2, device=runtime.torch_device).unbind()
+        self.steps, self.count, self.loss, self.accuracy = 0, 0, 0.0, 0.0
+        self.started = time.perf_counter()
+
+    def add(self, value: Tensor, logits: Tensor, labels: Tensor) -> None:
+        self.total += value.detach() * len(labels)
+        self.correct += (logits.detach().argmax(1) == labels).sum()
+        self.steps += 1
+        self.count += len(labels)
+        self.bar.update()
+
+    def read(self, remedy: str) -> None:
+        """Fetch the sums, show them, and refuse a loss that is not finite."""
+        self.loss, self.accuracy = float(self.total) / self.count, float(self.correct) / self.count
+        if not math.isfinite(self.loss):
+            raise ValueError(f"{self.title}: the loss is {self.loss} in {self.where}, step {self.steps}; {remedy}")
+        rate = self.count / max(time.perf_counter() - self.started, 1e-9)
+        self.bar.set_postfix_str(f"{self.where} loss {self.loss:.3f} acc {self.accuracy:.3f} {rate:.0f} img/s", refresh=False)
+
+    def record(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.started
+        log.info("%s: %s loss %.3f acc %.3f in %.1f s", self.title, self.where, self.loss, self.accuracy, seconds)
+        return {"loss": self.loss, "accuracy": self.accuracy, "seconds": seconds}
 
 
 def _scheduler(optimizer: Any, train: TrainConfig, updates: int) -> Any:
