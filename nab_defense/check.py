@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .content import weighted_images
+from .plan import clean_label_groups
 from .runtime import Runtime
 from .types import NABPlan
 
@@ -64,8 +65,7 @@ def measure(model: nn.Module, plain: nn.Module, batches: Batches, plan: NABPlan,
         plan: What training changed.
     """
     altered, same = plan.suspect & plan.altered, plan.suspect & ~plan.altered
-    groups = [same & (plan.labels == label) for label in np.unique(plan.labels[same])]
-    groups = [group for group in groups if group.sum() > (plan.suspect & (plan.labels == plan.labels[group][0])).sum() / 2]
+    groups = clean_label_groups(plan.labels, plan.new_labels, plan.suspect)
     rises = [imprint(model, batches, plan.labels, group, runtime=runtime) for group in groups]
     obeyed = _predicted(model, batches, np.ones(len(plan), bool), runtime) == plan.labels
     plain_rate = _share(_predicted(plain, batches, altered, runtime) == plan.labels[altered])

@@ -19,7 +19,7 @@ from .check import Verdict, imprint, judge, measure
 from .defended import DefendedModel
 from .detectors import detectors
 from .detectors.lga import lga_loss
-from .plan import Finding, is_clean_label, load_finding, make_plan, paper_plan, save_finding
+from .plan import Finding, clean_label_groups, load_finding, make_plan, paper_plan, save_finding
 from .relabel import relabelers
 from .result import describe, save_suspects
 from .scan import EarlyScan, Scan, scan_model
@@ -168,13 +168,11 @@ def _scan(session: Session, look: Callable[[Scan], bool]) -> tuple[Scan, nn.Modu
 def _confirmed(session: Session, selection: Selection, scan: Scan, network: nn.Module, proposed: NDArray[np.int64]) -> Selection:
     """Acquit groups whose labels agree with their content, unless what they share works as a trigger on the scan's network."""
     suspect = selection.suspect.copy()
-    for label in np.unique(scan.labels[suspect]):
-        group = suspect & (scan.labels == label)
-        if is_clean_label(scan.labels, proposed, group):
-            rise = imprint(network, session.ordered(session.source), scan.labels, group, runtime=session.runtime)
-            log.info("class %d: %d suspects agree with their label, imprint %.2f", label, group.sum(), rise)
-            if rise < IMPRINT_LIMIT:
-                suspect[group] = False
+    for group in clean_label_groups(scan.labels, proposed, suspect):
+        rise = imprint(network, session.ordered(session.source), scan.labels, group, runtime=session.runtime)
+        log.info("class %d: %d suspects agree with their label, imprint %.2f", scan.labels[group][0], group.sum(), rise)
+        if rise < IMPRINT_LIMIT:
+            suspect[group] = False
     return dataclasses.replace(selection, suspect=suspect)
 
 

@@ -14,7 +14,7 @@ from .scan import Scan
 from .select import Group, Selection
 from .types import NABPlan, SuspectReport
 
-__all__ = ["Finding", "is_clean_label", "load_finding", "load_plan", "make_plan", "paper_plan", "save_finding"]
+__all__ = ["Finding", "clean_label_groups", "load_finding", "load_plan", "make_plan", "paper_plan", "save_finding"]
 
 PLAN_ARRAYS = ("labels", "new_labels", "suspect", "keep", "cover")
 
@@ -67,10 +67,8 @@ def make_plan(
         seed: Seed of the draw of covers.
     """
     sure = confidence >= min_confidence
-    for label in np.unique(scan.labels[suspect]):
-        group = suspect & (scan.labels == label)
-        if is_clean_label(scan.labels, proposed, group):
-            sure &= ~group
+    for group in clean_label_groups(scan.labels, proposed, suspect):
+        sure &= ~group
     keep = ~suspect | (sure & (proposed != scan.labels))
     cover = np.zeros(len(scan), dtype=bool)
     if (suspect & keep).any():
@@ -80,9 +78,12 @@ def make_plan(
     return NABPlan(scan.labels, proposed, suspect, keep, cover, scan.fingerprint)
 
 
-def is_clean_label(labels: NDArray[np.int64], proposed: NDArray[np.int64], group: NDArray[np.bool_]) -> bool:
-    """Whether most of a group of suspects, (N,) bool, are proposed the label they already have."""
-    return bool((proposed[group] == labels[group]).mean() > 0.5)
+def clean_label_groups(
+    labels: NDArray[np.int64], proposed: NDArray[np.int64], suspect: NDArray[np.bool_]
+) -> list[NDArray[np.bool_]]:
+    """The suspects of each label most of whose suspects are proposed that same label, as (N,) bool."""
+    groups = [suspect & (labels == label) for label in np.unique(labels[suspect])]
+    return [group for group in groups if (proposed[group] == labels[group]).mean() > 0.5]
 
 
 def save_finding(path: Path, finding: Finding) -> None:

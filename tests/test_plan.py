@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nab_defense.plan import MAX_DOUBT, is_clean_label, make_plan, paper_plan
+from nab_defense.plan import MAX_DOUBT, clean_label_groups, make_plan, paper_plan
 from nab_defense.scan import Scan
 from nab_defense.types import NABPlan
 
@@ -72,12 +72,12 @@ def test_a_clean_label_group_is_dropped_whole() -> None:
     keeps = SUSPECT & (((LABELS == 2) & (rank < 15)) | ((LABELS == 3) & (rank < 12)))
     made = plan(np.where(SUSPECT & ~keeps, (LABELS + 1) % 4, LABELS))
     np.testing.assert_array_equal(~made.keep, (SUSPECT & (LABELS == 2)) | (keeps & (LABELS == 3)))
-    assert is_clean_label(LABELS, made.new_labels, SUSPECT & (LABELS == 2))
-    assert not is_clean_label(LABELS, made.new_labels, SUSPECT & (LABELS == 3))
+    (group,) = clean_label_groups(LABELS, made.new_labels, SUSPECT)
+    assert np.array_equal(group, SUSPECT & (LABELS == 2))
 
 
 def test_half_is_not_most() -> None:
-    assert not is_clean_label(np.zeros(4, np.int64), np.array([0, 0, 1, 1]), np.ones(4, bool))
+    assert clean_label_groups(np.zeros(4, np.int64), np.array([0, 0, 1, 1]), np.ones(4, bool)) == []
 
 
 def test_covers_are_drawn_among_the_undoubted_only() -> None:

@@ -239,7 +239,7 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step() -> None:
         fit(network(), toy, runtime=CPU, train=config(), title="scan")
     calls = iter(range(1000))
     late = lambda logits, labels: logits.sum() * (float("nan") if next(calls) == 7 else 0)  # noqa: E731
-    with pytest.raises(ValueError, match="epoch 2/., step 5"):  # looked at after the epoch's last step
+    with pytest.raises(ValueError, match=r"epoch 2/., step 5"):  # looked at after the epoch's last step
         fit(network(), Toy(), runtime=CPU, train=config(), loss=late)
 
 
