@@ -9,30 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from . import checkpoint, io
 from .bench.evaluate import evaluate
-from .check import Verdict, imprint, judge, measure
+from .check import Verdict, judge, measure
 from .defended import DefendedModel
-from .detectors import detectors
-from .detectors.lga import lga_loss
-from .plan import Finding, clean_label_groups, load_finding, make_plan, paper_plan, save_finding
-from .relabel import relabelers
+from .look import look, look_again
+from .plan import Finding, load_finding, save_finding
 from .result import describe, save_suspects
-from .scan import EarlyScan, Scan, scan_model
 from .schema import Recipe
-from .select import Selection, expand, settled, take_fraction
 from .session import Session, train_config
-from .train import TrainConfig, fit
+from .train import fit
 from .types import EvalResult, NABPlan
 
-__all__ = ["detect", "run"]
+__all__ = ["run"]
 
 log = logging.getLogger(__name__)
-IMPRINT_LIMIT = 0.5  # share of other images that what a clean-label group shares must turn to be called a trigger
 
 
 def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -57,15 +50,15 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     if done is not None:
         return done
     clock = _Clock(session)
-    finding = clock("scan", lambda: _remembered(session))
-    log.info("%d suspects", finding.plan.suspect.sum())
-    network = clock("train", lambda: train(session, finding.plan, "defended"))
+    finding, network, untouched = _defended(session, clock)
     shipped = defend(session, network, finding.plan)
     verdict = clock("check", lambda: check(session, shipped, network, finding.plan))
     models: dict[str, EvalResult | tuple[EvalResult, EvalResult]] = {}
     for arm, plan in twins:
-        same = np.array_equal(plan.changed, finding.plan.changed) and not plan.changed.any()
-        twin = network if same else clock(arm, lambda arm=arm, plan=plan: train(session, plan, arm))  # type: ignore[misc]
+        if untouched is not None and not plan.changed.any():
+            twin = untouched
+        else:
+            twin = clock(arm, lambda arm=arm, plan=plan: train(session, plan, arm))  # type: ignore[misc]
         if cases is not None:
             models[arm] = evaluate(twin, cases, session.runtime)
     if cases is not None:
@@ -110,91 +103,45 @@ def _twins(session: Session) -> list[tuple[str, NABPlan]]:
     return twins
 
 
-def _remembered(session: Session) -> Finding:
-    """The finding of an interrupted run of this recipe, or a new one."""
-    path = session.stages / "plan.npz"
+def _defended(session: Session, clock: _Clock) -> tuple[Finding, nn.Module, nn.Module | None]:
+    """Look and train; where nothing was found, look again with the trained network, and train anew if that finds something.
+
+    Returns: what was found, the network to ship, and the one that ordinary training gave, where there is one."""
+    finding, scanner = clock("scan", lambda: _first(session))
+    log.info("%d suspects", finding.plan.suspect.sum())
+    network = clock("train", lambda: train(session, finding.plan, "defended"))
+    untouched = None if finding.plan.changed.any() else network
+    if session.recipe.rule == "expand" and not finding.plan.suspect.any():
+        finding = clock("scan", lambda: _remembered(session, "again", lambda: look_again(session, network, scanner)))
+        if finding.plan.changed.any():
+            network = clock("train", lambda: train(session, finding.plan, "retrained"))
+    return finding, network, untouched
+
+
+def _first(session: Session) -> tuple[Finding, nn.Module]:
+    """The first look, and the scan's network; both from an interrupted run of this recipe where it left them."""
+    network, state = session.build(), session.stages / "scan.state"
+
+    def fresh() -> Finding:
+        finding, scanner = look(session)
+        io.save_state(state, scanner.state_dict())
+        return finding
+
+    finding = _remembered(session, "plan", fresh)
+    network.load_state_dict(io.load_state(state))
+    return finding, network
+
+
+def _remembered(session: Session, name: str, make: Callable[[], Finding]) -> Finding:
+    """The finding that an interrupted run of this recipe left under this name, or a new one."""
+    path = session.stages / f"{name}.npz"
     if session.resume and path.exists():
         finding = load_finding(path)
         finding.plan.check_matches(len(session.source), session.source.fingerprint)
         return finding
-    finding = detect(session)
+    finding = make()
     save_finding(path, finding)
     return finding
-
-
-def detect(session: Session) -> Finding:
-    """Scan the training source, rank, select, relabel, plan. Sees images and given labels only."""
-    recipe = session.recipe
-    detector = detectors.create(recipe.scan.detector, **recipe.scan.params)
-
-    found: list[Selection] = []
-
-    def look(seen: Scan) -> bool:
-        last = found[-1] if found else None
-        found.append(expand(detector.detect(seen), seen, fraction=recipe.fraction, previous=last))
-        log.info("scan %d: %d suspects", seen.epoch, found[-1].suspect.sum())
-        return last is not None and settled(last, found[-1])
-
-    scan, network = _scan(session, look)
-    report = detector.detect(scan)
-    selection = found[-1] if recipe.rule == "expand" else take_fraction(report, recipe.fraction)
-    proposed, confidence = _relabel(session, scan, network, selection.suspect)
-    if recipe.rule == "expand":
-        selection = _confirmed(session, selection, scan, network, proposed)
-    if recipe.rule == "paper":
-        plan = paper_plan(scan, selection.suspect, proposed)
-    else:
-        plan = make_plan(
-            scan, selection.suspect, np.where(selection.suspect, proposed, scan.labels), confidence, doubt=selection.doubt,
-            min_confidence=recipe.relabel.min_confidence, cover_fraction=recipe.relabel.cover_fraction, seed=recipe.seed,
-        )  # fmt: skip
-    return Finding(report, selection, plan, confidence)
-
-
-def _scan(session: Session, look: Callable[[Scan], bool]) -> tuple[Scan, nn.Module]:
-    source, stage = session.source, session.recipe.scan
-    network = session.build()
-    settings = TrainConfig(
-        epochs=stage.epochs, batch_size=stage.batch_size, lr=stage.lr, momentum=stage.momentum,
-        weight_decay=stage.weight_decay, sched="none",
-    )  # fmt: skip
-    loss = lga_loss(stage.gamma, stage.form)
-    watch = EarlyScan(session.ordered(source), source.labels, look=look, runtime=session.runtime, fingerprint=source.fingerprint)
-    fit(network, session.scan_loader(source), runtime=session.runtime, train=settings, loss=loss, after_epoch=watch, title="scan")
-    assert watch.last is not None  # fit runs at least one epoch
-    return watch.last, network
-
-
-def _confirmed(session: Session, selection: Selection, scan: Scan, network: nn.Module, proposed: NDArray[np.int64]) -> Selection:
-    """Acquit groups whose labels agree with their content, unless what they share works as a trigger on the scan's network."""
-    suspect = selection.suspect.copy()
-    for group in clean_label_groups(scan.labels, proposed, suspect):
-        rise = imprint(network, session.ordered(session.source), scan.labels, group, runtime=session.runtime)
-        log.info("class %d: %d suspects agree with their label, imprint %.2f", scan.labels[group][0], group.sum(), rise)
-        if rise < IMPRINT_LIMIT:
-            suspect[group] = False
-    return dataclasses.replace(selection, suspect=suspect)
-
-
-def _relabel(
-    session: Session, scan: Scan, network: nn.Module, suspect: NDArray[np.bool_]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    stage = session.recipe.relabel
-    if not suspect.any():
-        return scan.labels, np.ones(len(scan), dtype=np.float32)
-    knobs: dict[str, Any] = dict(stage.params)
-    if stage.name == "unlearned":
-        knobs |= {"model": network, "loaders": session.relabel_loader, "runtime": session.runtime}
-    else:
-        encoder = network if stage.encoder is None else session.build(stage.encoder)
-        scan = scan_model(
-            encoder, session.ordered(session.source), scan.labels, runtime=session.runtime, fingerprint=scan.fingerprint
-        )
-        if stage.name == "trusted":
-            verified = session.trusted_source
-            seen = scan_model(encoder, session.ordered(verified), verified.labels, runtime=session.runtime)
-            knobs |= {"features": seen.features, "labels": seen.labels}
-    return relabelers.create(stage.name, **knobs).relabel(scan, suspect)
 
 
 def train(session: Session, plan: NABPlan, arm: str) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
@@ -20,6 +21,7 @@ __all__ = ["Group", "Selection", "expand", "settled", "split_in_two", "take_frac
 
 MIN_SEPARATION = 2.0  # Ashman's D: below it a mixture of two normals does not separate [Ashman et al. 1994]
 MIN_VALLEY = 0.25  # the density between the groups must fall this far below the lower of its peaks
+MIN_LEAD = 0.8  # share of pairs in which a suspect has a lower loss than a sample of another class that is named right
 MIN_SEEDS = 20
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 SETTLED = 0.98  # overlap of two passes, intersection over union
@@ -36,6 +38,9 @@ class Group:
         separation: Ashman's D of the two groups, >= 0.
         valley: Depth of the density between them relative to the lower peak, in [0, 1]; 0: one hump.
         size: Samples in the seeds' group.
+        lead: How surely a sample of the group has a lower loss than one of another class that the network names right (AUROC),
+            in [0, 1].
+        imprint: Share of other images that what the group shares turns to its class (see check.imprint); None: not tried.
     """
 
     label: int
@@ -43,10 +48,12 @@ class Group:
     separation: float
     valley: float
     size: int
+    lead: float
+    imprint: float | None = None
 
     @property
     def distinct(self) -> bool:
-        return self.separation > MIN_SEPARATION and self.valley > MIN_VALLEY
+        return self.separation > MIN_SEPARATION and self.valley > MIN_VALLEY and self.size >= MIN_SEEDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +80,24 @@ def take_fraction(report: SuspectReport, fraction: float) -> Selection:
 def split_in_two(values: NDArray[Any]) -> tuple[NDArray[np.float64], float, float]:
     """Fit a mixture of two normals to (M,) values.
 
-    Returns: (M,) probability of the higher group; Ashman's D = |m1 - m2| / sqrt((s1^2 + s2^2) / 2); depth of the valley of
-    the fitted density between the means relative to the lower of its ends, in [0, 1]."""
+    Returns: (M,) probability of the higher group, which never falls with the value; Ashman's
+    D = |m1 - m2| / sqrt((s1^2 + s2^2) / 2); depth of the valley of the fitted density between the means relative to the lower
+    of its ends, in [0, 1]."""
     column = np.asarray(values, dtype=np.float64)[:, None]
     mixture = GaussianMixture(2, random_state=0).fit(column)
     means, variances = mixture.means_[:, 0], mixture.covariances_[:, 0, 0]
     separation = abs(means[0] - means[1]) / np.sqrt(variances.mean())
     density = np.exp(mixture.score_samples(np.linspace(means.min(), means.max(), 200)[:, None]))
     valley = 1 - density.min() / min(density[0], density[-1])
-    return mixture.predict_proba(column)[:, means.argmax()], float(separation), float(np.clip(valley, 0, 1))
+    likely = mixture.predict_proba(column)[:, means.argmax()]
+    likely[column[:, 0] > means.max()] = 1  # of two normals the wider one wins in both tails
+    likely[column[:, 0] < means.min()] = 0
+    return likely, float(separation), float(np.clip(valley, 0, 1))
 
 
-def expand(report: SuspectReport, scan: Scan, *, fraction: float, previous: Selection | None = None) -> Selection:
+def expand(
+    report: SuspectReport, scan: Scan, *, fraction: float, previous: Selection | None = None, trained: bool = False
+) -> Selection:
     """Seeds and expansion: from the most suspicious few to the whole group they belong to, if there is such a group.
 
     The seeds are the top `fraction` of the report. For each class with enough of them, a linear probe on the scan's own
@@ -101,30 +114,58 @@ def expand(report: SuspectReport, scan: Scan, *, fraction: float, previous: Sele
         scan: What it looked at.
         fraction: Share of samples taken as seeds, in (0, 1).
         previous: What an earlier pass of the same network showed.
+        trained: The network was trained to the end, where all losses are low: start from the more suspicious half of each class
+            that falls in two by itself, not from seeds, and accuse it only if it is learned better than the other classes.
     """
     previous = previous or Selection(np.zeros(len(scan), dtype=bool), np.zeros(len(scan), dtype=np.float32))
     seeds = report.select(fraction)
     features = StandardScaler().fit_transform(scan.features)
+    right = scan.logits.argmax(1) == scan.labels
     counts = np.bincount(scan.labels[seeds], minlength=scan.num_classes)
     suspect, doubt, groups = previous.suspect.copy(), previous.doubt.copy(), []
     for label in range(scan.num_classes):
         members = scan.labels == label
-        starts = [start & members for start in (seeds, previous.suspect)]
-        grown = [_grow(features, members, start, int(counts[label])) for start in starts if start.sum() >= MIN_SEEDS]
+        start = _half(features, members, report.scores) if trained else seeds & members
+        starts = [start, previous.suspect & members]
+        grown = [_grow(features, members, start, scan.losses, right & ~members) for start in starts if start.sum() >= MIN_SEEDS]
         if not grown:
             continue
         group, likely = max(grown, key=lambda pair: (pair[0].distinct, pair[0].separation))
         old = next((g for g in previous.groups if g.label == label and g.distinct), None)
-        if group.distinct:
+        accused = group.distinct and not (trained and group.lead < MIN_LEAD)
+        if accused:
             doubt[members], suspect[members] = likely, likely > 0.5
-        groups.append(old if old and not group.distinct else dataclasses.replace(group, label=label))
+        groups.append(old if old and not accused else dataclasses.replace(group, label=label, seeds=int(counts[label])))
     return Selection(suspect, doubt, tuple(groups))
 
 
+def _half(features: NDArray[np.float32], members: NDArray[np.bool_], scores: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """The more suspicious half of a class that falls in two along its top singular direction [Tran et al. 2018]; else nobody.
+
+    On CIFAR-10 the classes of clean data stay one hump (valley at most .06), and backdoored ones have a valley from .6 to 1
+    once the network obeys the trigger."""
+    half = np.zeros_like(members)
+    if members.sum() < 2 * MIN_SEEDS:
+        return half
+    centred = features[members] - features[members].mean(0)
+    direction = np.linalg.svd(centred, full_matrices=False)[2][0]
+    likely, separation, valley = split_in_two(centred @ direction)
+    if separation > MIN_SEPARATION and valley > MIN_VALLEY:
+        upper, inside = likely > 0.5, scores[members]
+        half[members] = upper if roc_auc_score(upper, inside) > 0.5 else ~upper
+    return half
+
+
 def _grow(
-    features: NDArray[np.float32], members: NDArray[np.bool_], start: NDArray[np.bool_], seeds: int
+    features: NDArray[np.float32],
+    members: NDArray[np.bool_],
+    start: NDArray[np.bool_],
+    losses: NDArray[np.float32],
+    rivals: NDArray[np.bool_],
 ) -> tuple[Group, NDArray[np.float64]]:
-    """Probe and split, a few times over. Returns: the evidence, and each member's probability of the higher group."""
+    """Probe and split, a few times over; `rivals` are the samples of other classes that are named right.
+
+    Returns: the evidence, and each member's probability of the higher group."""
     group = start
     for _ in range(ROUNDS):
         # Out-of-fold, since a probe with many features tells any samples it was fitted to from the rest.
@@ -136,7 +177,11 @@ def _grow(
         if valley == 0 or grown.sum() < MIN_SEEDS:
             break
         group = grown
-    return Group(-1, seeds, separation, valley, int((likely > 0.5).sum())), likely
+    inside = losses[members][likely > 0.5]
+    others, lead = losses[rivals], 0.0
+    if min(len(inside), len(others)) >= MIN_SEEDS:
+        lead = float(roc_auc_score([1] * len(inside) + [0] * len(others), -np.r_[inside, others]))
+    return Group(-1, 0, separation, valley, len(inside), lead), likely
 
 
 def settled(before: Selection, after: Selection) -> bool:

@@ -146,7 +146,7 @@ def test_the_defense_never_looks_at_the_truth(tmp_path: Path, monkeypatch: pytes
         return walled
 
     monkeypatch.setattr(Truth, "__getattribute__", look)
-    for name in ("detect", "train", "defend", "check"):
+    for name in ("look", "look_again", "train", "defend", "check"):
         monkeypatch.setattr(pipeline, name, behind_a_wall(name, getattr(pipeline, name)))
     overrides = ["train.epochs=1", "relabel.params.epochs=1"]
     result = run(load_recipe(write_recipe(tmp_path, **BLEND), overrides), tmp_path / "run")

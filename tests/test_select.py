@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nab_defense.scan import Scan
-from nab_defense.select import MIN_SEEDS, Selection, expand, settled, split_in_two, take_fraction
+from nab_defense.select import MIN_LEAD, MIN_SEEDS, Selection, expand, settled, split_in_two, take_fraction
 from nab_defense.types import SuspectReport
 
 CLASSES, DIM = 5, 24
@@ -29,7 +29,7 @@ def sample(
         features[chosen, -1 - target] += shift
         labels[chosen], poisoned[chosen] = target, True
     losses = np.exp(-0.4 * ease + 0.3 * rng.normal(size=count) - 3 * poisoned)
-    logits = np.zeros((count, CLASSES))
+    logits = np.eye(CLASSES)[labels]  # the network names all of them right
     return Scan(labels, losses.astype(np.float32), logits.astype(np.float32), features.astype(np.float32)), poisoned
 
 
@@ -112,6 +112,29 @@ def test_on_few_clean_samples_with_many_features_nobody_is_accused() -> None:
     losses = np.exp(-0.8 * features[np.arange(1500), labels] + 2 * rng.normal(size=1500))
     scan = Scan(labels, losses.astype(np.float32), np.zeros((1500, CLASSES), np.float32), features.astype(np.float32))
     assert not expand(lowest(scan), scan, fraction=0.1).suspect.any()
+
+
+def test_in_a_trained_network_a_half_that_is_not_learned_better_than_the_rest_is_not_accused() -> None:
+    # Half of class 2 carries wrong labels: the class falls in two, and its right half has the lowest losses of the class.
+    scan, wrong = sample(targets=(2,), rate=0.1)
+    losses = np.random.default_rng(0).random(len(scan)) + 2 * wrong
+    right = Scan(scan.labels, (losses - 0.3 * (scan.labels == 2) * ~wrong).astype(np.float32), scan.logits, scan.features)
+    selection = expand(lowest(right), right, fraction=0.05, trained=True)
+    group = next(group for group in selection.groups if group.label == 2)
+    assert group.distinct and 0.5 < group.lead < MIN_LEAD and not selection.suspect.any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_a_trained_network_the_half_with_the_lower_losses_is_found_without_seeds(seed: int) -> None:
+    scan, poisoned = sample(seed=seed, targets=(2,), rate=0.05, shift=12)
+    rng = np.random.default_rng(seed)
+    losses = np.where(poisoned, 0.2, 1.0) * rng.random(len(scan))  # the lowest 1 % are anybody's
+    trained = Scan(scan.labels, losses.astype(np.float32), scan.logits, scan.features)
+    selection = expand(lowest(trained), trained, fraction=0.01, trained=True)
+    precision, recall = precision_and_recall(selection.suspect, poisoned)
+    assert precision > 0.98 and recall > 0.98
+    clean, _ = sample(seed=seed)
+    assert not expand(lowest(clean), clean, fraction=0.05, trained=True).suspect.any()
 
 
 def test_too_few_seeds_accuse_nobody() -> None:

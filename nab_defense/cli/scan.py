@@ -9,8 +9,8 @@ from typing import Any
 from .. import io
 from ..data import open_source
 from ..detectors import detectors
+from ..look import look
 from ..methods import check_methods
-from ..pipeline import detect
 from ..plan import save_finding
 from ..recipe import parse_recipe
 from ..result import save_suspects
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     check_out(out)
     session = _session(args.source, args.detector, args.overrides, out)
     session.rehearse()
-    finding = detect(session)
+    finding, _ = look(session)
     suspects = int(finding.plan.suspect.sum())
     groups = [dataclasses.asdict(group) for group in finding.selection.groups]
     report = {

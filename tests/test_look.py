@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nab_defense import io
+from nab_defense.look import _confirmed
+from nab_defense.pipeline import run
+from nab_defense.recipe import load_recipe
+from nab_defense.scan import scan_model
+from nab_defense.select import Group, Selection
+from nab_defense.session import Session
+from tests.digits_runs import ROOT, write_recipe
+
+BADNETS = ["attack={name: badnets, rate: 0.1, target: 0}", "baselines=[undefended]"]
+
+
+def test_a_group_that_shares_no_trigger_is_acquitted(tmp_path: Path) -> None:
+    session = Session(load_recipe(write_recipe(tmp_path, data={"limit": 600})), tmp_path / "run", resume=False)
+    network, source = session.build(), session.source
+    scan = scan_model(network, session.ordered(source), source.labels, runtime=session.runtime)
+    half = (scan.labels == 3) & (np.arange(len(scan)) % 2 == 0)
+    group = Group(3, 5, 4.0, 0.9, int(half.sum()), 0.99)
+    judged = _confirmed(session, Selection(half, half.astype(np.float32), (group,)), scan, network)
+    assert not judged.suspect.any() and not judged.doubt.any()
+    assert judged.groups[0].imprint == pytest.approx(0, abs=0.1) and judged.groups[0].distinct
+
+
+@pytest.mark.slow
+def test_poison_that_is_learned_late_is_found_in_the_trained_network(tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "quickstart_digits.yaml", BADNETS)
+    result = run(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "stages" / "again.npz").exists()
+    models, found = result["models"], result["detection"]
+    assert models["undefended"]["asr"]["value"] > 0.9 > 0.1 > models["defended"]["asr"]["value"]
+    assert found["precision"] > 0.95 and found["recall"] > 0.95 and result["verdict"]["protected"]
+    assert models["defended"]["acc"]["value"] > models["undefended"]["acc"]["value"] - 0.02
+    # A finished run resumes to itself; one that lost its last stages repeats them to the same weights.
+    first = (tmp_path / "run" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "stages" / "finished.json").unlink()
+    (tmp_path / "run" / "stages" / "retrained.state").unlink()
+    run(recipe, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == first
+    assert io.load_json(tmp_path / "run" / "result.json")["detection"] == found
