@@ -19,7 +19,7 @@ from .types import NABPlan
 __all__ = ["Survival", "Verdict", "imprint", "judge", "measure"]
 
 SURVIVAL_LIMIT = 0.1  # share of suspects that may still go to their given label
-LEARNED_MARGIN = 0.05  # above the share of the largest class
+LEARNED_MARGIN = 0.05  # above a guess, 1 / K
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -33,7 +33,7 @@ class Survival:
         clean_label: Suspects whose proposed label is their own.
         imprint: On clean-label suspects, share of other images that turn to the suspects' label when the mean difference
             between the suspects and the rest of their class is added to them; the natural share is taken off.
-        learned: Share of the other images that the model, as shipped, gives their own label.
+        learned: Share of the other images that the model, as shipped, gives their own label; mean over the classes.
     """
 
     relabelled: int
@@ -64,8 +64,9 @@ def measure(model: nn.Module, plain: nn.Module, batches: Batches, plan: NABPlan,
         batches: (images, labels) of the whole scanned source, in order.
         plan: What training changed.
     """
-    altered, same = plan.suspect & plan.altered, plan.suspect & ~plan.altered
     groups = clean_label_groups(plan.labels, plan.new_labels, plan.suspect)
+    clean = np.any([np.zeros(len(plan), bool), *groups], axis=0)  # their given label is right: obeying it is no survival
+    altered, same = plan.suspect & plan.altered & ~clean, plan.suspect & (~plan.altered | clean)
     rises = [imprint(model, batches, plan.labels, group, runtime=runtime) for group in groups]
     obeyed = _predicted(model, batches, np.ones(len(plan), bool), runtime) == plan.labels
     plain_rate = _share(_predicted(plain, batches, altered, runtime) == plan.labels[altered])
@@ -75,7 +76,7 @@ def measure(model: nn.Module, plain: nn.Module, batches: Batches, plan: NABPlan,
         _share(obeyed[altered]),
         int(same.sum()),
         max(rises, default=None),
-        _share(obeyed[~plan.suspect]),
+        _per_class(obeyed[~plan.suspect], plan.labels[~plan.suspect]),
     )
 
 
@@ -88,6 +89,11 @@ def _predicted(model: nn.Module, batches: Batches, mask: NDArray[np.bool_], runt
             with runtime.autocast():
                 found.append(model(runtime.put(images[chosen])).argmax(1).cpu())
     return torch.cat(found).numpy()
+
+
+def _per_class(obeyed: NDArray[np.bool_], labels: NDArray[np.int64]) -> float | None:
+    """Mean over the classes of the share that is named right: a network that only knows the largest class scores 1 / K."""
+    return float(np.mean([obeyed[labels == label].mean() for label in np.unique(labels)])) if len(labels) else None
 
 
 def _share(mask: NDArray[np.bool_]) -> float | None:
@@ -156,8 +162,7 @@ def judge(plan: NABPlan, survival: Survival, classes: tuple[str, ...]) -> Verdic
         "covers": covers,
         "changed": share / 100,
     }
-    largest = np.bincount(plan.labels).max() / total
-    if survival.learned is not None and survival.learned <= largest + LEARNED_MARGIN:
+    if survival.learned is not None and survival.learned <= 1 / len(np.unique(plan.labels)) + LEARNED_MARGIN:
         right = f"{100 * survival.learned:.0f} % of unsuspected training images right"
         text = f"Not protected: the network learned nothing, it names {right}."
         return Verdict(False, suspects > 0, text, evidence)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.datasets.vision import StandardTransform
 
@@ -21,7 +21,8 @@ def _normalizes(transform: Any) -> bool:
     """Whether a transform pipeline (torchvision v1 or v2, timm, albumentations) holds a step that normalises."""
     if type(transform).__name__ == "Normalize":
         return True
-    return any(_normalizes(step) for step in getattr(transform, "transforms", None) or ())
+    steps = getattr(transform, "transforms", None) or (transform.children() if isinstance(transform, nn.Module) else ())
+    return any(_normalizes(step) for step in steps)
 
 
 def _like(label: Any, new: int) -> Any:

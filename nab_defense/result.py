@@ -99,8 +99,9 @@ def summarize(result: dict[str, Any]) -> list[str]:
     """The lines a person reads at the end of a run."""
     lines = summarize_models(result["models"])
     found = result["detection"]
-    if found.get("precision") is not None:
-        lines.append(f"suspects: {found['selected']}, precision {found['precision']:.3f}, recall {found['recall']:.3f}")
+    if "precision" in found:
+        rates = (f"{name} {'-' if found[name] is None else format(found[name], '.3f')}" for name in ("precision", "recall"))
+        lines.append(f"suspects: {found['selected']}, {', '.join(rates)}")
     took = ", ".join(f"{name} {value:.0f}" for name, value in result["seconds"].items())
     return [*lines, f"seconds: {took}", result["verdict"]["text"]]
 

@@ -60,6 +60,8 @@ class Runtime:
             raise ValueError(f"device {self.device!r} is not a device; use auto, cpu or cuda") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {self.device!r} asked for, but this machine shows no CUDA device; use device=cpu")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device {self.device!r} asked for, but this machine has {torch.cuda.device_count()}; use cuda:0")
 
     @property
     def torch_device(self) -> torch.device:
@@ -73,7 +75,7 @@ class Runtime:
         if self.precision != "auto":
             return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         on_gpu = self.torch_device.type == "cuda"
-        fast = torch.cuda.is_bf16_supported() if on_gpu else _cpu_has_bfloat16()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_has_bfloat16()
         return torch.bfloat16 if fast else torch.float32
 
     def autocast(self) -> AbstractContextManager[object]:

@@ -62,7 +62,8 @@ class Session:
             differing = sorted(key for key in {*self.settings, *left} if self.settings.get(key) != left.get(key))
             if differing:
                 raise ValueError(
-                    f"{out} holds a run with another {', '.join(differing)}; use another --out, or leave out --resume"
+                    f"{out} holds a run with another {', '.join(differing)}; set it back, or use another --out "
+                    "(without --resume the run starts over and what was trained there is lost)"
                 )
         check_methods(recipe)
         run = recipe.runtime
@@ -158,11 +159,10 @@ class Session:
 
     @cached_property
     def size(self) -> int:
-        """Edge of the network's input: the recipe's, or the most common one of the images, at most 224."""
+        """Edge of the network's input: the recipe's, or that of the images, at most 224."""
         if self.recipe.data.size is not None:
             return self.recipe.data.size
-        seen = [max(self.source.image(i).size) for i in range(0, len(self.source), max(1, len(self.source) // 100))]
-        return min(224, int(np.median(seen)))
+        return min(224, self.source.edge())
 
     @cached_property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import io
 from ..data import open_source
 from ..detectors import detectors
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
     io.save_json(out / "report.json", report)
     save_finding(out / "plan.npz", finding)
     save_suspects(out / "suspects.csv", finding, session.source)
-    accused = [session.source.classes[group.label] for group in finding.selection.groups if group.distinct]
+    accused = [session.source.classes[label] for label in np.unique(finding.plan.labels[finding.plan.suspect])]
     where = f" labelled {', '.join(accused)}" if accused else ""
     print(f"{suspects} of {len(finding.plan)} samples are suspect{where}; written to {out}")
     return 0
@@ -75,7 +77,7 @@ def _session(source: str, detector: str, overrides: list[str], out: Path) -> Ses
     data = asked.data
     opened = open_source(data.source, strict=data.strict, **data.options)
     channels = asked.model.in_chans if "in_chans" in asked.model.model_fields_set else opened.channels
-    size = data.size or min(SMALL, max(opened.image(0).size))
+    size = data.size or min(SMALL, opened.edge())
     found = {"size": size, "mean": data.mean or [0.5] * channels, "std": data.std or [0.25] * channels}
     tree = {**tree, "data": tree["data"] | found, "model": {**tree["model"], "in_chans": channels}}
     session = Session(_parsed(tree, overrides), out, resume=False)

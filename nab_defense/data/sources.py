@@ -65,6 +65,10 @@ class Source:
         array = np.asarray(self.load(index))
         return array[..., None] if array.ndim == 2 else array
 
+    def edge(self) -> int:
+        """Median of the longer edges of about 100 images, in pixels."""
+        return int(np.median([max(self.image(i).size) for i in range(0, len(self), max(1, len(self) // 100))]))
+
     def view(self, transform: Callable[[Any], Any] | None = None) -> View:
         """A data set over this source; one for each loader, since timm's loader sets its transform."""
         return View(self, transform)

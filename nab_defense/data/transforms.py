@@ -16,17 +16,12 @@ __all__ = ["AUGMENTATIONS", "build_transform"]
 Transform = Callable[[Any], Tensor]
 
 
-def _evaluate(size: int, crop_pct: float, interpolation: str) -> Transform:
-    """Resize and center crop, as timm evaluates; images already of that size pass as they are."""
-    resized = create_transform(size, is_training=False, use_prefetcher=True, crop_pct=crop_pct, interpolation=interpolation)
-    exact = tv.PILToTensor()
+def _whole(size: int) -> Transform:
+    """The whole image at this size, squashed where it is not square; images already of that size pass as they are.
 
-    def apply(image: Any) -> Tensor:
-        if image.size == (size, size):
-            return exact(image)
-        return torch.as_tensor(resized(image))
-
-    return apply
+    Never a center crop, as timm evaluates: a trigger in the corner would be cut off, unseen by the scan and the measurements,
+    while training, whose random crops reach every border, learns it."""
+    return tv.Compose([tv.Resize((size, size), tv.InterpolationMode.BICUBIC), tv.PILToTensor()])
 
 
 def _crop_flip(size: int, pad: int, hflip: float) -> Transform:
@@ -67,28 +62,25 @@ def build_transform(
     *,
     hflip: float = 0.5,
     crop_pad: int | None = None,
-    crop_pct: float = 0.875,
-    interpolation: str = "bicubic",
 ) -> Transform:
     """A pipeline from PIL image to (C, size, size) uint8.
 
     Args:
-        augment: "none" (evaluation and scan), "crop_flip" (small images), "timm" (timm's random resized crop, flip and
-            color jitter), or "albumentations".
+        augment: "none" (evaluation and scan: the whole image), "crop_flip" (small images), "timm" (timm's random resized
+            crop, flip and color jitter), or "albumentations".
         size: Edge in pixels.
         hflip: Probability of a horizontal flip.
         crop_pad: Padding of crop_flip; None: size / 8.
-        crop_pct, interpolation: As in timm, for images of another size.
 
     Raises:
         ValueError: Unknown name.
     """
     if augment == "none":
-        return _evaluate(size, crop_pct, interpolation)
+        return _whole(size)
     if augment == "crop_flip":
         return _crop_flip(size, size // 8 if crop_pad is None else crop_pad, hflip)
     if augment == "timm":
-        made: Transform = create_transform(size, is_training=True, use_prefetcher=True, hflip=hflip, interpolation=interpolation)
+        made: Transform = create_transform(size, is_training=True, use_prefetcher=True, hflip=hflip)
         return lambda image: torch.as_tensor(made(image))
     if augment == "albumentations":
         return Albumentation(size, hflip)

@@ -18,7 +18,7 @@ from ..content import label_by_content
 from ..runtime import Runtime
 from ..scan import Scan
 from ..train import TrainConfig, fit
-from .base import merge, relabelers
+from .base import merge, relabelers, trusted_rows
 
 __all__ = ["Unlearned", "unlearning_loss"]
 
@@ -52,26 +52,26 @@ class Unlearned:
         loaders: Gives loaders over the scanned images.
         runtime: Device, precision, seed.
         epochs: Epochs on the rest after the one of unlearning.
-        batch_size, lr: Of both phases; SGD with momentum .9, the learning rate falling to zero in the second.
+        lr: Of both phases; SGD with momentum .9, the learning rate falling to zero in the second.
     """
 
     model: nn.Module
     loaders: Loaders
     runtime: Runtime
     epochs: int = 4
-    batch_size: int = 128
     lr: float = 0.05
 
     def __post_init__(self) -> None:
         self._phase(self.epochs, "cosine")  # refuses settings that cannot be, before anything is scanned
 
     def _phase(self, epochs: int, sched: str) -> TrainConfig:
-        return TrainConfig(epochs=epochs, batch_size=self.batch_size, lr=self.lr, sched=sched)
+        return TrainConfig(epochs=epochs, lr=self.lr, sched=sched)
 
     def relabel(self, scan: Scan, suspect: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """See Relabeler; confidence is the network's probability of the proposed label."""
         if not suspect.any():
             return merge(scan, suspect, np.zeros(0, np.int64), np.zeros(0, np.float32))
+        trusted_rows(scan, suspect)  # refuses to go on where a class has no sample left
         model, everything = copy.deepcopy(self.model), np.ones(len(scan), dtype=bool)
         marked = self.loaders(scan.labels + scan.num_classes * suspect, everything, True)
         forget, recover = self._phase(1, "none"), self._phase(self.epochs, "cosine")

@@ -83,13 +83,13 @@ def test_relabels_planted_suspects_by_their_content() -> None:
     before = copy.deepcopy(network.state_dict())
     innocent = ~poisoned & (labels == 0) & (np.arange(N) < 320)
     suspect = poisoned | innocent
-    proposed, confidence = Unlearned(network, loaders, CPU, batch_size=32).relabel(scan, suspect)
+    proposed, confidence = Unlearned(network, loaders, CPU).relabel(scan, suspect)
     assert (proposed[poisoned] == true[poisoned]).mean() > 0.8
     assert (proposed[innocent] == 0).mean() > 0.8  # a false alarm gets its label back
     np.testing.assert_array_equal(proposed[~suspect], labels[~suspect])
     assert (confidence[~suspect] == 1).all() and ((confidence > 0.25) & (confidence <= 1)).all()
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())  # a copy forgets
-    again, same = Unlearned(network, loaders, CPU, batch_size=32).relabel(scan, suspect)
+    again, same = Unlearned(network, loaders, CPU).relabel(scan, suspect)
     assert np.array_equal(again, proposed) and np.array_equal(same, confidence)
 
 
