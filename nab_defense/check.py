@@ -141,13 +141,14 @@ def _with_mask(batches: Batches, mask: NDArray[np.bool_]) -> Iterator[tuple[Tens
         first += len(images)
 
 
-def judge(plan: NABPlan, survival: Survival, classes: tuple[str, ...]) -> Verdict:
+def judge(plan: NABPlan, survival: Survival, classes: tuple[str, ...], *, blind: bool = False) -> Verdict:
     """Put the check into words.
 
     Args:
         plan: What training changed.
         survival: What was measured afterwards.
         classes: Names of the labels.
+        blind: There were too few samples to find anything among.
     """
     suspects, total = int(plan.suspect.sum()), len(plan)
     stamped = int((plan.stamped & plan.keep & ~plan.cover).sum())
@@ -166,6 +167,9 @@ def judge(plan: NABPlan, survival: Survival, classes: tuple[str, ...]) -> Verdic
         right = f"{100 * survival.learned:.0f} % of unsuspected training images right"
         text = f"Not protected: the network learned nothing, it names {right}."
         return Verdict(False, suspects > 0, text, evidence)
+    if not suspects and blind:
+        text = f"Not protected: {total} samples are too few to find a group of poison among; raise fraction, or add images."
+        return Verdict(False, False, text, evidence)
     if not suspects:
         text = (
             f"Nothing was found in {total} samples and nothing was changed: this is ordinary training. "

@@ -19,6 +19,7 @@ from .look import look, look_again
 from .plan import Finding, load_finding, save_finding
 from .result import describe, save_suspects
 from .schema import Recipe
+from .select import too_few
 from .session import Session, train_config
 from .train import fit
 from .types import EvalResult, NABPlan
@@ -172,4 +173,5 @@ def defend(session: Session, network: nn.Module, plan: NABPlan) -> nn.Module:
 def check(session: Session, shipped: nn.Module, network: nn.Module, plan: NABPlan) -> Verdict:
     """The verdict on a trained model; no truth is read."""
     survival = measure(shipped, network, session.ordered(session.source), plan, runtime=session.runtime)
-    return judge(plan, survival, session.source.classes)
+    blind = session.recipe.rule == "expand" and too_few(plan.labels, session.recipe.fraction)
+    return judge(plan, survival, session.source.classes, blind=blind)

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from .scan import Scan
 from .types import SuspectReport
 
-__all__ = ["Group", "Selection", "expand", "settled", "split_in_two", "take_fraction"]
+__all__ = ["Group", "Selection", "expand", "settled", "split_in_two", "take_fraction", "too_few"]
 
 MIN_SEPARATION = 2.0  # Ashman's D: below it a mixture of two normals does not separate [Ashman et al. 1994]
 MIN_VALLEY = 0.25  # the density between the groups must fall this far below the lower of its peaks
@@ -182,6 +182,11 @@ def _grow(
     if min(len(inside), len(others)) >= MIN_SEEDS:
         lead = float(roc_auc_score([1] * len(inside) + [0] * len(others), -np.r_[inside, others]))
     return Group(-1, 0, separation, valley, len(inside), lead), likely
+
+
+def too_few(labels: NDArray[np.int64], fraction: float) -> bool:
+    """Whether `expand` cannot accuse anybody: neither seeds nor a half of a class can reach MIN_SEEDS."""
+    return int(fraction * len(labels)) < MIN_SEEDS and np.bincount(labels).max() < 2 * MIN_SEEDS
 
 
 def settled(before: Selection, after: Selection) -> bool:

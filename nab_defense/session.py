@@ -62,8 +62,8 @@ class Session:
             differing = sorted(key for key in {*self.settings, *left} if self.settings.get(key) != left.get(key))
             if differing:
                 raise ValueError(
-                    f"{out} holds a run with another {', '.join(differing)}; set it back, or use another --out "
-                    "(without --resume the run starts over and what was trained there is lost)"
+                    f"{out} holds a run with another {', '.join(differing)}; set it back, use another --out, "
+                    "or leave out --resume to start over (what was trained there is lost)"
                 )
         check_methods(recipe)
         run = recipe.runtime

@@ -182,3 +182,8 @@ def test_a_network_that_learned_nothing_protects_nobody() -> None:
         verdict = judge(plan, Survival(20, 0.0, 0.0, 0, None, learned=0.3), CLASSES)
         assert not verdict.protected
         assert verdict.text == "Not protected: the network learned nothing, it names 30 % of unsuspected training images right."
+
+
+def test_blind_is_not_protected() -> None:
+    verdict = judge(NABPlan.empty(CONTENT), Survival(0, None, None, 0, None), CLASSES, blind=True)
+    assert not verdict.protected and not verdict.found and verdict.text.startswith("Not protected: 60 samples are too few")

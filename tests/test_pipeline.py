@@ -157,7 +157,7 @@ def test_the_defense_never_looks_at_the_truth(tmp_path: Path, monkeypatch: pytes
 
 
 def test_clean_data_is_trained_as_ever(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = write_recipe(tmp_path, baselines=["undefended"], train={"epochs": 15})
+    recipe = write_recipe(tmp_path, baselines=["undefended"], train={"epochs": 15}, data={"limit": 400})
     assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["verdict"]["found"] is False and result["verdict"]["protected"] is True

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nab_defense.scan import Scan
-from nab_defense.select import MIN_LEAD, MIN_SEEDS, Selection, expand, settled, split_in_two, take_fraction
+from nab_defense.select import MIN_LEAD, MIN_SEEDS, Selection, expand, settled, split_in_two, take_fraction, too_few
 from nab_defense.types import SuspectReport
 
 CLASSES, DIM = 5, 24
@@ -192,3 +192,8 @@ def test_take_fraction_takes_exactly_that() -> None:
         assert selection.suspect.sum() == count and selection.groups == ()
         assert scores[selection.suspect].min() > scores[~selection.suspect].max()
         np.testing.assert_array_equal(selection.doubt, selection.suspect)
+
+
+def test_too_few_samples_are_known_beforehand() -> None:
+    assert too_few(np.arange(399) % 20, 0.05) and not too_few(np.arange(400) % 20, 0.05)
+    assert not too_few(np.repeat([0, 1], 2 * MIN_SEEDS), 0.05)  # a half of a class may do
