@@ -73,7 +73,8 @@ def save_suspects(path: Path, finding: Finding, source: Source) -> None:
     """suspects.csv: a row for each suspected or changed sample, suspects first, the most suspicious on top."""
     plan, scores = finding.plan, finding.report.scores
     evidence = {
-        group.label: f"separation {group.separation:.1f}, valley {group.valley:.2f}" for group in finding.selection.groups
+        group.label: f"separation {group.separation:.1f}, valley {group.valley:.2f}, imprint {group.imprint or 0:.2f}"
+        for group in finding.selection.groups
     }
     chosen = np.flatnonzero(plan.suspect | plan.changed)
     rows = []
