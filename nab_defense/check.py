@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .content import weighted_images
+from .content import Batches, weighted_images
 from .plan import clean_label_groups
 from .runtime import Runtime
 from .types import NABPlan
@@ -20,7 +20,6 @@ __all__ = ["Survival", "Verdict", "imprint", "judge", "measure"]
 
 SURVIVAL_LIMIT = 0.1  # share of suspects that may still go to their given label
 LEARNED_MARGIN = 0.05  # above a guess, 1 / K
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)

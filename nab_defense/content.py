@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .runtime import Runtime
 
-__all__ = ["label_by_content", "weighted_images"]
+__all__ = ["Batches", "label_by_content", "weighted_images"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 ROUNDS = 4

@@ -34,19 +34,24 @@ def look(session: Session) -> tuple[Finding, nn.Module]:
     Returns: what was found, and the scan's network."""
     recipe = session.recipe
     detector = detectors.create(recipe.scan.detector, **recipe.scan.params)
-    found: list[Selection] = []
+    found: list[tuple[SuspectReport, Selection]] = []
 
     def watch(seen: Scan) -> bool:
         if recipe.rule == "paper":
             return False
-        last = found[-1] if found else None
-        found.append(expand(detector.detect(seen), seen, fraction=recipe.fraction, previous=last))
-        log.info("scan %d: %d suspects", seen.epoch, found[-1].suspect.sum())
-        return last is not None and settled(last, found[-1])
+        last = found[-1][1] if found else None
+        report = detector.detect(seen)
+        selection = expand(report, seen, fraction=recipe.fraction, previous=last)
+        found.append((report, selection))
+        log.info("scan %d: %d suspects", seen.epoch, selection.suspect.sum())
+        return last is not None and settled(last, selection)
 
     scan, network = _scan(session, watch)
-    report = detector.detect(scan)
-    selection = found[-1] if recipe.rule == "expand" else take_fraction(report, recipe.fraction)
+    if recipe.rule == "paper":
+        report = detector.detect(scan)
+        selection = take_fraction(report, recipe.fraction)
+    else:
+        report, selection = found[-1]
     return _finding(session, scan, report, selection, network, network), network
 
 

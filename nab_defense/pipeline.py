@@ -20,7 +20,7 @@ from .plan import Finding, load_finding, save_finding
 from .result import describe, save_suspects
 from .schema import Recipe
 from .select import too_few
-from .session import Session, train_config
+from .session import Session
 from .train import fit
 from .types import EvalResult, NABPlan
 
@@ -154,7 +154,7 @@ def train(session: Session, plan: NABPlan, arm: str) -> nn.Module:
         network,
         loader,
         runtime=session.runtime,
-        train=train_config(session.recipe.train),
+        train=session.schedule,
         state=state,
         resume=session.resume,
         title=arm,
