@@ -142,8 +142,8 @@ def expand(
 def _half(features: NDArray[np.float32], members: NDArray[np.bool_], scores: NDArray[np.float32]) -> NDArray[np.bool_]:
     """The more suspicious half of a class that falls in two along its top singular direction [Tran et al. 2018]; else nobody.
 
-    On CIFAR-10 the classes of clean data stay one hump (valley at most .06), and backdoored ones have a valley from .6 to 1
-    once the network obeys the trigger."""
+    On CIFAR-10 the classes of clean data stay one hump (valley below .1), and backdoored ones have a valley of .2 to 1 once
+    the network obeys the trigger."""
     half = np.zeros_like(members)
     if members.sum() < 2 * MIN_SEEDS:
         return half
