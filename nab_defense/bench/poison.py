@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..data.sources import Loader, Source
+from ..data.sources import Source
 from .attacks.base import Attack, CoverAttack, check_choice
 from .truth import Truth, read_truth, write_truth
 
@@ -116,7 +118,7 @@ def poison_source(
         cover[choose_cover(poisoned, fraction=attack.cover_fraction, rng=rng)] = True
     labels = np.where(poisoned, wanted_labels(source.labels, target=target, mode=mode, num_classes=classes), source.labels)
     change = f"poison: {attack!r} rate={rate} target={target} mode={mode} seed={seed} probe={_probe(source, attack, seed)}"
-    load = _painter(source, attack, poisoned, cover, seed)
+    load = _Painted(source, attack, poisoned, cover, seed)
     return source.replaced(labels=labels, load=load, change=change), Truth(poisoned, source.labels, target, mode, cover)
 
 
@@ -139,7 +141,7 @@ def triggered_source(
     if len(kept) == 0:
         raise ValueError(f"{source.name} holds only images of the target class {target}; nothing is left to attack")
     chosen = source.subset(kept)
-    load = _painter(chosen, attack, np.ones(len(kept), dtype=bool), np.zeros(len(kept), dtype=bool), seed)
+    load = _Painted(chosen, attack, np.ones(len(kept), dtype=bool), np.zeros(len(kept), dtype=bool), seed)
     change = f"triggered: {attack!r} target={target} mode={mode} seed={seed} probe={_probe(chosen, attack, seed)}"
     labels = wanted_labels(chosen.labels, target=target, mode=mode, num_classes=classes)
     return chosen.replaced(labels=labels, load=load, change=change), chosen.labels
@@ -150,20 +152,31 @@ def _probe(source: Source, attack: Attack, seed: int) -> str:
     return hashlib.sha256(attack.apply(source.pixels(0)[None], seed).tobytes()).hexdigest()[:16]
 
 
-def _painter(source: Source, attack: Attack, poisoned: BoolArray, cover: BoolArray, seed: int) -> Loader:
-    kept: dict[int, Image.Image] = {}
+@dataclass(frozen=True, eq=False)
+class _Painted:
+    """Index -> image of a source, with the attack's trigger where the sample is poisoned or a cover.
 
-    def load(index: int) -> Image.Image:
-        if not (poisoned[index] or cover[index]):
-            return source.load(index)
-        if index in kept:
-            return kept[index]
-        own_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-        paint = attack.cover if cover[index] and isinstance(attack, CoverAttack) else attack.apply
-        pixels = paint(source.pixels(index)[None], own_seed)[0]
+    Small triggered images are painted once and kept; a copy in another process starts without them."""
+
+    source: Source
+    attack: Attack
+    poisoned: BoolArray
+    cover: BoolArray
+    seed: int
+    kept: dict[int, Image.Image] = field(default_factory=dict)
+
+    def __call__(self, index: int) -> Image.Image:
+        if not (self.poisoned[index] or self.cover[index]):
+            return self.source.load(index)
+        if index in self.kept:
+            return self.kept[index]
+        own_seed = int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0])
+        paint = self.attack.cover if self.cover[index] and isinstance(self.attack, CoverAttack) else self.attack.apply
+        pixels = paint(self.source.pixels(index)[None], own_seed)[0]
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         if image.width * image.height <= SMALL:
-            kept[index] = image
+            self.kept[index] = image
         return image
 
-    return load
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": {}}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,24 @@ class Folder:
     load: Callable[[int], Image.Image]
     mode: str
     irregular: dict[str, list[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class _FileImages:
+    """Index -> image in `mode`: from memory, or decoded anew from its file. A copy in another process has the files alone."""
+
+    files: list[Path]
+    cache: dict[int, Image.Image]
+    mode: str
+
+    def __call__(self, index: int) -> Image.Image:
+        image = self.cache.get(index)
+        if image is None:
+            image, _ = decode(self.files[index].read_bytes())
+        return image if image.mode == self.mode else image.convert(self.mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": {}}  # up to CACHE_BYTES, which every loader process would be sent
 
 
 def decode(data: bytes) -> tuple[Image.Image, str]:
@@ -99,20 +118,13 @@ def read_folder(root: Path, channels: int | None, strict: bool) -> Folder:
                 digests.append(digest)
                 cached += image.width * image.height * len(image.getbands())
                 if cached <= CACHE_BYTES:
-                    cache[index] = image
+                    cache[len(kept) - 1] = image
     _refuse_broken(root, irregular, len(ids), strict)
     only_grey = sum(len(irregular.get(kind, [])) for kind in ("grey", "16-bit")) == len(kept) > 0
     if channels == 3 and only_grey:
         raise ValueError(f"all images in {root} are grey and the model takes 3 channels; set model.in_chans=1")
     mode = "L" if channels == 1 or (channels is None and only_grey) else "RGB"
-
-    def load(index: int) -> Image.Image:
-        position = kept[index]
-        image = cache.get(position)
-        if image is None:
-            image, _ = decode(files[position].read_bytes())
-        return image if image.mode == mode else image.convert(mode)
-
+    load = _FileImages([files[i] for i in kept], cache, mode)
     chosen = np.asarray(kept, dtype=np.int64)
     return Folder(
         classes, np.asarray(labels, dtype=np.int64)[chosen], tuple(ids[i] for i in kept), tuple(digests), load, mode, irregular

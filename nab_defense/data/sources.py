@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Source:
         classes: Class names; labels index them.
         labels: (N,) int64.
         ids: N stable names: relative path, or index.
-        load: Index -> PIL image in `mode`.
+        load: Index -> PIL image in `mode`. It must pickle: where loader processes are spawned, the source is sent to them.
         mode: "RGB" or "L".
         fingerprint: Hash of ids, labels and contents.
         irregular: Kind of oddity -> ids of the files that show it ("grey", "palette", "16-bit", "truncated", ...).
@@ -78,7 +79,7 @@ class Source:
         return self.replaced(
             labels=self.labels[chosen],
             ids=tuple(self.ids[i] for i in chosen),
-            load=lambda index: self.load(int(chosen[index])),
+            load=partial(_chosen, self.load, chosen),
             change="subset:" + hashlib.sha256(chosen.tobytes()).hexdigest(),
         )
 
@@ -169,21 +170,49 @@ def fingerprint(ids: Sequence[str], labels: NDArray[np.int64], contents: Sequenc
     return digest.hexdigest()
 
 
+def _chosen(load: Loader, chosen: NDArray[np.int64], index: int) -> Image.Image:
+    return load(int(chosen[index]))
+
+
+def _array_image(images: NDArray[np.uint8], index: int) -> Image.Image:
+    return Image.fromarray(images[index])
+
+
 def _digits(split: str) -> Source:
     """1,797 real 8x8 digits; every fifth is for testing, so that the split never moves."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images = np.round(data.images * 255 / 16).astype(np.uint8)
-    test = np.arange(len(images)) % 5 == 4
+    test = np.arange(len(data.images)) % 5 == 4
     chosen = np.flatnonzero(test if split in ("test", "validation", "val") else ~test)
+    images = np.round(data.images[chosen] * 255 / 16).astype(np.uint8)
     labels = data.target[chosen].astype(np.int64)
     ids = tuple(f"digits/{i:04d}" for i in chosen)
-    mark = [hashlib.sha256(images[chosen].tobytes()).hexdigest()]
+    mark = [hashlib.sha256(images.tobytes()).hexdigest()]
     classes = tuple(str(c) for c in range(10))
-    return Source(
-        "digits", classes, labels, ids, lambda i: Image.fromarray(images[chosen[i]]), "L", fingerprint(ids, labels, mark), {}
-    )
+    return Source("digits", classes, labels, ids, partial(_array_image, images), "L", fingerprint(ids, labels, mark), {})
+
+
+@dataclass(frozen=True, eq=False)
+class _TimmImages:
+    """Index -> image in `mode` of a data set that timm made. By way of its reader where it has one: timm's ImageDataset would
+    return the next sample in place of an unreadable one."""
+
+    name: str
+    data: Any
+    mode: str
+
+    def __call__(self, index: int) -> Image.Image:
+        reader = getattr(self.data, "reader", None)
+        try:
+            if reader is None:
+                image: Image.Image = self.data[index][0]
+                return image.convert(self.mode)
+            with reader[index][0] as file:
+                return Image.open(file).convert(self.mode)
+        except (OSError, SyntaxError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"sample {index} of {self.name!r} cannot be read: {reason}") from error
 
 
 def _from_timm(name: str, split: str, channels: int | None, options: dict[str, Any]) -> Source:
@@ -192,18 +221,7 @@ def _from_timm(name: str, split: str, channels: int | None, options: dict[str, A
     except Exception as error:  # create_dataset reaches into torchvision and Hugging Face code, which raise anything
         raise ValueError(f"timm cannot open {name!r}: {' '.join(str(error).split())[:300]}") from error
     mode = "L" if channels == 1 else "RGB"
-    reader = getattr(data, "reader", None)
-
-    def load(index: int) -> Image.Image:
-        # By way of the reader: timm's ImageDataset would return the next sample in place of an unreadable one.
-        try:
-            if reader is None:
-                return data[index][0].convert(mode)
-            with reader[index][0] as file:
-                return Image.open(file).convert(mode)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"sample {index} of {name!r} cannot be read: {' '.join(str(error).split())[:200]}") from error
-
+    load, reader = _TimmImages(name, data, mode), getattr(data, "reader", None)
     targets = getattr(data, "targets", getattr(data, "labels", None))
     if reader is not None:
         targets = list(reader.iter_targets())

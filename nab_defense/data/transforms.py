@@ -80,8 +80,8 @@ def build_transform(
     if augment == "crop_flip":
         return _crop_flip(size, size // 8 if crop_pad is None else crop_pad, hflip)
     if augment == "timm":
-        made: Transform = create_transform(size, is_training=True, use_prefetcher=True, hflip=hflip)
-        return lambda image: torch.as_tensor(made(image))
+        made = create_transform(size, is_training=True, use_prefetcher=True, hflip=hflip)
+        return tv.Compose([*made.transforms, torch.as_tensor])  # older timm ends in an array
     if augment == "albumentations":
         return Albumentation(size, hflip)
     raise ValueError(f"no augmentation {augment!r}; known: {', '.join(AUGMENTATIONS)}")
