@@ -29,7 +29,7 @@ from .stamp import Stamp
 from .train import TrainConfig
 from .types import NABPlan
 
-__all__ = ["Session"]
+__all__ = ["Session", "difference"]
 
 EVAL_BATCH = 512
 
@@ -146,6 +146,15 @@ class Session:
         return self.poisoned[1]
 
     @cached_property
+    def test_source(self) -> Source:
+        """The test images of data.test, all of them."""
+        data = self.recipe.data
+        assert data.test is not None  # asked for where there is a test set
+        return open_source(
+            data.test, split=data.test_split, channels=self.recipe.model.in_chans, strict=data.strict, **data.options
+        )
+
+    @cached_property
     def trusted_source(self) -> Source:
         """The verified images of relabel.trusted."""
         name = self.recipe.relabel.trusted
@@ -153,7 +162,7 @@ class Session:
         source = open_source(name, channels=self.recipe.model.in_chans, strict=self.recipe.data.strict)
         if source.classes != self.source.classes:
             raise ValueError(
-                f"{name} has other classes than the training data: {_difference(source.classes, self.source.classes)}"
+                f"{name} has other classes than the training data: {difference(source.classes, self.source.classes)}"
             )
         return source
 
@@ -186,14 +195,11 @@ class Session:
         data, attack, seed = self.recipe.data, self.recipe.attack, self.recipe.seed
         if data.test is None:
             return None
-        test = open_source(
-            data.test, split=data.test_split, channels=self.recipe.model.in_chans, strict=data.strict, **data.options
-        )
-        if test.classes != self.source.classes:
+        if self.test_source.classes != self.source.classes:
             raise ValueError(
-                f"{data.test} has other classes than {data.source}: {_difference(test.classes, self.source.classes)}"
+                f"{data.test} has other classes than {data.source}: {difference(self.test_source.classes, self.source.classes)}"
             )
-        test = test.limited(data.test_limit, seed)
+        test = self.test_source.limited(data.test_limit, seed)
         clean = self.ordered(test)
         if attack is None:
             return Cases(clean, test.labels)
@@ -255,5 +261,10 @@ def _target(attack: Attack) -> int | None:
     return attack.target if attack.mode == "all_to_one" else None
 
 
-def _difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
-    return f"only there: {sorted(set(ours) - set(theirs))[:3]}, missing: {sorted(set(theirs) - set(ours))[:3]}"
+def difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
+    """How two lists of class names differ, in words."""
+    if sorted(ours) == sorted(theirs):
+        place = next(i for i, (own, other) in enumerate(zip(ours, theirs, strict=True)) if own != other)
+        return f"the same {len(ours)} names in another order, number {place} is {ours[place]!r} and should be {theirs[place]!r}"
+    sizes = f"{len(ours)} and not {len(theirs)}, " * (len(ours) != len(theirs))
+    return f"{sizes}only there: {sorted(set(ours) - set(theirs))[:3]}, missing: {sorted(set(theirs) - set(ours))[:3]}"

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import io
+from ..registry import nearest
 
-__all__ = ["EXIT_INPUT", "EXIT_UNPROTECTED", "Parser", "check_out", "guarded"]
+__all__ = ["EXIT_INPUT", "EXIT_UNPROTECTED", "Parser", "check_out", "data_settings", "guarded"]
 
 EXIT_INPUT = 2
 EXIT_UNPROTECTED = 3
@@ -54,6 +55,23 @@ def check_out(out: Path) -> None:
     io.check_folder(out)
     if (out / "model.safetensors").exists():
         raise ValueError(f"{out} holds a trained model and its results, which would be overwritten; name another --out")
+
+
+def data_settings(items: list[str], takes: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Part a command's key=value items into the settings of the data, which start with "data.", and the others.
+
+    Args:
+        items: As given.
+        takes: The settings of the data that the command uses, "data.options" for all of its keys.
+
+    Raises:
+        ValueError: Another setting of the data, which the command would not use."""
+    ours = [item for item in items if item.startswith("data.")]
+    for item in ours:
+        key = item.partition("=")[0]
+        if ".".join(key.split(".")[:2]) not in takes:
+            raise ValueError(f"{item!r} cannot be set here; known: {', '.join(takes)}{nearest(key, takes)}")
+    return ours, [item for item in items if item not in ours]
 
 
 def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:

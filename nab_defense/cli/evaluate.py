@@ -12,8 +12,8 @@ from ..checkpoint import load, read_header
 from ..defended import DefendedModel
 from ..recipe import key_values, parse_recipe
 from ..result import summarize_models
-from ..session import Session
-from .common import Parser, check_out
+from ..session import Session, difference
+from .common import Parser, check_out, data_settings
 
 __all__ = ["main"]
 
@@ -21,6 +21,7 @@ EXAMPLES = [
     "nab evaluate runs/quickstart_digits --data digits",
     "nab evaluate runs/quickstart_digits --data digits --attack blend alpha=0.3 --target 0",
     "nab evaluate runs/mine/model.safetensors --data path/to/test --attack badnets size=3 --out runs/mine_badnets",
+    "nab evaluate runs/mine --data torch/cifar10 data.options.root=data data.options.download=true",
 ]
 
 
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
         EXAMPLES,
     )
     parser.add_argument("model", type=Path, help="a run's folder, or its model.safetensors")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the attack, e.g. pattern=white")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of attack and data, see the examples")
     parser.add_argument("--data", required=True, help="test images: a folder, digits, or a timm data set name")
     parser.add_argument("--attack", metavar="NAME", help=f"paint its trigger on the images: {', '.join(attacks.names())}")
     parser.add_argument("--target", type=int, default=0, help="the attack's target class; default 0")
@@ -45,18 +46,18 @@ def main(argv: list[str]) -> int:
     check_out(out)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {args.limit}")
-    attack = None
+    attack, (reading, settings) = None, data_settings(args.settings, ("data.strict", "data.test_split", "data.options"))
     if args.attack is not None:
         attack = {
             "name": args.attack,
             "target": args.target,
             "mode": args.mode,
             "poison": False,
-            "params": key_values(args.settings, example="size=3"),
+            "params": key_values(settings, example="size=3"),
         }
         attacks.create(args.attack, **attack["params"])
-    elif args.settings:
-        raise ValueError(f"{args.settings[0]!r} sets an attack; name it with --attack")
+    elif settings:
+        raise ValueError(f"{settings[0]!r} sets an attack; name it with --attack")
     header = read_header(args.model)
     model = load(args.model)
     network = header["network"]
@@ -70,14 +71,13 @@ def main(argv: list[str]) -> int:
         "attack": attack,
         "model": {"name": network["model"], "in_chans": network["in_chans"]},
     }  # fmt: skip
-    session = Session(parse_recipe(tree, (), "evaluation settings"), out, resume=False)
+    session = Session(parse_recipe(tree, reading, "evaluation settings"), out, resume=False)
+    session.whole_source = session.test_source  # there is no training data here, and nothing is read twice
+    if session.test_source.classes != tuple(header["classes"]):
+        differing = difference(session.test_source.classes, tuple(header["classes"]))
+        raise ValueError(f"{args.data} has other classes than those the model was trained on: {differing}")
     cases = session.cases()
     assert cases is not None  # data.test is set above
-    ours, theirs = session.source.classes, tuple(header["classes"])
-    if ours != theirs:
-        raise ValueError(
-            f"{args.data} has {len(ours)} classes, {ours[0]!r} to {ours[-1]!r}; the model was trained on {len(theirs)} others"
-        )
     session.runtime.place(model)
     if isinstance(model, DefendedModel):
         plain = to_dict(evaluate(model.model, cases, session.runtime))

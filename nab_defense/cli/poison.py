@@ -14,15 +14,16 @@ from ..bench.attacks import attacks, create
 from ..bench.poison import MODES, poison_source, write_truth
 from ..data.sources import Source, open_source
 from ..io import check_folder
-from ..recipe import key_values
+from ..recipe import key_values, parse_recipe
 from ..registry import nearest
-from .common import Parser
+from .common import Parser, data_settings
 
 __all__ = ["main"]
 
 EXAMPLES = [
     "nab poison digits --attack badnets --rate 0.1 --target 0 --out poisoned/digits",
     "nab poison path/to/images --attack blend alpha=0.1 --rate 0.05 --target cat --out poisoned/images",
+    "nab poison torch/cifar10 data.options.root=data --attack badnets --rate 0.1 --target 0 --out poisoned/cifar10",
     "nab train recipes/imagefolder.yaml data.source=poisoned/images data.truth=poisoned/images.truth.csv",
 ]
 
@@ -42,8 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
     check_folder(out)
-    attack = create(arguments.attack, **key_values(arguments.settings, example="alpha=0.1"))
-    source = _as_folder_order(open_source(arguments.source)).limited(arguments.limit, arguments.seed)
+    reading, settings = data_settings(arguments.settings, ("data.strict", "data.options"))
+    attack = create(arguments.attack, **key_values(settings, example="alpha=0.1"))
+    data = parse_recipe({"name": "poison", "data": {"source": arguments.source}}, reading, "poison settings").data
+    opened = open_source(data.source, strict=data.strict, **data.options)
+    source = _as_folder_order(opened).limited(arguments.limit, arguments.seed)
     target = None if arguments.target is None else _class_index(arguments.target, source)
     poisoned, truth = poison_source(source, attack, rate=arguments.rate, target=target, mode=arguments.mode, seed=arguments.seed)
     _check_classes(poisoned)
@@ -64,7 +68,7 @@ def _parser() -> Parser:
     what = "Write a poisoned copy of a data set as an image folder DIR, and the truth about it to DIR.truth.csv."
     parser = Parser("nab poison", what, EXAMPLES)
     parser.add_argument("source", metavar="SOURCE", help="digits, a folder with one sub-folder a class, or a timm name")
-    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings of the attack, such as alpha=0.1")
+    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings of attack and data, see the examples")
     parser.add_argument("--attack", required=True, metavar="NAME", help=", ".join(attacks.names()))
     parser.add_argument("--rate", required=True, type=float, help="share of the whole set to poison, in (0, 1)")
     parser.add_argument("--target", help="class the trigger leads to, by name or index; none for all_to_all")

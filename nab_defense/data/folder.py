@@ -122,7 +122,7 @@ def read_folder(root: Path, channels: int | None, strict: bool) -> Folder:
     _refuse_broken(root, irregular, len(ids), strict)
     only_grey = sum(len(irregular.get(kind, [])) for kind in ("grey", "16-bit")) == len(kept) > 0
     if channels == 3 and only_grey:
-        raise ValueError(f"all images in {root} are grey and the model takes 3 channels; set model.in_chans=1")
+        raise ValueError(f"all images in {root} are grey and the model takes 3 channels; to train on them set model.in_chans=1")
     mode = "L" if channels == 1 or (channels is None and only_grey) else "RGB"
     load = _FileImages([files[i] for i in kept], cache, mode)
     chosen = np.asarray(kept, dtype=np.int64)

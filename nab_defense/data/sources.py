@@ -146,7 +146,7 @@ def open_source(name: str, *, split: str = "train", channels: int | None = None,
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if name == "digits":
         if channels == 3:
-            raise ValueError("all images in digits are grey and the model takes 3 channels; set model.in_chans=1")
+            raise ValueError("all images in digits are grey and the model takes 3 channels; to train on it set model.in_chans=1")
         source = _digits(split)
     elif name.split("/")[0].lower() in TIMM_PREFIXES:
         source = _from_timm(name, split, channels, options)

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from nab_defense import session
 from nab_defense.cli import main
+from nab_defense.data import open_source
 from tests.digits_runs import contents, write_images, write_recipe
 
 ATTACK = ["--data", "digits", "--limit", "60", "--attack", "blend", "alpha=0.3", "--target", "0"]
@@ -57,12 +59,57 @@ def test_a_model_without_a_stamp(tmp_path: Path) -> None:
     assert models == {"model": {"acc": measured(tmp_path / "run")["models"]["defended"]["acc"]}}
 
 
+def digits_folder(folder: Path) -> Path:
+    """Three test images of each digit, and a file that is no image."""
+    source = open_source("digits", split="test")
+    for label, name in enumerate(source.classes):
+        (folder / name).mkdir(parents=True)
+        for index in (source.labels == label).nonzero()[0][:3]:
+            source.image(index).save(folder / name / f"{index}.png")
+    (folder / "0" / "broken.png").write_bytes(b"")
+    return folder
+
+
+def test_a_folder_is_read_once_and_as_the_settings_say(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[dict[str, Any]] = []
+
+    def watched(name: str, **options: Any) -> Any:
+        opened.append(options)
+        return open_source(name, **options)
+
+    monkeypatch.setattr(session, "open_source", watched)
+    folder = digits_folder(tmp_path / "images")
+    assert main(["evaluate", str(copied), "--data", str(folder), "data.strict=false", "--attack", "blend", "alpha=0.3"]) == 0
+    assert opened == [{"split": "test", "channels": 1, "strict": False}]
+    model = measured(copied / "evaluation")["models"]["defended"]
+    assert (model["acc"]["n"], model["asr"]["n"]) == (30, 27)
+    assert main(["evaluate", str(copied), "--data", "digits", "data.test_split=train", "--limit", "99"]) == 0
+    assert opened[1:] == [{"split": "train", "channels": 1, "strict": True}]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        (("a", "c"), "only there: ['b'], missing: ['c']"),
+        (("a", "b", "c"), "2 and not 3, only there: [], missing: ['c']"),
+        (("b", "a"), "the same 2 names in another order, number 0 is 'a' and should be 'b'"),
+    ],
+)
+def test_a_difference_between_classes_is_named(theirs: tuple[str, ...], words: str) -> None:
+    assert session.difference(("a", "b"), theirs) == words
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--data", "digits", "--limit", "0"], "--limit must be at least 1, got 0"),
         (["--data", "nowhere"], "no such folder or data set: nowhere"),
-        (["--data", "IMAGES"], "has 2 classes"),
+        (["--data", "IMAGES"], "only there: ['c0', 'c1'], missing: ['0', '1', '2']"),
+        (["--data", "IMAGES"], "has other classes than those the model was trained on: 2 and not 10"),
+        (["--data", "BROKEN"], "leave them out with data.strict=false"),
+        (["--data", "digits", "data.limit=5"], "'data.limit=5' cannot be set here; known: data.strict"),
+        (["--data", "digits", "data.strictt=0"], "did you mean 'data.strict'?"),
+        (["--data", "digits", "data.strict=maybe"], "evaluation settings: data.strict='maybe'"),
         (["--data", "digits", "--attack", "blend", "--target", "10"], "target must be a class in 0..9, got 10"),
         (["--data", "digits", "--attack", "sig", "--mode", "all_to_all"], "use mode all_to_one"),
         (["--data", "digits", "--mode", "all_to_al"], "invalid choice: 'all_to_al'"),
@@ -71,8 +118,10 @@ def test_a_model_without_a_stamp(tmp_path: Path) -> None:
 )
 def test_mistakes(extra: list[str], message: str, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = write_images(tmp_path / "images", mode="L")
+    broken = write_images(tmp_path / "broken", classes=10, mode="L")
+    (broken / "c0" / "0.png").write_bytes(b"")
     before = contents(tmp_path)
-    places = {"IMAGES": str(images), "RUN": str(copied)}
+    places = {"IMAGES": str(images), "RUN": str(copied), "BROKEN": str(broken)}
     try:
         status = main(["evaluate", str(copied), *(places.get(word, word) for word in extra)])
     except SystemExit as stop:

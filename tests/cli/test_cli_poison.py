@@ -14,6 +14,7 @@ from nab_defense.bench.attacks import create
 from nab_defense.bench.poison import poison_source, read_truth
 from nab_defense.cli import poison as command
 from nab_defense.data.sources import Source, open_source
+from tests.digits_runs import write_images
 
 BASE = ["digits", "--attack", "badnets", "--rate", "0.1", "--target", "3", "--limit", "300"]
 
@@ -73,7 +74,7 @@ def test_same_seed_same_files(tmp_path: Path) -> None:
 def test_all_to_all_counts_classes_as_the_folder_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digits = open_source("digits")
     renamed = replace(digits, classes=tuple(str(c) for c in range(9, 19)))  # "9" sorts after "18"
-    monkeypatch.setattr(command, "open_source", lambda name: renamed)
+    monkeypatch.setattr(command, "open_source", lambda name, **_: renamed)
     command.main(["digits", "--attack", "badnets", "--rate", "0.2", "--mode", "all_to_all", "--out", str(tmp_path / "p")])
     source = open_source(str(tmp_path / "p"))
     assert source.classes[-1] == "9"
@@ -82,6 +83,20 @@ def test_all_to_all_counts_classes_as_the_folder_does(tmp_path: Path, monkeypatc
     assert truth.mode == "all_to_all"
     names = np.array(renamed.classes)
     assert sorted(np.array(source.classes)[truth.true_labels]) == sorted(names[digits.labels])
+
+
+def test_settings_of_the_data(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", each=6)
+    (images / "c0" / "broken.png").write_bytes(b"")
+    command_line = ["--attack", "badnets", "--rate", "0.2", "--target", "c1", "size=2", "--out"]
+    with pytest.raises(ValueError, match=r"leave them out with data\.strict=false"):
+        command.main([str(images), *command_line, str(tmp_path / "p")])
+    assert command.main([str(images), *command_line, str(tmp_path / "p"), "data.strict=false"]) == 0
+    assert len(open_source(str(tmp_path / "p"))) == 12
+    (images / "c0" / "broken.png").unlink()
+    by_timm = ["torch/image_folder", f"data.options.root={images}"]
+    assert command.main([*by_timm, *command_line, str(tmp_path / "q")]) == 0
+    assert content(open_source(str(tmp_path / "q"))) == content(open_source(str(tmp_path / "p")))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +110,8 @@ def test_all_to_all_counts_classes_as_the_folder_does(tmp_path: Path, monkeypatc
         (["--rate", "1.5"], r"rate must be in \(0, 1\), got 1.5"),
         (["--rate", "0.99"], "the largest possible is"),
         (["--mode", "all_to_al"], "did you mean 'all_to_all'"),
+        (["data.limit=5"], "'data.limit=5' cannot be set here; known: data.strict, data.options"),
+        (["data.strict=5"], "poison settings: data.strict=5"),
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--limit", "12"], "would be left without images"),
     ],
