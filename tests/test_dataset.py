@@ -224,6 +224,29 @@ def test_more_than_image_and_label_is_passed_on() -> None:
     assert [item[2] for item in (wrapped[1], wrapped[3])] == ["extra 1", "extra 4"]
 
 
+class InOneGo(Pictures):
+    """Loads a batch by itself, as some data sets do, and remembers what it was asked for."""
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        self.asked = indices
+        return [list(self[index]) for index in indices]
+
+
+@pytest.mark.parametrize("kind", [Pictures, InOneGo])
+def test_a_batch_is_its_items_in_order(kind: type[Pictures]) -> None:
+    wrapped, order = wrap(kind(TRANSFORMS["uint8"]), busy_plan()), [3, 0, 1, 9, 2]
+    batch = wrapped.__getitems__(order)
+    for (image, label), index in zip(batch, order, strict=True):
+        expected, given = wrapped[index]
+        assert torch.equal(image, expected) and label == given
+    assert all(type(item) is tuple for item in batch)  # timm's collate function insists
+    if isinstance(wrapped.dataset, InOneGo):
+        assert wrapped.dataset.asked == [4, 0, 1, 11, 2]
+    wrapped.dataset = Pictures(TRANSFORMS["uint8"], wrap=lambda label: 1 - label)
+    with pytest.raises(ValueError, match="sample 1 came with label 0, the plan saw 1"):
+        wrapped.__getitems__([1, 0])
+
+
 def test_an_image_that_is_no_array_is_refused() -> None:
     wrapped = wrap(Pictures(), busy_plan())
     assert isinstance(wrapped[0][0], Image.Image)
