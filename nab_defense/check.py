@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .content import Batches, weighted_images
 from .plan import clean_label_groups
 from .runtime import Runtime
+from .select import Group
 from .types import NABPlan
 
 __all__ = ["Survival", "Verdict", "imprint", "judge", "measure"]
@@ -140,47 +141,56 @@ def _with_mask(batches: Batches, mask: NDArray[np.bool_]) -> Iterator[tuple[Tens
         first += len(images)
 
 
-def judge(plan: NABPlan, survival: Survival, classes: tuple[str, ...], *, blind: bool = False) -> Verdict:
+def judge(
+    plan: NABPlan, survival: Survival, classes: tuple[str, ...], *, groups: tuple[Group, ...] = (), blind: bool = False
+) -> Verdict:
     """Put the check into words.
 
     Args:
         plan: What training changed.
         survival: What was measured afterwards.
         classes: Names of the labels.
+        groups: What the look at the data examined; those that were let go are named.
         blind: There were too few samples to find anything among.
     """
-    suspects, total = int(plan.suspect.sum()), len(plan)
-    stamped = int((plan.stamped & plan.keep & ~plan.cover).sum())
-    covers = int(plan.cover.sum())
-    dropped = int((~plan.keep).sum())
-    share = 100 * float(plan.changed.sum()) / total
     evidence = {
         **asdict(survival),
-        "suspects": suspects,
-        "stamped": stamped,
-        "dropped": dropped,
-        "covers": covers,
-        "changed": share / 100,
+        "suspects": int(plan.suspect.sum()),
+        "stamped": int((plan.stamped & plan.keep & ~plan.cover).sum()),
+        "dropped": int((~plan.keep).sum()),
+        "covers": int(plan.cover.sum()),
+        "changed": float(plan.changed.sum()) / len(plan),
+        "acquitted": [asdict(group) for group in groups if group.acquitted],
     }
+    protected, text = _sentence(plan, survival, classes, evidence, blind)
+    spared = " and ".join(f"{group['size']} samples of class {classes[group['label']]!r}" for group in evidence["acquitted"])
+    if spared:
+        text = f"{text} {spared} stood apart and were let go: they share no trigger."
+    return Verdict(protected, evidence["suspects"] > 0, text, evidence)
+
+
+def _sentence(
+    plan: NABPlan, survival: Survival, classes: tuple[str, ...], evidence: dict[str, Any], blind: bool
+) -> tuple[bool, str]:
+    """Whether the model is protected, and why."""
+    suspects, stamped, dropped, total = evidence["suspects"], evidence["stamped"], evidence["dropped"], len(plan)
     if survival.learned is not None and survival.learned <= 1 / len(np.unique(plan.labels)) + LEARNED_MARGIN:
         right = f"{100 * survival.learned:.0f} % of unsuspected training images right"
-        text = f"Not protected: the network learned nothing, it names {right}."
-        return Verdict(False, suspects > 0, text, evidence)
+        return False, f"Not protected: the network learned nothing, it names {right}."
     if not suspects and blind:
-        text = f"Not protected: {total} samples are too few to find a group of poison among; raise fraction, or add images."
-        return Verdict(False, False, text, evidence)
+        few = f"{total} samples are too few to find a group of poison among"
+        return False, f"Not protected: {few}; raise fraction, or add images."
     if not suspects:
-        text = (
+        return True, (
             f"Nothing was found in {total} samples and nothing was changed: this is ordinary training. "
             "Poison that training learns no faster than clean images can escape this scan."
         )
-        return Verdict(True, False, text, evidence)
     accused = ", ".join(repr(classes[i]) for i in np.unique(plan.labels[plan.suspect]))
     found = f"{suspects} of {total} samples are suspect (labelled {accused})"
-    stamps = f"{stamped} were relabelled and stamped, {covers} others stamped with their own label"
-    done = f"{stamps}, {dropped} dropped, {share:.1f} % of the set changed"
+    stamps = f"{stamped} were relabelled and stamped, {evidence['covers']} others stamped with their own label"
+    done = f"{stamps}, {dropped} dropped, {100 * evidence['changed']:.1f} % of the set changed"
     if not stamped and not dropped:
-        return Verdict(False, True, f"Not protected: {found}, but nothing could be stamped or dropped.", evidence)
+        return False, f"Not protected: {found}, but nothing could be stamped or dropped."
     facts = []
     if survival.stamped is not None:
         facts.append(f"as shipped, {100 * survival.stamped:.1f} % of the relabelled still go to their old label")
@@ -188,6 +198,4 @@ def judge(plan: NABPlan, survival: Survival, classes: tuple[str, ...], *, blind:
         facts.append(f"what the clean-label suspects share turns {100 * max(0.0, survival.imprint):.1f} % of other images")
     survived = max(survival.stamped or 0.0, survival.imprint or 0.0) > SURVIVAL_LIMIT
     start = "Not protected, the trigger survives" if survived else "Protected against what was found"
-    return Verdict(
-        not survived, True, f"{start}: {found}; {done}; {'; '.join(facts) or 'nothing was left to measure'}.", evidence
-    )
+    return not survived, f"{start}: {found}; {done}; {'; '.join(facts) or 'nothing was left to measure'}."

@@ -25,7 +25,6 @@ from .types import SuspectReport
 __all__ = ["look", "look_again"]
 
 log = logging.getLogger(__name__)
-IMPRINT_LIMIT = 0.5  # share of other images that what a group shares must turn to be called a trigger
 
 
 def look(session: Session) -> tuple[Finding, nn.Module]:
@@ -106,7 +105,7 @@ def _scan(session: Session, watch: Callable[[Scan], bool]) -> tuple[Scan, nn.Mod
 
 
 def _confirmed(session: Session, selection: Selection, scan: Scan, network: nn.Module) -> Selection:
-    """Acquit groups that share no trigger: a class may fall in two by itself, or because half of its labels are wrong."""
+    """Try what each group shares on other images, and let go those that share no trigger."""
     suspect, doubt, groups = selection.suspect.copy(), selection.doubt.copy(), []
     for group in selection.groups:
         members = scan.labels == group.label
@@ -114,7 +113,7 @@ def _confirmed(session: Session, selection: Selection, scan: Scan, network: nn.M
             rise = imprint(network, session.ordered(session.source), scan.labels, suspect & members, runtime=session.runtime)
             log.info("class %d: %d suspects, imprint %.2f", group.label, (suspect & members).sum(), rise)
             group = dataclasses.replace(group, imprint=rise)
-            if rise < IMPRINT_LIMIT:
+            if group.acquitted:
                 suspect[members], doubt[members] = False, 0
         groups.append(group)
     return Selection(suspect, doubt, tuple(groups))

@@ -53,7 +53,7 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     clock = _Clock(session)
     finding, network, untouched = _defended(session, clock)
     shipped = defend(session, network, finding.plan)
-    verdict = clock("check", lambda: check(session, shipped, network, finding.plan))
+    verdict = clock("check", lambda: check(session, shipped, network, finding))
     models: dict[str, EvalResult | tuple[EvalResult, EvalResult]] = {}
     for arm, plan in twins:
         if untouched is not None and not plan.changed.any():
@@ -170,8 +170,9 @@ def defend(session: Session, network: nn.Module, plan: NABPlan) -> nn.Module:
     return DefendedModel(network, session.stamp, mean=mean, std=std)
 
 
-def check(session: Session, shipped: nn.Module, network: nn.Module, plan: NABPlan) -> Verdict:
+def check(session: Session, shipped: nn.Module, network: nn.Module, finding: Finding) -> Verdict:
     """The verdict on a trained model; no truth is read."""
+    plan = finding.plan
     survival = measure(shipped, network, session.ordered(session.source), plan, runtime=session.runtime)
     blind = session.recipe.rule == "expand" and too_few(plan.labels, session.recipe.fraction)
-    return judge(plan, survival, session.source.classes, blind=blind)
+    return judge(plan, survival, session.source.classes, groups=finding.selection.groups, blind=blind)

@@ -23,6 +23,7 @@ MIN_SEPARATION = 2.0  # Ashman's D: below it a mixture of two normals does not s
 MIN_VALLEY = 0.25  # the density between the groups must fall this far below the lower of its peaks
 MIN_LEAD = 0.8  # share of pairs in which a suspect has a lower loss than a sample of another class that is named right
 MIN_SEEDS = 20
+MIN_IMPRINT = 0.5  # share of other images that what a group shares must turn to be called a trigger
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 SETTLED = 0.98  # overlap of two passes, intersection over union
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -54,6 +55,11 @@ class Group:
     @property
     def distinct(self) -> bool:
         return self.separation > MIN_SEPARATION and self.valley > MIN_VALLEY and self.size >= MIN_SEEDS
+
+    @property
+    def acquitted(self) -> bool:
+        """It stood apart and shares no trigger: a class may fall in two by itself, or because half of its labels are wrong."""
+        return self.imprint is not None and self.imprint < MIN_IMPRINT
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nab_defense.check import SURVIVAL_LIMIT, Survival, imprint, judge, measure
 from nab_defense.defended import DefendedModel
 from nab_defense.runtime import Runtime
+from nab_defense.select import Group
 from nab_defense.stamp import Stamp
 from nab_defense.types import NABPlan
 
@@ -117,6 +118,18 @@ def test_nothing_found_is_ordinary_training() -> None:
     assert verdict.protected and not verdict.found
     assert verdict.text.startswith("Nothing was found in 60 samples and nothing was changed: this is ordinary training.")
     assert verdict.evidence["suspects"] == verdict.evidence["changed"] == 0
+
+
+def test_groups_that_were_let_go_are_named() -> None:
+    tried = [Group(1, 5, 4.0, 0.9, 34, 0.99, imprint=0.02), Group(0, 5, 3.0, 0.5, 21, 0.9, imprint=0.49)]
+    groups = (Group(2, 9, 1.0, 0.0, 40, 0.2), Group(1, 5, 5.0, 0.9, 30, 0.99, imprint=0.5), *tried)  # not tried; accused
+    survival = Survival(20, 0.9, 0.05, 0, None)
+    for plan in (make(np.zeros(N, bool)), dirty_plan()):
+        plain, verdict = judge(plan, survival, CLASSES), judge(plan, survival, CLASSES, groups=groups)
+        spared = "34 samples of class 'dog' and 21 samples of class 'cat' stood apart and were let go: they share no trigger."
+        assert verdict.text == f"{plain.text} {spared}" and "let go" not in plain.text
+        assert (verdict.protected, verdict.found) == (plain.protected, plain.found)
+        assert verdict.evidence == {**plain.evidence, "acquitted": [dataclasses.asdict(group) for group in tried]}
 
 
 def test_nothing_could_be_changed_is_not_protected() -> None:

@@ -27,6 +27,7 @@ def test_a_group_that_shares_no_trigger_is_acquitted(tmp_path: Path) -> None:
     judged = _confirmed(session, Selection(half, half.astype(np.float32), (group,)), scan, network)
     assert not judged.suspect.any() and not judged.doubt.any()
     assert judged.groups[0].imprint == pytest.approx(0, abs=0.1) and judged.groups[0].distinct
+    assert judged.groups[0].acquitted and not group.acquitted
 
 
 @pytest.mark.slow
