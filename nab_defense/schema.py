@@ -74,6 +74,9 @@ class Schedule(Section):
     warmup_epochs: int = Field(0, ge=0)
     warmup_lr: float = Field(1e-5, ge=0)
     min_lr: float = Field(0.0, ge=0)
+    decay_epochs: float = Field(90, gt=0)
+    decay_milestones: tuple[Positive, ...] = (90, 180, 270)
+    decay_rate: float = Field(0.1, gt=0)
     smoothing: float = Field(0.0, ge=0, lt=1)
     clip_grad: float | None = Field(None, gt=0)
     grad_accum_steps: Positive = 1

@@ -40,6 +40,7 @@ class TrainConfig:
         batch_size: Images a step.
         opt, lr, momentum, weight_decay: The optimizer, any that timm knows.
         sched, warmup_epochs, warmup_lr, min_lr: The learning rate's course, stepped after every update.
+        decay_epochs, decay_milestones, decay_rate: When "step" and "multistep" lower it, and by what factor; the power of "poly".
         smoothing: Label smoothing in [0, 1).
         clip_grad: Largest gradient norm; None: no clipping.
         grad_accum_steps: Batches whose gradients add up to one update.
@@ -56,6 +57,9 @@ class TrainConfig:
     warmup_epochs: int = 0
     warmup_lr: float = 1e-5
     min_lr: float = 0.0
+    decay_epochs: float = 90
+    decay_milestones: tuple[int, ...] = (90, 180, 270)
+    decay_rate: float = 0.1
     smoothing: float = 0.0
     clip_grad: float | None = None
     grad_accum_steps: int = 1
@@ -72,6 +76,10 @@ class TrainConfig:
             raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing}")
         if self.sched not in SCHEDULES:
             raise ValueError(f"sched must be one of {', '.join(SCHEDULES)}, got {self.sched!r}")
+        first = {"step": self.decay_epochs, "multistep": min(self.decay_milestones, default=math.inf)}.get(self.sched, 0)
+        if first >= self.epochs:
+            key = "decay_epochs" if self.sched == "step" else "decay_milestones"
+            raise ValueError(f"sched={self.sched} would first lower lr after epoch {first} of {self.epochs}: set {key}")
         if self.opt.lower() not in OPTIMIZERS:
             raise ValueError(f"timm has no optimizer {self.opt!r}{nearest(self.opt, OPTIMIZERS)}")
 
@@ -204,6 +212,9 @@ def _scheduler(optimizer: Any, train: TrainConfig, updates: int) -> Any:
         warmup_epochs=min(train.warmup_epochs, train.epochs - 1),
         warmup_lr=train.warmup_lr,
         min_lr=train.min_lr,
+        decay_epochs=train.decay_epochs,
+        decay_milestones=sorted(train.decay_milestones),
+        decay_rate=train.decay_rate,
         step_on_epochs=False,
         updates_per_epoch=updates,
     )

@@ -80,6 +80,7 @@ def test_recipe_that_cannot_be_read(tmp_path: Path, mistakes: Mistakes) -> None:
         ("data.std=null", ("data.mean and data.std go together",)),
         ("data.std=[0.0]", ("data.std must be positive",)),
         ("train.opt=sdg", ("timm has no optimizer 'sdg'", "did you mean 'sgd'?")),
+        ("train.sched=step", ("after epoch 90 of 1: set decay_epochs",)),
         ("train.sched=cosin", ("sched must be one of cosine",)),
         ("runtime.device=gpu", ("device 'gpu' is not a device; use auto, cpu or cuda",)),
         ("baselines=[oracle]", ("oracle", "data.truth")),

@@ -109,6 +109,19 @@ def test_cosine_runs_over_updates() -> None:
     assert [record["lr"] for record in warm[:2]] == pytest.approx([0.01, 0.03])
 
 
+@pytest.mark.parametrize(
+    ("changes", "factors"),
+    [
+        ({"sched": "step", "decay_epochs": 2, "decay_rate": 0.5}, [1, 1, 0.5, 0.5, 0.25]),
+        ({"sched": "multistep", "decay_milestones": (4, 1), "decay_rate": 0.2}, [0.2, 0.2, 0.2, 0.04, 0.04]),  # an update early
+        ({"sched": "poly", "decay_rate": 1.0}, [1, 0.8, 0.6, 0.4, 0.2]),
+    ],
+)
+def test_decays_come_when_they_are_told(changes: dict[str, Any], factors: list[float]) -> None:
+    history = fit(network(), Toy(batch=40), runtime=CPU, train=config(epochs=5, lr=0.05, **changes))
+    assert [record["lr"] for record in history] == pytest.approx([0.05 * factor for factor in factors])
+
+
 def test_the_seed_decides() -> None:
     runs = []
     for seed in (3, 3, 4):
@@ -268,6 +281,8 @@ def test_an_empty_loader_is_refused() -> None:
     [
         ({"opt": "agamw"}, "timm has no optimizer 'agamw'; did you mean 'adamw'"),
         ({"sched": "cosin"}, "sched must be one of cosine, .*, got 'cosin'"),
+        ({"sched": "step"}, "sched=step would first lower lr after epoch 90 of 30: set decay_epochs"),
+        ({"sched": "multistep", "decay_milestones": (40, 30)}, "after epoch 30 of 30: set decay_milestones"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"grad_accum_steps": 0}, "grad_accum_steps must be at least 1"),
