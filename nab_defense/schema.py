@@ -7,6 +7,7 @@ import typing
 from typing import Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 __all__ = ["Attack", "Model", "Recipe", "Schedule", "Section", "number"]
 
@@ -25,6 +26,15 @@ Positive = typing.Annotated[int, Field(ge=1)]
 Settings = typing.Annotated[dict[str, Any], BeforeValidator(number)]
 
 
+# What open_source is told by other keys.
+NO_OPTIONS = {
+    "name": "data.source and data.test name the data sets",
+    "split": "data.test_split names the part to test on, and training takes 'train'",
+    "channels": "model.in_chans says it",
+    "strict": "data.strict says it",
+}
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,6 +51,14 @@ class Data(Section):
     std: tuple[float, ...] | None = None
     options: Settings = {}
     truth: str | None = None
+
+    @field_validator("options")
+    @classmethod
+    def _no_clash(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if key in NO_OPTIONS:
+                raise PydanticCustomError("options", f"{key} cannot be an option here: {NO_OPTIONS[key]}")
+        return value
 
 
 class Attack(Section):
