@@ -13,7 +13,7 @@ import numpy as np
 
 from . import io
 from .bench.evaluate import to_dict
-from .bench.metrics import detection
+from .bench.metrics import detection, relabel_accuracy
 from .check import Verdict
 from .data import Source
 from .plan import Finding
@@ -33,9 +33,9 @@ def describe(session: Session, finding: Finding, verdict: Verdict, models: Model
     if session.truth is not None:
         poisoned = session.truth.poisoned
         measured |= detection(plan.suspect, finding.report.scores, poisoned)
-        stamped = plan.stamped & plan.keep & ~plan.cover
-        if stamped.any():
-            measured["relabel_accuracy"] = float((plan.new_labels[stamped] == session.truth.true_labels[stamped]).mean())
+        accuracy = relabel_accuracy(plan, session.truth.true_labels)
+        if accuracy is not None:
+            measured["relabel_accuracy"] = accuracy.value
     return {
         "recipe": json.loads(session.recipe.model_dump_json()),
         "seed": session.recipe.seed,
@@ -57,16 +57,19 @@ def _model(value: EvalResult | tuple[EvalResult, EvalResult]) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit of the package's checkout, with "+" when it has local changes; "" outside a checkout."""
-    here = Path(__file__).parent
+    """The commit of the package's checkout, with "+" when it has local changes; "" where the package is installed otherwise, also
+    inside another repository."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout
+        git("ls-files", "--error-unmatch", here.name)  # fails unless this very file is tracked
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return commit + "+" * bool(dirty.strip())
 
 
 def save_suspects(path: Path, finding: Finding, source: Source) -> None:

@@ -67,6 +67,6 @@ def detection(
 
 
 def relabel_accuracy(plan: NABPlan, true_labels: NDArray[np.int64]) -> Rate | None:
-    """Share of the suspects whose new label is the true one, (N,) int64 given; None without suspects."""
-    correct = (plan.new_labels == true_labels)[plan.suspect]
+    """Share of the relabelled samples that training sees whose new label is the true one, (N,) int64 given; None without any."""
+    correct = (plan.new_labels == true_labels)[plan.altered & plan.keep]
     return share(correct) if len(correct) else None

@@ -68,11 +68,11 @@ def test_detection_where_rates_are_undefined() -> None:
     assert detection(some, None, some) == {"selected": 1, "precision": 1.0, "recall": 1.0, "auroc": None}
 
 
-def test_relabel_accuracy_counts_suspects_only() -> None:
-    labels = np.array([0, 0, 0, 0, 0])
-    new = np.array([1, 2, 0, 0, 0])
-    suspect = np.array([1, 1, 1, 0, 0], dtype=bool)
-    no = np.zeros(5, dtype=bool)
-    plan = NABPlan(labels, new, suspect, ~no, no)
-    assert relabel_accuracy(plan, np.array([1, 1, 0, 4, 4])) == wilson(2, 3)
+def test_relabel_accuracy_counts_what_is_trained_on_under_another_label() -> None:
+    labels = np.array([0, 0, 0, 0, 0, 0])
+    new = np.array([1, 2, 3, 0, 0, 0])
+    suspect = np.array([1, 1, 1, 1, 0, 0], dtype=bool)
+    keep = np.array([1, 1, 0, 1, 1, 1], dtype=bool)
+    plan = NABPlan(labels, new, suspect, keep, np.array([0, 0, 0, 0, 1, 0], dtype=bool))
+    assert relabel_accuracy(plan, np.array([1, 1, 3, 0, 0, 4])) == wilson(1, 2)
     assert relabel_accuracy(NABPlan.empty(labels), labels) is None
