@@ -68,7 +68,7 @@ class NABPlan:
         fingerprint: Fingerprint of the source the plan was made for.
 
     Raises:
-        ValueError: Shapes differ, or a label changes on a sample that is not a suspect.
+        ValueError: Shapes differ, a label changes on a sample that is not a suspect, or a suspect is a cover.
     """
 
     labels: IntArray
@@ -87,6 +87,9 @@ class NABPlan:
         stray = self.altered & ~self.suspect
         if stray.any():
             raise ValueError(f"{int(stray.sum())} samples change their label without being suspects")
+        both = self.suspect & self.cover
+        if both.any():
+            raise ValueError(f"{int(both.sum())} samples are both suspects and covers, which are trusted")
 
     @classmethod
     def empty(cls, labels: Any, fingerprint: str = "") -> NABPlan:

@@ -31,7 +31,8 @@ def test_stamped_is_a_suspect_whose_label_changes_or_a_cover() -> None:
 
 def test_stamped_over_every_combination() -> None:
     bits = np.array(list(np.ndindex(2, 2, 2)), dtype=bool)  # suspect, altered, cover
-    suspect, altered, cover = bits[bits[:, 0] | ~bits[:, 1]].T  # only a suspect may change its label
+    # Only a suspect may change its label, and only others may be covers.
+    suspect, altered, cover = bits[(bits[:, 0] | ~bits[:, 1]) & ~(bits[:, 0] & bits[:, 2])].T
     zeros = np.zeros(len(suspect), dtype=np.int64)
     example = NABPlan(zeros, altered.astype(np.int64), suspect, ~cover, cover)
     np.testing.assert_array_equal(example.stamped, (suspect & altered) | cover)
@@ -46,6 +47,11 @@ def test_an_empty_plan_changes_nothing() -> None:
 def test_a_label_changes_on_suspects_only() -> None:
     with pytest.raises(ValueError, match="1 samples change their label without being suspects"):
         plan(new_labels=[1, 2, 2, 0, 1])
+
+
+def test_a_cover_is_no_suspect() -> None:
+    with pytest.raises(ValueError, match="1 samples are both suspects and covers"):
+        plan(cover=[False, True, False, True, False])
 
 
 @pytest.mark.parametrize("name", ["labels", "new_labels", "suspect", "keep", "cover"])
