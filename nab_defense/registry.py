@@ -33,7 +33,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._items: dict[str, type[T]] = {}
-        self.sources: dict[str, str] = {}
+        self._sources: dict[str, str] = {}
 
     def register(self, name: str, *, source: str = "") -> Callable[[type[Any]], type[Any]]:
         """Class decorator that adds an entry; `source` names its paper."""
@@ -42,13 +42,17 @@ class Registry(Generic[T]):
             if name in self._items:
                 raise ValueError(f"{self.kind} {name!r} is already registered")
             self._items[name] = item
-            self.sources[name] = source
+            self._sources[name] = source
             return item
 
         return add
 
     def names(self) -> list[str]:
         return sorted(self._items)
+
+    def listing(self) -> str:
+        """The names, each with its paper where it has one, for people to read."""
+        return ", ".join(f"{name} ({self._sources[name]})" if self._sources[name] else name for name in self.names())
 
     def get(self, name: str) -> type[T]:
         if name not in self._items:

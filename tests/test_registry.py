@@ -28,7 +28,7 @@ def parts() -> Registry[Any]:
 def test_registers_lists_and_creates(parts: Registry[Any]) -> None:
     assert parts.names() == ["axle", "wheel"]
     assert parts.get("wheel") is Part and parts.create("wheel", size=3) == Part(3)
-    assert parts.sources == {"wheel": "arXiv:1", "axle": ""}
+    assert parts.listing() == "axle, wheel (arXiv:1)"
 
 
 def test_a_duplicate_is_refused_and_the_first_stays(parts: Registry[Any]) -> None:

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", type=Path, help="a run's folder, or its model.safetensors")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of attack and data, see the examples")
     parser.add_argument("--data", required=True, help="test images: a folder, digits, or a timm data set name")
-    parser.add_argument("--attack", metavar="NAME", help=f"paint its trigger on the images: {', '.join(attacks.names())}")
+    parser.add_argument("--attack", metavar="NAME", help=f"paint its trigger on the images: {attacks.listing()}")
     parser.add_argument("--target", type=int, default=0, help="the attack's target class; default 0")
     parser.add_argument("--mode", default="all_to_one", choices=("all_to_one", "all_to_all"))
     parser.add_argument("--limit", type=int, help="evaluate this many random images", metavar="N")

@@ -69,7 +69,7 @@ def _parser() -> Parser:
     parser = Parser("nab poison", what, EXAMPLES)
     parser.add_argument("source", metavar="SOURCE", help="digits, a folder with one sub-folder a class, or a timm name")
     parser.add_argument("settings", metavar="key=value", nargs="*", help="settings of attack and data, see the examples")
-    parser.add_argument("--attack", required=True, metavar="NAME", help=", ".join(attacks.names()))
+    parser.add_argument("--attack", required=True, metavar="NAME", help=attacks.listing())
     parser.add_argument("--rate", required=True, type=float, help="share of the whole set to poison, in (0, 1)")
     parser.add_argument("--target", help="class the trigger leads to, by name or index; none for all_to_all")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser = Parser("nab scan", "Rank the images of a data set by suspicion. Nothing is changed, no model is shipped.", EXAMPLES)
     parser.add_argument("source", help="digits, a folder with one sub-folder a class, or a timm data set name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe settings, see the examples")
-    parser.add_argument("--detector", default="lga", metavar="NAME", help=f"{', '.join(detectors.names())}; default lga")
+    parser.add_argument("--detector", default="lga", metavar="NAME", help=f"{detectors.listing()}; default lga")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results; default runs/scan_<source>")
     args = parser.parse_intermixed_args(argv)
     out = args.out or Path("runs") / f"scan_{Path(args.source).name}"
