@@ -29,6 +29,13 @@ def _cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
+def _repeat_on_cuda() -> None:
+    """Have CUDA choose kernels that give the same bits every time, as the CPU's do; where there is none it takes another."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Execution settings, decided once and passed down.
@@ -84,9 +91,11 @@ class Runtime:
         return torch.autocast(self.torch_device.type, dtype=self.amp_dtype)
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device and memory format, in place; sets the number of threads."""
+        """Move a model to the device and memory format, in place; sets the number of threads and, on CUDA, repeatable kernels."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+        if self.torch_device.type == "cuda":
+            _repeat_on_cuda()
         model = model.to(self.torch_device)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 

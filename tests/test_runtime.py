@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from nab_defense import runtime as module
 from nab_defense.runtime import Runtime, fixed_seed
+from nab_defense.train import TrainConfig, fit
 
 
 def draws() -> list[float]:
@@ -76,6 +79,20 @@ def test_threads_are_set_by_place_alone() -> None:
         torch.set_num_threads(before)
 
 
+def test_cuda_alone_is_asked_for_kernels_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    Runtime(device="cpu").place(nn.Linear(1, 1))
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    try:
+        module._repeat_on_cuda()
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
 def test_hardware_names_device_threads_and_precision() -> None:
     runtime = Runtime(device="cpu", precision="float32")
     assert f"{torch.get_num_threads()} threads, float32" in runtime.hardware() and "CPU" in runtime.hardware()
@@ -88,3 +105,17 @@ def test_hardware_names_device_threads_and_precision() -> None:
 def test_auto_takes_the_gpu() -> None:
     runtime = Runtime()
     assert runtime.torch_device.type == "cuda" and runtime.put(torch.ones(1, 3, 2, 2)).is_cuda
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_training_on_a_gpu_repeats_bit_for_bit() -> None:
+    images = torch.rand(256, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    batches, weights = [(part, torch.arange(64) % 2) for part in images.split(64)], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, stride=2), nn.Flatten()]
+        network = nn.Sequential(*layers, nn.Linear(64 * 36, 2))
+        fit(network, batches, runtime=Runtime(), train=TrainConfig(epochs=3, lr=0.01))
+        weights.append([p.detach().cpu() for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
