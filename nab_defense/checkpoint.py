@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import timm
-from torch import nn
+from torch import Tensor, nn
 
 from . import io
 from .defended import DefendedModel
+from .purify.polarizer import describe, install
 from .registry import nearest
 from .stamp import Stamp
 
-__all__ = ["Network", "load", "read_header", "save"]
+__all__ = ["Network", "build_function", "count_classes", "find_header", "fit_weights", "load", "read_header", "save"]
 
 FORMAT = "nab_defense 1"
+PREFIXES = ("module.", "_orig_mod.", "model.")  # left by DataParallel, torch.compile and wrappers
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Network:
     """How to build a network.
 
     Args:
-        model: timm name.
+        model: timm name; or "package.module:function", which `load` is then given as a function, since a file must not say what
+            code to run.
         num_classes, in_chans: Outputs and input channels.
         small_stem: Replace the stem of a ResNet by one 3x3 convolution without stride and pooling, for small images.
         pretrained: Start from timm's weights.
@@ -44,6 +49,8 @@ class Network:
 
         Raises:
             ValueError: timm does not know it, does not take its settings, or cannot fetch its weights."""
+        if ":" in self.model:
+            raise ValueError(f"timm has no model {self.model!r}; give the function that builds it as `model`")
         if self.model not in timm.list_models() and not timm.is_model(self.model):
             raise ValueError(f"timm has no model {self.model!r}{nearest(self.model, timm.list_models())}")
         try:
@@ -67,8 +74,59 @@ def _shrink_stem(network: nn.Module, name: str, in_chans: int) -> None:
     network.maxpool = nn.Identity()
 
 
+def build_function(name: str) -> nn.Module:
+    """The network that "package.module:function" gives; the package may lie in the current folder.
+
+    Raises:
+        ValueError: It cannot be imported or called, or gives something else."""
+    module, _, function = name.partition(":")
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        made = getattr(import_module(module), function)()
+    except Exception as error:  # the user's own code raises anything
+        raise ValueError(f"{name!r} gives no network: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        sys.path.remove(here)
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{name!r} gives {type(made).__name__}, expected a torch.nn.Module")
+    return made
+
+
+def count_classes(model: str, tensors: Mapping[str, Tensor]) -> int:
+    """Outputs of a timm network with these weights: rows of its classifier, or timm's default where there is none."""
+    config = timm.get_pretrained_cfg(model)
+    last = f".{config.classifier}.weight" if config is not None else "."
+    rows = [len(tensor) for name, tensor in tensors.items() if f".{name}".endswith(last)]
+    return rows[0] if rows else config.num_classes if config is not None else 1000
+
+
+def fit_weights(network: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Load weights that another program saved, less the prefixes that wrappers put before their names.
+
+    Args: origin: the file, for messages.
+
+    Raises:
+        ValueError: Names a few of the weights that are missing, left over, or of another shape."""
+    own, state = network.state_dict(), dict(tensors)
+    trials = [state]
+    while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        trials.append(state)
+    state = min(trials, key=lambda trial: len(trial.keys() ^ own.keys()))
+    for name in own:
+        if name in state and own[name].shape != state[name].shape:
+            ours, theirs = tuple(own[name].shape), tuple(state[name].shape)
+            raise ValueError(f"{origin} does not fit the network: {name} is {theirs} in the file, {ours} in the network")
+    missing, unexpected = network.load_state_dict(state, strict=False)
+    problems = [f"{kind} {', '.join(sorted(names)[:3])} ({len(names)} in all)" for kind, names in
+                (("lacks", missing), ("has unknown", unexpected)) if names]  # fmt: skip
+    if problems:
+        raise ValueError(f"{origin} does not fit the network: it {' and '.join(problems)}")
+
+
 def save(path: Path, model: nn.Module, network: Network, *, mean: Sequence[float], std: Sequence[float], **header: Any) -> None:
-    """Write a model: a DefendedModel with its stamp, any other network without.
+    """Write a model: a DefendedModel with its stamp, any other network without; either with the polarizer it carries.
 
     Args:
         path: File to write.
@@ -80,6 +138,9 @@ def save(path: Path, model: nn.Module, network: Network, *, mean: Sequence[float
     stamp = model.stamp.to_dict() if isinstance(model, DefendedModel) else None
     inner = model.model if isinstance(model, DefendedModel) else model
     meta = {"format": FORMAT, "network": asdict(network), "stamp": stamp, "mean": list(mean), "std": list(std), **header}
+    polarizer = describe(inner)
+    if polarizer is not None:
+        meta["polarizer"] = polarizer
     io.save_tensors(path, dict(inner.state_dict()), meta)
 
 
@@ -88,8 +149,15 @@ def read_header(path: Path) -> dict[str, Any]:
     return _open(path)[1]
 
 
+def find_header(path: Path) -> dict[str, Any] | None:
+    """The same, or None where another program wrote the file."""
+    if not path.is_dir() and (path.suffix != ".safetensors" or io.load_tensors(path)[1].get("format") != FORMAT):
+        return None
+    return read_header(path)
+
+
 def load(path: str | Path, model: Callable[[], nn.Module] | None = None) -> nn.Module:
-    """A saved result as one module in eval mode: normalised images (B, C, H, W) -> logits (B, K), stamp included.
+    """A saved result as one module in eval mode: normalised images (B, C, H, W) -> logits (B, K), stamp and polarizer included.
 
     Args:
         path: A run's folder or its model.safetensors.
@@ -101,8 +169,10 @@ def load(path: str | Path, model: Callable[[], nn.Module] | None = None) -> nn.M
     tensors, meta = _open(Path(path))
     network = model() if model is not None else Network(**{**meta["network"], "pretrained": False}).build()
     try:
+        if "polarizer" in meta:
+            install(network, **meta["polarizer"])
         network.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (AttributeError, RuntimeError) as error:  # no such layer, or other shapes
         raise ValueError(
             f"the weights in {path} do not fit {meta['network']['model']!r}: {' '.join(str(error).split())[:300]}"
         ) from error

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import numpy as np
@@ -19,7 +21,7 @@ import yaml
 from torch import Tensor
 
 __all__ = [
-    "check_folder", "load_arrays", "load_csv", "load_json", "load_state", "load_tensors", "load_yaml",
+    "check_folder", "load_arrays", "load_csv", "load_json", "load_state", "load_tensors", "load_weights", "load_yaml",
     "save_arrays", "save_csv", "save_json", "save_state", "save_tensors", "save_yaml",
 ]  # fmt: skip
 
@@ -131,7 +133,8 @@ def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], Any]:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Tensors and JSON-able values in one safetensors file."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # cloned, as safetensors refuses tied weights, which share their memory
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = {name: json.dumps(value) for name, value in meta.items()}
     payload = safetensors.torch.save(plain, metadata=header)
     _write(path, lambda stream: stream.write(payload))
@@ -155,6 +158,36 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+STATE_KEYS = ("state_dict", "net", "model", "model_state_dict", "state_dict_ema", "weights")
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """A network's weights from a file of any program: safetensors, or what torch.save wrote.
+
+    Returns: the tensors, and the key they were found under, "" at the top.
+
+    Raises:
+        ValueError: No such file, no weights in it, or objects that only an unpickler could make."""
+    if path.suffix == ".safetensors":
+        return load_tensors(path)[0], ""
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        # timm and many others keep their arguments beside the weights; read as plain values, they can do nothing
+        with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):
+            tree = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and tar errors, by the file's age
+        found = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        reason = f"it holds {found[1]}, and only tensors are read" if found else "it is broken, or of another kind"
+        raise ValueError(f"{path} cannot be read as weights: {reason}; save model.state_dict() alone") from None
+    for key in ("", *STATE_KEYS):
+        state = tree if key == "" else tree.get(key) if isinstance(tree, Mapping) else None
+        if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
+            return dict(state), key
+    held = ", ".join(map(str, list(tree)[:5])) if isinstance(tree, Mapping) else type(tree).__name__
+    raise ValueError(f"{path} holds no state dict ({held}); expected tensors by name, bare or under {', '.join(STATE_KEYS)}")
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -17,10 +17,11 @@ from .bench.metrics import detection, relabel_accuracy
 from .check import Verdict
 from .data import Source
 from .plan import Finding
+from .runtime import Runtime
 from .session import Session
 from .types import EvalResult, NABPlan
 
-__all__ = ["describe", "save_suspects", "summarize", "summarize_models"]
+__all__ = ["describe", "provenance", "save_suspects", "summarize", "summarize_models"]
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "faiss-cpu", "albumentations")
 Models = dict[str, EvalResult | tuple[EvalResult, EvalResult]]
@@ -39,15 +40,18 @@ def describe(session: Session, finding: Finding, verdict: Verdict, models: Model
     return {
         "recipe": json.loads(session.recipe.model_dump_json()),
         "seed": session.recipe.seed,
-        "commit": _commit(),
-        "hardware": session.runtime.hardware(),
-        "versions": {name: version(name) for name in PACKAGES},
+        **provenance(session.runtime),
         "verdict": dataclasses.asdict(verdict),
         "data": {"samples": len(plan), "fingerprint": session.source.fingerprint, "irregular": session.source.irregular},
         "seconds": {**seconds, "total": sum(seconds.values())},
         "detection": {**measured, "groups": groups},
         "models": {name: _model(value) for name, value in models.items()},
     }
+
+
+def provenance(runtime: Runtime) -> dict[str, Any]:
+    """What made a result, besides its settings: commit, hardware, versions of packages."""
+    return {"commit": _commit(), "hardware": runtime.hardware(), "versions": {name: version(name) for name in PACKAGES}}
 
 
 def _model(value: EvalResult | tuple[EvalResult, EvalResult]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "nab_defense"
 LAYERS = [
     {"types", "registry", "stamp", "io", "runtime"},
-    {"data", "scan", "content", "dataset", "defended", "train"},
+    {"data", "scan", "content", "dataset", "defended", "train", "clean", "sites", "universal"},
     {"detectors", "relabel", "purify", "select", "plan"},
     {"checkpoint", "check", "bench", "report"},
     {"schema", "recipe", "methods", "session", "look", "result", "pipeline"},

@@ -13,6 +13,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": "train on images that may be poisoned",
     "scan": "rank the images of a data set by suspicion",
+    "purify": "repair a model after training, with a few clean images",
     "evaluate": "measure a saved model",
     "poison": "write a poisoned image folder, to try a defense blind",
 }
@@ -23,6 +24,7 @@ USAGE = """usage: nab COMMAND ...
 examples:
   nab train recipes/quickstart_digits.yaml
   nab scan path/to/images
+  nab purify --model resnet18 --checkpoint bad.pth --clean path/to/clean --method ibau
   nab evaluate runs/quickstart_digits --data digits --attack blend alpha=0.3
   nab poison digits --attack badnets --rate 0.1 --target 0 --out poisoned/digits
 

@@ -10,10 +10,11 @@ from ..bench.attacks import attacks
 from ..bench.evaluate import evaluate, to_dict
 from ..checkpoint import load, read_header
 from ..defended import DefendedModel
-from ..recipe import key_values, parse_recipe
+from ..recipe import key_values
 from ..result import summarize_models
-from ..session import Session, difference
 from .common import Parser, check_out, data_settings
+from .measure import READING, attack_section, open_tests
+from .suspect import builder
 
 __all__ = ["main"]
 
@@ -32,9 +33,10 @@ def main(argv: list[str]) -> int:
         "wants) and RA (triggered images that are right all the same).",
         EXAMPLES,
     )
-    parser.add_argument("model", type=Path, help="a run's folder, or its model.safetensors")
+    parser.add_argument("file", type=Path, metavar="model", help="a run's folder, or its model.safetensors")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of attack and data, see the examples")
     parser.add_argument("--data", required=True, help="test images: a folder, digits, or a timm data set name")
+    parser.add_argument("--model", metavar="package.module:function", help="builds the network where timm does not have it")
     parser.add_argument("--attack", metavar="NAME", help=f"paint its trigger on the images: {attacks.listing()}")
     parser.add_argument("--target", type=int, default=0, help="the attack's target class; default 0")
     parser.add_argument("--mode", default="all_to_one", choices=("all_to_one", "all_to_all"))
@@ -42,49 +44,26 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of that draw; default 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for result.json; default <run>/evaluation")
     args = parser.parse_intermixed_args(argv)
-    out = args.out or (args.model if args.model.is_dir() else args.model.parent) / "evaluation"
+    out = args.out or (args.file if args.file.is_dir() else args.file.parent) / "evaluation"
     check_out(out)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {args.limit}")
-    attack, (reading, settings) = None, data_settings(args.settings, ("data.strict", "data.test_split", "data.options"))
+    attack, (reading, settings) = None, data_settings(args.settings, READING)
     if args.attack is not None:
-        attack = {
-            "name": args.attack,
-            "target": args.target,
-            "mode": args.mode,
-            "poison": False,
-            "params": key_values(settings, example="size=3"),
-        }
-        attacks.create(args.attack, **attack["params"])
+        params = key_values(settings, example="size=3")
+        attack = attack_section(args.attack, target=args.target, mode=args.mode, params=params)
     elif settings:
         raise ValueError(f"{settings[0]!r} sets an attack; name it with --attack")
-    header = read_header(args.model)
-    model = load(args.model)
-    network = header["network"]
-    tree = {
-        "name": "evaluate",
-        "seed": args.seed,
-        "data": {
-            "source": args.data, "test": args.data, "test_limit": args.limit, "size": header["input_size"],
-            "mean": header["mean"], "std": header["std"],
-        },
-        "attack": attack,
-        "model": {"name": network["model"], "in_chans": network["in_chans"]},
-    }  # fmt: skip
-    session = Session(parse_recipe(tree, reading, "evaluation settings"), out, resume=False)
-    session.whole_source = session.test_source  # there is no training data here, and nothing is read twice
-    if session.test_source.classes != tuple(header["classes"]):
-        differing = difference(session.test_source.classes, tuple(header["classes"]))
-        raise ValueError(f"{args.data} has other classes than those the model was trained on: {differing}")
-    cases = session.cases()
-    assert cases is not None  # data.test is set above
+    header = read_header(args.file)
+    model = load(args.file, builder(args.model))
+    session, cases = open_tests(args.data, header, out, reading, attack=attack, seed=args.seed, test_limit=args.limit)
     session.runtime.place(model)
     if isinstance(model, DefendedModel):
         plain = to_dict(evaluate(model.model, cases, session.runtime))
         models: dict[str, Any] = {"defended": {**to_dict(evaluate(model, cases, session.runtime)), "plain": plain}}
     else:
         models = {"model": to_dict(evaluate(model, cases, session.runtime))}
-    facts = {"model": str(args.model), "data": args.data, "attack": attack, "verdict": header["verdict"]}
+    facts = {"model": str(args.file), "data": args.data, "attack": attack, "verdict": header["verdict"]}
     io.save_json(out / "result.json", {**facts, "models": models})
     print("\n".join([*summarize_models(models), f"written to {out}"]))
     return 0

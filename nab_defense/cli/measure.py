@@ -1,0 +1,61 @@
+"""Test images for a saved model, plain and with an attack's trigger; shared by the commands that measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..bench.attacks import attacks
+from ..bench.evaluate import Cases
+from ..recipe import parse_recipe
+from ..session import Session, difference
+
+__all__ = ["READING", "attack_section", "check_classes", "open_tests"]
+
+READING = ("data.strict", "data.test_split", "data.options")  # how test images are read; see common.data_settings
+
+
+def attack_section(name: str, *, target: int, mode: str, params: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's attack, for measuring only.
+
+    Raises:
+        ValueError: No such attack, or it does not take these settings."""
+    attacks.create(name, **params)
+    return {"name": name, "target": target, "mode": mode, "poison": False, "params": params}
+
+
+def open_tests(source: str, header: dict[str, Any], out: Path, reading: list[str], **sections: Any) -> tuple[Session, Cases]:
+    """The session of a measurement, and its images.
+
+    Args:
+        source: Test images.
+        header: Of the model to measure, see checkpoint.save.
+        out: Where results will go.
+        reading: Settings key=value of the data, see READING.
+        sections: More of the recipe: attack, seed, runtime; and test_limit.
+
+    Raises:
+        ValueError: Images that cannot be read or used, or other classes than the model's."""
+    data = {"source": source, "test": source, "test_limit": sections.pop("test_limit", None), "size": header["input_size"]}
+    network = header["network"]
+    tree = {
+        "name": "measure",
+        "data": {**data, "mean": header["mean"], "std": header["std"]},
+        "model": {"name": network["model"], "in_chans": network["in_chans"]},
+        **sections,
+    }
+    session = Session(parse_recipe(tree, reading, "evaluation settings"), out, resume=False)
+    session.whole_source = session.test_source  # there is no training data here, and nothing is read twice
+    check_classes(source, session.test_source.classes, header)
+    cases = session.cases()
+    assert cases is not None  # data.test is set above
+    return session, cases
+
+
+def check_classes(source: str, ours: tuple[str, ...], header: dict[str, Any]) -> None:
+    """Refuse images of other classes than the model's; of another number, where their names are not known."""
+    theirs, count = header["classes"], header["network"]["num_classes"]
+    if theirs is not None and tuple(theirs) != ours:
+        raise ValueError(f"{source} has other classes than those the model was trained on: {difference(ours, tuple(theirs))}")
+    if len(ours) != count:
+        raise ValueError(f"{source} has {len(ours)} classes, {ours[0]!r} to {ours[-1]!r}; the model tells {count} apart")

@@ -1,0 +1,216 @@
+"""nab purify --checkpoint FILE --clean SOURCE --method NAME [key=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .. import checkpoint, io
+from ..bench.attacks import attacks
+from ..bench.evaluate import evaluate, to_dict
+from ..clean import CleanSet
+from ..data import Source, build_transform, open_source
+from ..purify import PurifyResult, purifiers, purify
+from ..recipe import key_values, parse_recipe
+from ..registry import nearest
+from ..result import provenance, summarize_models
+from ..runtime import Runtime
+from ..schema import Recipe
+from .common import EXIT_UNPROTECTED, Parser, check_out
+from .measure import attack_section, check_classes, open_tests
+from .suspect import Suspect, add_arguments, open_suspect
+
+__all__ = ["main"]
+
+EXAMPLES = [
+    "nab purify --checkpoint runs/mine --clean path/to/clean --method ibau",
+    "nab purify --model resnet18 --checkpoint bad.pth --clean path/to/clean --method ibau rounds=10 clean_limit=500",
+    "nab purify --model nets:small --checkpoint bad.pth --mean 0,0,0 --std 1,1,1 --input-size 32 --clean clean --method ibau",
+]
+LIMITS = ("max_drop", "holdout")
+# What every method takes beside its own settings, `seed` and `runtime.*`.
+SHARED: dict[str, Any] = {name: inspect.signature(purify).parameters[name].default for name in LIMITS}
+SHARED |= {"clean_limit": None, "hflip": 0.5}
+SETTINGS = (
+    "the method's settings",
+    f"max_drop: largest loss of held-out accuracy, {SHARED['max_drop']}",
+    f"holdout: share of the clean images that only selects, {SHARED['holdout']}",
+    "clean_limit: draw so many of the clean images, as many of each class",
+    "hflip: share of flipped images in augmentation, 0.5",
+    "seed, runtime.threads, runtime.device, runtime.precision",
+    "attack.*: settings of --attack",
+)
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_intermixed_args(argv)
+    stem = args.checkpoint.parent.name if args.checkpoint.stem == "model" else args.checkpoint.stem
+    out = args.out or Path("runs") / f"purified_{stem}"
+    check_out(out)
+    knobs, shared, attack, recipe = _settings(args)
+    method: Any = purifiers.create(args.method, **knobs)
+    runtime = Runtime(**recipe.runtime.model_dump(), seed=recipe.seed)
+    about = {"num_classes": args.num_classes, "mean": args.mean, "std": args.std, "input_size": args.input_size}
+    suspect = open_suspect(args.model, args.checkpoint, **about, runtime=runtime)
+    source, clean = _read_clean(args, suspect, shared, recipe.seed)
+    if clean.labels is not None:
+        suspect = dataclasses.replace(suspect, classes=source.classes)
+    limits = {name: shared[name] for name in LIMITS}
+    found = purify(suspect.model, clean, method, mean=suspect.mean, std=suspect.std, runtime=runtime, **limits)
+    how = {"method": args.method, "knobs": dataclasses.asdict(method), **shared, "seed": recipe.seed}
+    verdict = {"protected": found.status == "accepted", "text": _sentence(found, args.method, shared["max_drop"])}
+    models = {"original": suspect.model}
+    if found.status == "accepted":
+        models["purified"] = found.model
+        _save(out, found.model, suspect, verdict=verdict, purified=how)
+    n_fit, n_held = (len(part) for part in clean.split(shared["holdout"], recipe.seed))
+    data = {"source": args.clean, "fingerprint": source.fingerprint, "n_fit": n_fit, "n_held": n_held}
+    result = {
+        **how,
+        **{field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name != "model"},
+        "verdict": verdict,
+        "data": {**data, "labelled": clean.labels is not None},
+        "model": dataclasses.asdict(suspect.network),
+        "checkpoint": {"file": str(args.checkpoint), "key": suspect.key},
+        **provenance(runtime),
+        "models": {},
+    }
+    io.save_json(out / "result.json", result)
+    if args.test is not None:  # opened only now, so that nothing that was chosen can depend on it
+        tests = {"attack": attack, "seed": recipe.seed, "runtime": recipe.runtime.model_dump()}
+        _, cases = open_tests(args.test, suspect.header(), out, [], **tests)
+        result["models"] = {name: to_dict(evaluate(model, cases, runtime)) for name, model in models.items()}
+        io.save_json(out / "result.json", {**result, "test": {"source": args.test, "attack": attack}})
+    print("\n".join([*_table(found), *summarize_models(result["models"]), str(verdict["text"]), f"written to {out}"]))
+    return 0 if found.status == "accepted" else EXIT_UNPROTECTED
+
+
+def _parser() -> Parser:
+    what = (
+        "Repair a trained model that may hold a backdoor, with a few images that are trusted. The best of a method's candidates "
+        "is written; none where none is better, and then the exit status is 3.\n\nmethods and their settings:\n"
+    )
+    parser = Parser("nab purify", what + "\n".join(_method_line(name) for name in purifiers.names()), EXAMPLES)
+    add_arguments(parser)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="; ".join(SETTINGS))
+    parser.add_argument("--clean", required=True, metavar="SOURCE", help="trusted images: a folder, digits, or a timm name")
+    parser.add_argument("--method", required=True, metavar="NAME", help=", ".join(purifiers.names()))
+    parser.add_argument("--unlabeled", action="store_true", help="the labels of the clean images are not to be read")
+    parser.add_argument("--test", metavar="SOURCE", help="measure ACC before and after; these images select nothing")
+    parser.add_argument("--attack", metavar="NAME", help=f"and ASR, with this trigger on them: {', '.join(attacks.names())}")
+    parser.add_argument("--target", type=int, default=0, help="the attack's target class; default 0")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results; default runs/purified_<checkpoint>")
+    return parser
+
+
+def _method_line(name: str) -> str:
+    knobs = inspect.signature(purifiers.get(name)).parameters.values()
+    text = f"{name}: {' '.join(f'{knob.name}={knob.default}' for knob in knobs)}"
+    return textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    ")
+
+
+def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None, Recipe]:
+    """Settings of the method, those that every method has, the attack, and a recipe for seed and runtime.
+
+    Raises:
+        ValueError: Names the setting, what is allowed, and the nearest right spelling."""
+    own = list(inspect.signature(purifiers.get(args.method)).parameters)
+    knobs: dict[str, Any] = {}
+    shared, trigger, rest = dict(SHARED), {}, []
+    for item in args.settings:
+        ((key, value),) = key_values([item], example="rounds=5").items()
+        if key in own:
+            knobs[key] = value
+        elif key in SHARED:
+            shared[key] = _number(key, value)
+        elif key.startswith("attack."):
+            trigger[key.removeprefix("attack.")] = value
+        elif key == "seed" or key.startswith("runtime."):
+            rest.append(item)
+        else:
+            known = [*own, *SHARED, "seed", "runtime.threads", "runtime.device", "runtime.precision"]
+            raise ValueError(f"no setting {key!r}; {args.method} has: {', '.join(known)}{nearest(key, known)}")
+    recipe = parse_recipe({"name": "purify", "data": {"source": args.clean}}, rest, "purify settings")
+    if args.attack is None:
+        if trigger:
+            raise ValueError(f"attack.{next(iter(trigger))} sets an attack; name it with --attack")
+        return knobs, shared, None, recipe
+    if args.test is None:
+        raise ValueError("--attack measures on test images; add --test")
+    return knobs, shared, attack_section(args.attack, target=args.target, mode="all_to_one", params=trigger), recipe
+
+
+def _number(key: str, value: Any) -> float:
+    whole = key == "clean_limit"
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or value < whole:
+        raise ValueError(f"{key} must be a {'whole number of at least 1' if whole else 'number of at least 0'}, got {value!r}")
+    return value
+
+
+def _read_clean(args: argparse.Namespace, suspect: Suspect, shared: dict[str, Any], seed: int) -> tuple[Source, CleanSet]:
+    source, labelled = open_source(args.clean, channels=len(suspect.mean)), not args.unlabeled
+    if labelled:
+        check_classes(args.clean, source.classes, suspect.header())
+    source = _draw(source, shared["clean_limit"], seed, balanced=labelled)
+    return source, CleanSet.read(
+        source.view(build_transform("none", suspect.input_size)), labelled=labelled, hflip=shared["hflip"]
+    )
+
+
+def _draw(source: Source, count: int | None, seed: int, *, balanced: bool) -> Source:
+    """A random `count` of the images, of each class as many where `balanced`; all of them where there are not more."""
+    if not balanced or count is None or count >= len(source):
+        return source.limited(count, seed)
+    order = np.random.default_rng(seed).permutation(len(source))
+    turn = np.empty(len(source), dtype=np.int64)  # the how-manieth of its class each image is
+    for label in range(len(source.classes)):
+        rows = order[source.labels[order] == label]
+        turn[rows] = np.arange(len(rows))
+    return source.subset(np.sort(order[np.argsort(turn[order], kind="stable")][:count]))
+
+
+def _save(out: Path, model: nn.Module, suspect: Suspect, **header: Any) -> None:
+    facts = {"classes": suspect.classes, "input_size": suspect.input_size, **header}
+    checkpoint.save(out / "model.safetensors", model, suspect.network, mean=suspect.mean, std=suspect.std, **facts)
+
+
+def _table(found: PurifyResult) -> list[str]:
+    rows = [{"name": "original", **found.before}, *found.candidates]
+    lines = [f"{'candidate':20} {'accuracy':>8} {'turned':>8}"]
+    for row in rows:
+        mark = " <- taken" if row["name"] == found.chosen else ""
+        lines.append(f"{row['name']:20} {row['accuracy']:8.4f} {row['proxy']:8.4f}{mark}")
+    return lines
+
+
+def _sentence(found: PurifyResult, method: str, max_drop: float) -> str:
+    """What came of it, in words; "turned" stands in for the unknown ASR."""
+    if found.chosen is not None:
+        return (
+            f"Repaired by {method}, {found.chosen}: on held-out images {_change(found.before, found.after)}. "
+            "What the attacker's own trigger does cannot be told without it."
+        )
+    if not found.candidates:
+        return f"Not repaired, no model written: {method} gave no candidate."
+    kept = [row for row in found.candidates if found.before["accuracy"] - row["accuracy"] <= max_drop]
+    best = min(kept, key=lambda row: row["proxy"]) if kept else max(found.candidates, key=lambda row: row["accuracy"])
+    why = "is turned no less" if kept else f"loses more than max_drop={max_drop} of accuracy"
+    return (
+        f"Not repaired, no model written: even the best candidate, {best['name']}, {why}; "
+        f"on held-out images {_change(found.before, best)}."
+    )
+
+
+def _change(before: dict[str, float], after: dict[str, float]) -> str:
+    return (
+        f"accuracy goes from {before['accuracy']:.3f} to {after['accuracy']:.3f}, and the share of images that a universal "
+        f"perturbation turns from {before['proxy']:.3f} to {after['proxy']:.3f}"
+    )

@@ -1,0 +1,7 @@
+"""Purifiers by name: `purify(model, clean, purifiers.create("ibau"), ...)`."""
+
+from . import clp, distill, finetune, ft_sam, ibau, polarizer, rnp  # noqa: F401  (imported to register)
+from .base import Purifier, purifiers
+from .run import PurifyResult, purify
+
+__all__ = ["Purifier", "PurifyResult", "purifiers", "purify"]

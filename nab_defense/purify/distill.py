@@ -1,0 +1,147 @@
+"""BCU: re-initialise a share of the weights, win the skill back without labels [Pang et al. 2023, arXiv:2211.12044]."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..clean import CleanSet, Pixels
+from ..runtime import Runtime
+from ..universal import boxed, climbed
+from .base import Candidates, check_finite, frozen, purifiers, train_norms
+
+__all__ = ["Distill", "divergence", "layers_by_depth", "reinitialise", "shares"]
+
+PACE = 0.15  # of the radius, a step of a perturbation
+
+
+@torch.no_grad()
+def layers_by_depth(network: nn.Module, images: Tensor) -> list[_ConvNd | nn.Linear]:
+    """Convolutions and linear layers in the order in which they first run.
+
+    Only their weights are re-initialised: norms, biases, position embeddings, tokens and layer scales are none of these.
+
+    Args: images: (B, C, H, W) of what the network takes."""
+    met: dict[_ConvNd | nn.Linear, None] = {}
+    layers = [layer for layer in network.modules() if isinstance(layer, _ConvNd | nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: met.update({layer: None})) for layer in layers]
+    try:
+        network.eval()(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(met)
+
+
+def shares(count: int, first: float, last: float, head: float) -> list[float]:
+    """What share of each layer's weights is re-initialised: from `first` to `last` by equal factors, then `head`.
+
+    Args: count: Layers, >= 1; the last is the head."""
+    body = [first * (last / first) ** (place / max(1, count - 2)) for place in range(count - 1)]
+    return [*body, head]
+
+
+@torch.no_grad()
+def reinitialise(weight: Tensor, share: float, generator: torch.Generator) -> None:
+    """Each entry, with the chance `share`, becomes another entry of the same weight, drawn at random; in place.
+
+    So the scale fits whatever the layer was initialised or trained to, where a default initialisation would not."""
+    drawn = weight.flatten()[torch.randint(weight.numel(), weight.shape, generator=generator).to(weight.device)]
+    weight.copy_(torch.where((torch.rand(weight.shape, generator=generator) < share).to(weight.device), drawn, weight))
+
+
+def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Mean Kullback-Leibler divergence from the softened answers, times the squared temperature; both (B, K)."""
+    own, theirs = (logits / temperature).log_softmax(1), (wanted / temperature).log_softmax(1)
+    return F.kl_div(own, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+@purifiers.register("distill", source="arXiv:2211.12044")
+@dataclass(frozen=True)
+class Distill:
+    """A copy of the network loses some weights, more of them the deeper, and learns the original's answers to any images.
+
+    The images need no labels and need not be of the classes. Re-initialising alone takes accuracy before it takes a backdoor,
+    which is the strongest thing in the network; so, beyond the paper, part of each batch carries one of a few universal
+    perturbations, and the copy is to answer as the original does without it. Each perturbation climbs towards more
+    divergence by the gradient that the training step gives anyway: no label, no target class, no further pass.
+
+    Args:
+        steps: Optimizer steps.
+        rounds: Candidates, at equal distances in the second half, the last at the end.
+        batch_size: Images a step.
+        lr, momentum, weight_decay: Of SGD, whose rate falls to zero along a cosine.
+        temperature: Softens both answers.
+        first, last, head: Shares of weights re-initialised in the first layer, the last before the head, and the head.
+        perturbations: How many are kept.
+        radius: Their largest L2 norm at 32 px, at first; it falls with the rate, so that the end belongs to accuracy.
+        fraction: Part of a batch that carries one; 0: distillation as published.
+        augment: Random crops and flips.
+    """
+
+    labelled: ClassVar[bool] = False
+    least: ClassVar[int] = 100
+
+    steps: int = 160
+    rounds: int = 2
+    batch_size: int = 64
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    temperature: float = 2.0
+    first: float = 0.01
+    last: float = 0.1
+    head: float = 0.05
+    perturbations: int = 3
+    radius: float = 5.0
+    fraction: float = 0.4
+    augment: bool = True
+
+    def check(self, network: Pixels, images: Tensor) -> None:
+        if not layers_by_depth(network, images):
+            raise ValueError("distill re-initialises convolutions and linear layers; this network has none")
+
+    def candidates(self, network: Pixels, clean: CleanSet, *, runtime: Runtime) -> Candidates:
+        batches = clean.endless(self.batch_size, runtime=runtime, seed=runtime.seed, augment=self.augment)
+        teacher = frozen(copy.deepcopy(network))
+        sample = next(batches)[0][:2]
+        self._reinitialise(network, sample, runtime.seed)
+        network.requires_grad_(True)
+        optimizer = torch.optim.SGD(network.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        radius, changes = self.radius * clean.scale, [torch.zeros_like(sample[0]) for _ in range(self.perturbations)]
+        for step in range(1, self.steps + 1):
+            images, _ = next(batches)
+            with torch.no_grad(), runtime.autocast():
+                wanted = teacher(images)
+            change = changes[step % self.perturbations].requires_grad_(True)
+            plain, others = images.split([len(images) - self._perturbed(images), self._perturbed(images)])
+            train_norms(network)
+            with runtime.autocast():
+                logits = network(torch.cat([plain, boxed(others + change)]))
+            loss = divergence(logits, wanted, self.temperature)
+            check_finite(loss, "distill", step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if change.grad is not None:
+                now = radius * float(schedule.get_last_lr()[0]) / self.lr
+                changes[step % self.perturbations] = climbed(change, change.grad, step=PACE * now, radius=now)
+            if step * 2 * self.rounds // self.steps > max(self.rounds, (step - 1) * 2 * self.rounds // self.steps):
+                yield f"step {step}", network
+
+    def _perturbed(self, images: Tensor) -> int:
+        return int(self.fraction * len(images))
+
+    def _reinitialise(self, network: Pixels, images: Tensor, seed: int) -> None:
+        layers = layers_by_depth(network, images)
+        generator = torch.Generator().manual_seed(seed)
+        for layer, share in zip(layers, shares(len(layers), self.first, self.last, self.head), strict=True):
+            reinitialise(layer.weight, share, generator)

@@ -1,0 +1,243 @@
+"""RNP: forget clean images, win them back by channel masks alone, prune what they mask [Li et al. 2023, arXiv:2305.14876]."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, pairwise
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..clean import EVAL_BATCH, CleanSet, Pixels, logits_of
+from ..runtime import Runtime
+from .base import Candidates, check_finite, frozen, purifiers, train_norms
+
+__all__ = ["RNP", "likely_target", "maskable", "masked", "prune", "ranking", "suspicion"]
+
+log = logging.getLogger(__name__)
+Channel = tuple[str, int]
+Masks = dict[str, Tensor]
+Layer = nn.Linear | nn.Conv2d
+
+MOMENTUM, CLIP = 0.9, 5.0
+ASIDE = 0.15  # of the images: judge when to stop, and how deep to cut
+MOST_STEPS = 400  # of unlearning
+OVERBOARD = 4.0  # times the loss of a guess: too far gone to be won back
+RECOVERED = 0.5  # of the way from a guess to the original accuracy
+MAX_CUT = 0.05  # loss of accuracy, beyond which a cut without fine-tuning is not worth a look
+SHARES = (0.05, 0.1, 0.15, 0.2)  # of the channels
+
+
+def likely_target(logits: Tensor) -> tuple[int, float]:
+    """The class that an unlearned network gives most often, and its share: what it still knows may be the backdoor [sec. 3.2].
+
+    Args: logits: (N, K) of clean images of all classes."""
+    counts = logits.argmax(1).bincount(minlength=logits.shape[1])
+    return int(counts.argmax()), float(counts.max() / len(logits))
+
+
+def suspicion(original: Tensor, unlearned: Tensor, labels: Tensor) -> Tensor:
+    """How well a training sample was kept while clean images were forgotten: the less its loss rises, the more suspicious.
+
+    Args: original, unlearned: Logits (N, K) of both networks. labels: (N,) as given.
+    Returns: (N,), higher is more suspicious."""
+    return F.cross_entropy(original, labels, reduction="none") - F.cross_entropy(unlearned, labels, reduction="none")
+
+
+def maskable(network: nn.Module) -> dict[str, int]:
+    """The weights whose first axis counts channels that can be switched off one by one: name, number of channels.
+
+    These are the scales of normalisations over channels, and the hidden units of MLPs: a layer that acts on each position
+    alone and widens it, before one that takes what it gives (or half of it, where it is gated). Where a network has neither:
+    the outputs of every convolution and linear layer but the last. A LayerNorm's scale is an axis of the features, not a
+    neuron, and is left alone."""
+    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, Layer)]
+    scales = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)]
+    found = {f"{name}.weight": len(module.weight) for name, module in scales if module.weight is not None}
+    found |= {f"{name}.weight": len(first.weight) for (name, first), (_, second) in pairwise(layers) if _widens(first, second)}
+    if found:
+        return found
+    # a convolution that standardises its weight undoes a mask on it; its gain is what scales the output
+    gains = {name: "gain" if isinstance(getattr(module, "gain", None), nn.Parameter) else "weight" for name, module in layers}
+    return {f"{name}.{gains[name]}": len(module.weight) for name, module in layers[:-1]}
+
+
+def _widens(first: Layer, second: Layer) -> bool:
+    """Whether these are the two layers of an MLP's block."""
+    if any(isinstance(layer, nn.Conv2d) and (layer.kernel_size != (1, 1) or layer.groups > 1) for layer in (first, second)):
+        return False
+    (hidden, taken), given = first.weight.shape[:2], second.weight.shape[1]
+    return hidden > taken and hidden in (given, 2 * given)
+
+
+def masked(network: nn.Module, masks: Masks, images: Tensor) -> Tensor:
+    """The network's output with each named weight scaled channel by channel; gradients reach the masks alone.
+
+    Args: masks: Name of a weight to its mask (channels,)."""
+    weights = {name: network.get_parameter(name).detach() for name in masks}
+    scaled = {name: weight * masks[name].view(-1, *[1] * (weight.ndim - 1)) for name, weight in weights.items()}
+    return torch.func.functional_call(network, scaled, (images,))
+
+
+@purifiers.register("rnp", source="arXiv:2305.14876")
+@dataclass(frozen=True)
+class RNP:
+    """Prunes the channels that a network, once it has forgotten the clean images, must switch off to know them again.
+
+    Unlike the authors' code, forgetting stops within an epoch, judged on images that are set aside, on a loss that is capped;
+    what does not recover is refused; channels are cut by rank, not by a threshold. Pruning alone costs small networks too much
+    accuracy, so that a second series of candidates fine-tunes the rest after each cut, as fine-pruning does (arXiv:1805.12185).
+    Statistics of normalisations stay: those of clean images wake a cut backdoor. The hint at the target class can be wrong.
+
+    Args:
+        lr: Of forgetting, SGD with momentum .9.
+        mask_lr: Of the masks, SGD with momentum .9.
+        recover_steps: Of the masks, each on another batch.
+        tune_lr: Of fine-tuning, Adam.
+        tune_steps: After each cut; 0: the paper's method.
+        batch_size: Images a step.
+    """
+
+    labelled: ClassVar[bool] = True
+    least: ClassVar[int] = 100
+
+    lr: float = 0.01
+    mask_lr: float = 0.04
+    recover_steps: int = 80
+    tune_lr: float = 1e-3
+    tune_steps: int = 30
+    batch_size: int = 128
+
+    def check(self, network: Pixels, images: Tensor) -> None:
+        network(images)
+        if sum(maskable(network).values()) < 1 / SHARES[0]:
+            raise ValueError("rnp: the network has too few channels to prune: scales of BatchNorm or GroupNorm, hidden units")
+
+    def candidates(self, network: Pixels, clean: CleanSet, *, runtime: Runtime) -> Candidates:
+        images, aside = clean.split(ASIDE, runtime.seed + 1)
+        unlearned = self.unlearned(network, images, aside, runtime)
+        target, share = likely_target(logits_of(unlearned, aside, runtime))
+        log.info("rnp: the unlearned network gives class %d to %.2f of the clean images, a hint at the target", target, share)
+        before = _accuracy(logits_of(network, aside, runtime), aside)
+        ranked = ranking(self.recovered(unlearned, images, aside, runtime, before))
+        yield from self._cuts(copy.deepcopy(network), ranked, aside, runtime, before - MAX_CUT)
+        if self.tune_steps:
+            yield from self._tuned_cuts(network, ranked, images, runtime)
+
+    def unlearned(self, network: Pixels, images: CleanSet, aside: CleanSet, runtime: Runtime) -> Pixels:
+        """A copy that has forgotten `images` [step 1]: ascent on their loss until loss or accuracy on `aside` is a guess's."""
+        copied = copy.deepcopy(network).requires_grad_(True)
+        count = logits_of(network, aside.take(torch.arange(1)), runtime).shape[1]
+        floor, guess, lr = max(0.2, 2 / count), math.log(count), self.lr
+        optimizer = torch.optim.SGD(copied.parameters(), lr=lr, momentum=MOMENTUM)
+        train_norms(copied)
+        for step, losses in enumerate(self._losses(copied, images, runtime, MOST_STEPS)):
+            kept = copy.deepcopy(copied.state_dict())
+            optimizer.zero_grad()
+            (-losses.clamp(max=2 * guess).mean()).backward()
+            nn.utils.clip_grad_norm_(copied.parameters(), CLIP)
+            optimizer.step()
+            logits = _logits(copied, aside, runtime)
+            risen = float(F.cross_entropy(logits, aside.labels))  # type: ignore[arg-type]
+            if not risen < OVERBOARD * guess:
+                lr /= 2
+                copied.load_state_dict(kept)
+                optimizer = torch.optim.SGD(copied.parameters(), lr=lr, momentum=MOMENTUM)
+            elif risen >= guess or _accuracy(logits, aside) <= floor:
+                log.info("rnp: forgotten in %d steps, loss %.2f, accuracy %.3f", step + 1, risen, _accuracy(logits, aside))
+                return frozen(copied)  # type: ignore[return-value]
+        raise ValueError(f"rnp: the network did not forget the clean images in {MOST_STEPS} steps of lr={self.lr}; change lr")
+
+    def recovered(self, unlearned: Pixels, images: CleanSet, aside: CleanSet, runtime: Runtime, before: float) -> Masks:
+        """Masks in [0, 1] under which the unlearned network, its weights fixed, knows the images again [step 2].
+
+        Args: before: Accuracy of the original network on `aside`.
+        Raises: ValueError: It stays nearer to a guess; what the masks say then is noise."""
+        counts, device = maskable(unlearned), runtime.torch_device
+        masks = {name: torch.ones(count, device=device, requires_grad=True) for name, count in counts.items()}
+        optimizer = torch.optim.SGD(masks.values(), lr=self.mask_lr, momentum=MOMENTUM)
+        train_norms(unlearned)
+        for losses in self._losses(partial(masked, unlearned, masks), images, runtime, self.recover_steps):
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+            for mask in masks.values():
+                mask.detach().clamp_(0, 1)
+        accuracy = _accuracy(_logits(unlearned, aside, runtime, masks), aside)
+        log.info("rnp: recovered to accuracy %.3f of %.3f", accuracy, before)
+        guess = float(aside.labels.bincount().max()) / len(aside)  # type: ignore[union-attr]
+        if accuracy < guess + RECOVERED * (before - guess):
+            raise ValueError(
+                f"rnp: recovery failed, accuracy {accuracy:.2f} of {before:.2f} after {self.recover_steps} steps, so that its"
+                " masks mean nothing; raise recover_steps, lower lr, or give more clean images"
+            )
+        return {name: mask.detach() for name, mask in masks.items()}
+
+    def _losses(self, logits: Callable[[Tensor], Tensor], images: CleanSet, runtime: Runtime, steps: int) -> Iterator[Tensor]:
+        """For each of so many batches the losses (B,) of these logits, all finite."""
+        assert images.labels is not None
+        labels = images.labels.to(runtime.torch_device)
+        batches = images.endless(self.batch_size, runtime=runtime, seed=runtime.seed)
+        for step, (batch, rows) in zip(range(steps), batches, strict=False):
+            with runtime.autocast():
+                losses = F.cross_entropy(logits(batch), labels[rows.to(labels.device)], reduction="none")
+            check_finite(losses.mean(), "rnp", step)
+            yield losses
+
+    def _cuts(self, network: Pixels, ranked: list[Channel], aside: CleanSet, runtime: Runtime, least: float) -> Candidates:
+        """The original network without its lowest channels [step 3], while it is still good for something."""
+        for cut in (round(share * len(ranked)) for share in SHARES):
+            prune(network, ranked[:cut])
+            if _accuracy(logits_of(network, aside, runtime), aside) < least:
+                return
+            yield f"{cut} of {len(ranked)} channels", network
+
+    def _tuned_cuts(self, network: Pixels, ranked: list[Channel], images: CleanSet, runtime: Runtime) -> Candidates:
+        """As before, but with some steps of fine-tuning after each cut; cut channels stay cut."""
+        optimizer = torch.optim.Adam(network.parameters(), lr=self.tune_lr)
+        every = self._losses(network, images, runtime, self.tune_steps * len(SHARES))
+        for cut in (round(share * len(ranked)) for share in SHARES):
+            prune(network.requires_grad_(True), ranked[:cut])
+            for losses in islice(every, self.tune_steps):
+                optimizer.zero_grad()
+                losses.mean().backward()
+                optimizer.step()
+                prune(network, ranked[:cut])
+            yield f"{cut} of {len(ranked)} channels, tuned", frozen(network)
+
+
+def ranking(masks: Masks) -> list[Channel]:
+    """(name of the weight, channel) of all masks, the lowest first; ties in their order."""
+    channels = [(name, index) for name, mask in masks.items() for index in range(len(mask))]
+    order = torch.cat(list(masks.values())).sort(stable=True).indices
+    return [channels[place] for place in order.tolist()]
+
+
+@torch.no_grad()
+def prune(network: nn.Module, channels: list[Channel]) -> None:
+    """Zero these channels' weights in place; a bias stays, so that the channel becomes a constant."""
+    for name in {name for name, _ in channels}:
+        network.get_parameter(name)[[index for other, index in channels if other == name]] = 0
+
+
+def _accuracy(logits: Tensor, clean: CleanSet) -> float:
+    assert clean.labels is not None
+    return float((logits.argmax(1) == clean.labels).float().mean())
+
+
+@torch.no_grad()
+def _logits(network: nn.Module, clean: CleanSet, runtime: Runtime, masks: Masks | None = None) -> Tensor:
+    """(N, K) on the CPU, by the statistics of each batch."""
+    train_norms(network)
+    found = []
+    for images, _ in clean.batches(EVAL_BATCH, runtime=runtime):
+        with runtime.autocast():
+            found.append(masked(network, masks or {}, images).float().cpu())
+    return torch.cat(found)

@@ -1,0 +1,181 @@
+"""purify: run a method, measure its candidates on images it did not see, and ship the best, or the original."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..clean import CleanSet, Pixels, logits_of
+from ..runtime import Runtime, fixed_seed
+from .base import Purifier, flips, frozen, likely_classes, turning
+
+__all__ = ["PurifyResult", "count_outputs", "purify"]
+
+log = logging.getLogger(__name__)
+RADIUS = 2.0  # of the probing perturbations, L2 at 32 px
+LEAST_GAIN = 0.1  # of the proxy: less is noise, and no repair
+TIE = 0.02  # proxies this close are the same
+
+
+@dataclass(frozen=True, eq=False)
+class PurifyResult:
+    """What came of a purification; shares in [0, 1], measured on held-out images.
+
+    Args:
+        model: The repaired network; the original, untouched, where `status` is "rejected".
+        status: "accepted" or "rejected".
+        chosen: Name of the candidate that was taken.
+        candidates: name, accuracy, proxy, seconds of each.
+        before, after: accuracy, proxy and its class, of the original and of what was taken.
+        seconds: "method" and "selection".
+    """
+
+    model: nn.Module
+    status: str
+    chosen: str | None
+    candidates: list[dict[str, Any]]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class _Judge:
+    """Held-out accuracy, and a proxy of ASR that needs no truth: how far universal perturbations still turn images.
+
+    The perturbations are made once, on the original network, one for each class (see base.likely_classes): a backdoor is a
+    direction that a small change opens. Without labels, accuracy is what the original network expects it to be: the mean
+    probability it gives to the predictions."""
+
+    def __init__(self, network: nn.Module, fit: CleanSet, held: CleanSet, runtime: Runtime) -> None:
+        self.held, self.runtime = held, runtime
+        chances = logits_of(network, held, runtime).softmax(1)
+        self.trust = chances if held.labels is None else torch.eye(chances.shape[1])[held.labels]
+        self.classes = likely_classes(network, fit, radius=RADIUS, runtime=runtime)
+        self.changes = [turning(network, fit, wanted, radius=RADIUS, runtime=runtime) for wanted in self.classes]
+
+    def __call__(self, network: nn.Module) -> dict[str, Any]:
+        predicted = logits_of(network, self.held, self.runtime).argmax(1)
+        accuracy = float(self.trust.gather(1, predicted[:, None]).mean())
+        pairs = zip(self.changes, self.classes, strict=True)
+        rates = [flips(network, self.held, predicted, change, wanted, self.runtime) for change, wanted in pairs]
+        return {"accuracy": accuracy, "proxy": max(rates), "class": self.classes[rates.index(max(rates))]}
+
+
+def purify(
+    model: nn.Module,
+    clean: CleanSet,
+    method: Purifier,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    runtime: Runtime,
+    max_drop: float = 0.03,
+    holdout: float = 0.2,
+) -> PurifyResult:
+    """Repair a model with a few clean images.
+
+    Args:
+        model: Takes images normalised by mean and std; it is not changed.
+        clean: Trusted images; labels only where the method needs them.
+        method: One of `purifiers`.
+        mean, std: Normalisation of the model's input, in [0, 1] units.
+        runtime: Device, precision, seed.
+        max_drop: Largest loss of held-out accuracy, in [0, 1].
+        holdout: Share of the clean images that only selects.
+
+    Raises:
+        ValueError: The method cannot serve this network or these images."""
+    runtime.place(model)
+    original = frozen(runtime.place(Pixels(copy.deepcopy(model), mean, std)))
+    if not 0 < holdout < 1 or not 0 <= max_drop < 1:
+        raise ValueError(f"holdout must be in (0, 1) and max_drop in [0, 1), got {holdout} and {max_drop}")
+    _check_images(clean, count_outputs(original, clean.images[:2], runtime), method)  # type: ignore[arg-type]
+    fit, held = clean.split(holdout, runtime.seed)
+    if len(fit) < method.least:
+        raise ValueError(
+            f"{len(fit)} clean images are left to fit on, {len(held)} being held out; {_name(method)} needs {method.least}"
+        )
+    method.check(original, runtime.put(clean.images[:2].float() / 255))  # type: ignore[arg-type]
+    started = time.perf_counter()
+    judge = _Judge(original, fit, held, runtime)
+    before = judge(original)
+    selecting = time.perf_counter() - started
+    fixed_seed(runtime.seed)
+    records: list[dict[str, Any]] = []
+    best: tuple[dict[str, Any], nn.Module] | None = None
+    for name, network in method.candidates(copy.deepcopy(original), fit, runtime=runtime):  # type: ignore[arg-type]
+        paused = time.perf_counter()
+        record: dict[str, Any] = {"name": name, **judge(network), "seconds": paused - started - selecting}
+        records.append(record)
+        log.info("%s: held-out accuracy %.3f, proxy %.3f", name, record["accuracy"], record["proxy"])
+        if before["accuracy"] - record["accuracy"] <= max_drop and (best is None or _better(record, best[0])):
+            best = record, copy.deepcopy(network.get_submodule("model"))
+        selecting += time.perf_counter() - paused
+    seconds = {"method": time.perf_counter() - started - selecting, "selection": selecting}
+    if best is None or best[0]["proxy"] > before["proxy"] - LEAST_GAIN:
+        return PurifyResult(model, "rejected", None, records, before, before, seconds)
+    return PurifyResult(best[1].eval(), "accepted", best[0]["name"], records, before, best[0], seconds)
+
+
+def count_outputs(network: Pixels, images: Tensor, runtime: Runtime) -> int:
+    """How many classes a network tells apart, found by running it.
+
+    Args: images: a few, (B, C, H, W) uint8.
+
+    Raises:
+        ValueError: Images, normalisation, weights or output that no method could use."""
+    if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
+        raise ValueError(f"clean images must be (N, C, H, W) uint8, N above 0, got {tuple(images.shape)} {images.dtype}")
+    shape = "x".join(map(str, images.shape[1:]))
+    for name in ("mean", "std"):
+        values = network.get_buffer(name).flatten().tolist()
+        if len(values) != images.shape[1]:
+            raise ValueError(f"{name} has {len(values)} values, the images have {images.shape[1]} channels")
+        if name == "std" and not all(value > 0 for value in values):
+            raise ValueError(f"std must be positive, got {values}; for raw [0, 1] input it is 1")
+    weights = network.get_submodule("model").state_dict()
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"the model's {broken[0]} holds values that are not finite ({len(broken)} such tensors); it cannot work")
+    try:
+        logits = logits_of(network, CleanSet(images), runtime)
+    except Exception as error:  # forward passes raise anything
+        raise ValueError(f"the model cannot take {shape} images: {' '.join(str(error).split())[:200]}") from error
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"the model gives {tuple(logits.shape)} for {len(images)} images, expected (images, classes)")
+    return logits.shape[1]
+
+
+def _check_images(clean: CleanSet, classes: int, method: Purifier) -> None:
+    """Refuse images without the labels that the method needs, or with labels that are not the model's."""
+    if clean.labels is None:
+        if method.labelled:
+            raise ValueError(f"{_name(method)} needs the labels of the clean images; give them, or choose another method")
+        return
+    if clean.labels.shape != clean.images.shape[:1] or clean.labels.min() < 0:
+        raise ValueError(f"labels must be (N,) and not negative, got {tuple(clean.labels.shape)} for {len(clean)} images")
+    counts = clean.labels.bincount(minlength=classes)
+    if len(counts) > classes:
+        raise ValueError(f"the clean images have labels up to {len(counts) - 1}, the model {classes} classes from 0")
+    if method.labelled and counts.min() < 2:
+        rarest = int(counts.argmin())
+        raise ValueError(
+            f"class {rarest} has {int(counts[rarest])} clean images; each of the {classes} needs two, to fit on and to judge by"
+        )
+
+
+def _name(method: Purifier) -> str:
+    return type(method).__name__
+
+
+def _better(record: dict[str, Any], than: dict[str, Any]) -> bool:
+    """A clearly lower proxy, or the same and more accurate."""
+    gain = than["proxy"] - record["proxy"]
+    return bool(gain > TIE or (gain > -TIE and record["accuracy"] > than["accuracy"]))

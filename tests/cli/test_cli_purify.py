@@ -1,0 +1,207 @@
+"""nab purify: a planted backdoor goes, what is written loads again, and the test images select nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import nab_defense
+from nab_defense import checkpoint
+from nab_defense.checkpoint import Network
+from nab_defense.clean import CleanSet
+from nab_defense.cli import main
+from nab_defense.cli.purify import _draw
+from nab_defense.data import build_transform, open_source
+from nab_defense.defended import DefendedModel
+from nab_defense.stamp import Stamp
+
+NETS = "from torch import nn\n\ndef linear():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+OPEN = ["--mean", "0.3", "--std", "0.4", "--input-size", "8"]
+QUICK = ["--method", "ibau", "augment=false", "runtime.threads=1"]
+STRONG = ["lr=0.1", "hold=1.0", "form=fd", "rounds=3", "steps=30", "inner_steps=10", "radius=1.5", "max_drop=0.1"]
+WEAK = ["rounds=1", "steps=1", "inner_steps=1"]
+TINY = Network("resnet10t", 10, 1, small_stem=True, kwargs={"stem_width": 8, "channels": [8, 8, 8, 16]})
+
+
+def linear() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def grey(split: str) -> CleanSet:
+    """The digits on dark grey: no pixel at the end of its range."""
+    digits = CleanSet.read(open_source("digits", split=split).view(build_transform("none", 8)))
+    return CleanSet((40 + 0.7 * digits.images.float()).to(torch.uint8), digits.labels)
+
+
+def inputs(images: Tensor) -> Tensor:
+    return (images / 255 - 0.3) / 0.4
+
+
+def train(model: nn.Module, digits: CleanSet, steps: int) -> None:
+    assert digits.labels is not None
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs(digits.images)), digits.labels).backward()
+        optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of them: clean/ and test/."""
+    folder = tmp_path_factory.mktemp("digits")
+    for name, digits, count in (("clean", grey("train"), 600), ("test", grey("test"), 200)):
+        assert digits.labels is not None
+        for index in range(count):
+            path = folder / name / str(int(digits.labels[index])) / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(digits.images[index, 0].numpy()).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backdoored() -> dict[str, Tensor]:
+    """A linear network that knows its digits, and takes a white first pixel for class 3."""
+    model = linear()
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[1].bias)
+    train(model, grey("train"), 100)
+    with torch.no_grad():
+        model[1].weight[3, 0] += 8.0
+        model[1].bias[3] -= 8.0 * (40 / 255 - 0.3) / 0.4
+    return dict(model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    model, digits = TINY.build(), grey("train")
+    train(model, digits.take(torch.arange(200)), 10)
+    return model.eval()
+
+
+@pytest.fixture
+def place(tmp_path: Path, images: Path, backdoored: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with purify_nets.py, clean/, test/, and bad.pth as another program left it."""
+    for name in ("clean", "test"):
+        (tmp_path / name).symlink_to(images / name)
+    (tmp_path / "purify_nets.py").write_text(NETS)
+    torch.save({"net": {f"module.{name}": tensor for name, tensor in backdoored.items()}, "epoch": 3}, tmp_path / "bad.pth")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a method makes is taken; for tests of what happens then."""
+    monkeypatch.setattr("nab_defense.purify.run.LEAST_GAIN", -1.0)
+
+
+def foreign(*extra: str) -> int:
+    return main(["purify", "--model", "purify_nets:linear", "--checkpoint", "bad.pth", *OPEN, "--clean", "clean", *QUICK, *extra])
+
+
+def asr(model: nn.Module) -> float:
+    digits = grey("test").images.clone()
+    digits[:, :, 0, 0] = 255
+    return float((model(inputs(digits)).argmax(1) == 3).float().mean())
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "result.json").read_text()))
+
+
+def test_a_planted_backdoor(place: Path, backdoored: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+    assert foreign(*STRONG, "clean_limit=500", "--test", "test", "--out", "out") == 0
+    found, before, after = measured(place / "out"), linear(), nab_defense.load("out", linear)
+    before.load_state_dict(backdoored)
+    assert asr(before) > 0.85 and asr(after) < asr(before) - 0.2
+    assert found["status"] == "accepted" and found["chosen"] in [row["name"] for row in found["candidates"]]
+    assert found["after"]["proxy"] < found["before"]["proxy"] and found["verdict"]["protected"]
+    assert found["before"]["accuracy"] - found["after"]["accuracy"] <= found["max_drop"] == 0.1
+    assert found["knobs"]["lr"] == 0.1 and found["knobs"]["hold"] == 1.0 and found["clean_limit"] == 500
+    data = found["data"]
+    assert data["source"] == "clean" and data["labelled"] and data["n_fit"] + data["n_held"] == 500 and 95 < data["n_held"] < 105
+    assert found["model"]["model"] == "purify_nets:linear" and found["checkpoint"] == {"file": "bad.pth", "key": "net"}
+    assert checkpoint.read_header(place / "out")["classes"] == [str(k) for k in range(10)]
+    assert set(found["seconds"]) == {"method", "selection"} and found["commit"] is not None and "torch" in found["versions"]
+    assert set(found["models"]) == {"original", "purified"} and found["models"]["purified"]["acc"]["value"] > 0.85
+    shown = capsys.readouterr().out.splitlines()
+    assert next(line for line in shown if line.endswith("<- taken")).startswith(found["chosen"])
+    assert found["verdict"]["text"] in shown and [row["name"] for row in found["candidates"]] == ["round 2", "round 3"]
+    assert main(["evaluate", "out", "--model", "purify_nets:linear", "--data", "test"]) == 0
+    assert measured(place / "out" / "evaluation")["models"] == {"model": found["models"]["purified"]}
+
+
+def test_the_test_images_select_nothing(place: Path, lenient: None) -> None:
+    assert foreign(*WEAK, "lr=0.05", "--out", "without") == foreign(*WEAK, "lr=0.05", "--test", "test", "--out", "with")
+    one, other = measured(place / "without"), measured(place / "with")
+    own = ("seconds", "models", "test", "candidates", "after")
+    assert {k: v for k, v in one.items() if k not in own} == {k: v for k, v in other.items() if k not in own}
+    weights, others = (nab_defense.load(name, linear).state_dict() for name in ("without", "with"))
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert one["models"] == {} and "test" not in one and "acc" in other["models"]["original"]
+
+
+def test_rejected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attack = ["--test", "test", "--attack", "badnets", "attack.size=1", "--target", "3"]
+    assert foreign("rounds=4", "steps=5", "inner_steps=2", "lr=30.0", *attack, "--out", "out") == 3
+    found = measured(place / "out")
+    assert found["status"] == "rejected" and found["chosen"] is None and found["after"] == found["before"]
+    assert not found["verdict"]["protected"] and len(found["candidates"]) == 2
+    best = max(found["candidates"], key=lambda row: row["accuracy"])
+    says = f"even the best candidate, {best['name']}, loses more than max_drop=0.03 of accuracy"
+    assert says in found["verdict"]["text"] and says in capsys.readouterr().out
+    assert f"to {best['accuracy']:.3f}" in found["verdict"]["text"]
+    assert set(found["models"]) == {"original"} and set(found["models"]["original"]) == {"acc", "asr", "ra"}
+    assert found["test"]["attack"]["params"] == {"size": 1} and [p.name for p in (place / "out").iterdir()] == ["result.json"]
+
+
+def test_nothing_gained_is_rejected(place: Path) -> None:
+    assert foreign(*WEAK, "lr=1e-8", "--out", "out") == 3  # the candidate is the original, nearly
+    assert "is turned no less" in measured(place / "out")["verdict"]["text"]
+
+
+LIGHT = [*QUICK, "rounds=4", "steps=10", "inner_steps=2", "lr=0.1", "max_drop=0.9", "clean_limit=100"]
+FACTS: dict[str, Any] = {"mean": (0.3,), "std": (0.4,), "classes": [str(k) for k in range(10)], "input_size": 8}
+
+
+def test_a_model_of_this_package_says_everything_itself(small: nn.Module, place: Path, lenient: None) -> None:
+    model = DefendedModel(small, Stamp(corner="bottom_right"), mean=(0.3,), std=(0.4,))
+    checkpoint.save(place / "run" / "model.safetensors", model, TINY, **FACTS)
+    assert main(["purify", "--checkpoint", "run", "--clean", "clean", *LIGHT, "--out", "out"]) == 0
+    purified, header = nab_defense.load("out"), checkpoint.read_header(place / "out")
+    assert isinstance(purified, DefendedModel) and purified.stamp == model.stamp
+    assert header["network"] == measured(place / "out")["model"] and header["network"]["small_stem"]
+    assert (header["classes"], header["input_size"], header["mean"], header["std"]) == (FACTS["classes"], 8, [0.3], [0.4])
+    assert header["purified"]["method"] == "ibau" and header["verdict"]["protected"]
+
+
+def test_weights_of_a_network_like_a_saved_one(small: nn.Module, place: Path, lenient: None) -> None:
+    saved = DefendedModel(TINY.build(), Stamp(), mean=(0.3,), std=(0.4,))
+    checkpoint.save(place / "run" / "model.safetensors", saved, TINY, **FACTS)
+    torch.save({"model": small.state_dict(), "history": []}, place / "twin.state")
+    assert main(["purify", "--model", "run", "--checkpoint", "twin.state", "--clean", "clean", *LIGHT, "--out", "out"]) == 0
+    purified = nab_defense.load("out")
+    assert not isinstance(purified, DefendedModel)
+    candidates = measured(place / "out")["candidates"]
+    assert purified.state_dict().keys() == small.state_dict().keys() and len(candidates) == 2
+
+
+def test_draw_is_balanced() -> None:
+    source = open_source("digits")
+    drawn = _draw(source, 105, 0, balanced=True)
+    assert len(drawn) == 105 and set(np.bincount(drawn.labels)) == {10, 11}
+    assert drawn.ids == _draw(source, 105, 0, balanced=True).ids != _draw(source, 105, 1, balanced=True).ids
+    few = source.subset(np.flatnonzero((source.labels < 2) | (np.arange(len(source)) < 30)))
+    counts = np.bincount(_draw(few, 60, 0, balanced=True).labels)
+    assert counts.sum() == 60 and (counts[2:] == np.bincount(few.labels)[2:]).all() and abs(counts[0] - counts[1]) <= 1
+    assert _draw(source, 10**6, 0, balanced=True) is _draw(source, None, 0, balanced=False) is source

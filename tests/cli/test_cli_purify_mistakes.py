@@ -1,0 +1,112 @@
+"""nab purify: wrong input ends with exit status 2 and one line; nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nab_defense import checkpoint
+from nab_defense.checkpoint import Network
+from tests.digits_runs import Mistakes, write_images
+
+NETS = "from torch import nn\n\ndef linear():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+OPEN = ["--mean", "0.3", "--std", "0.4", "--input-size", "8"]
+QUICK = ["--method", "ibau", "augment=false", "runtime.threads=1"]
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "purify_nets.py").write_text(NETS)
+    write_images(tmp_path / "clean", classes=10, each=6, mode="L")
+    torch.save({"net": linear().state_dict()}, tmp_path / "bad.pth")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def mistakes(place: Path, capsys: pytest.CaptureFixture[str]) -> Mistakes:
+    return Mistakes(place, capsys)
+
+
+RUN = ("purify", "--model", "purify_nets:linear", "--checkpoint", "bad.pth", *OPEN, "--clean", "clean", *QUICK)
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--method", "ibua"], ("no purifier 'ibua'", "did you mean 'ibau'?")),
+        (["round=3"], ("no setting 'round'; ibau has: rounds", "did you mean 'rounds'?")),
+        (["clean_limt=3"], ("no setting 'clean_limt'", "did you mean 'clean_limit'?")),
+        (["rounds=many"], ("rounds must be int, got 'many'",)),
+        (["clean_limit=0"], ("clean_limit must be a whole number of at least 1, got 0",)),
+        (["holdout=1.5"], ("holdout must be in (0, 1)",)),
+        (["max_drop=x"], ("max_drop must be a number of at least 0, got 'x'",)),
+        (["runtime.thread=1"], ("no key 'runtime.thread'", "did you mean 'threads'?")),
+        (["seed=-1"], ("seed=-1",)),
+        (["clean_limit=23"], ("13 clean images are left to fit on", "IBAU needs 20")),
+        (["clean_limit=12"], ("has 1 clean images; each of the 10 needs two",)),
+        (["--unlabeled"], ("IBAU needs the labels of the clean images",)),
+        (["--clean", "IMAGES"], ("has 2 classes, 'c0' to 'c1'; the model tells 10 apart",)),
+        (["--clean", "FLAT"], ("flat has no sub-folders; expected one for each class",)),
+        (["--clean", "nowhere"], ("no such folder or data set: nowhere",)),
+        (["--std", "0"], ("std must be positive",)),
+        (["--std", "0.1,0.1"], ("std has 2 values, the images have 1 channels",)),
+        (["--mean", "a"], ("--mean", "invalid numbers value: 'a'")),
+        (["--mean", "0,0,0", "--std", "1,1,1"], ("the model cannot take 3x8x8 images",)),
+        (["--input-size", "9"], ("the model cannot take 1x9x9 images",)),
+        (["--num-classes", "7"], ("--num-classes says 7, the model gives 10",)),
+        (["--model", "purify_nets:linaer"], ("'purify_nets:linaer' gives no network: AttributeError",)),
+        (["--model", "no_such_nets:linear"], ("gives no network: ModuleNotFoundError",)),
+        (["--model", "resnet81"], ("timm has no model 'resnet81'", "did you mean 'resnet")),
+        (["--model", "test_resnet"], ("bad.pth does not fit the network: it lacks", "has unknown")),
+        (["--checkpoint", "bda.pth"], ("no such file: bda.pth",)),
+        (["--checkpoint", "bad.safetensors"], ("no such file: bad.safetensors",)),
+        (["--checkpoint", "module.pth"], ("module.pth cannot be read as weights: it holds torch.nn.modules",)),
+        (["--checkpoint", "nan.pth"], ("1.weight holds values that are not finite",)),
+        (["--checkpoint", "wide.pth"], ("1.weight is (10, 65) in the file, (10, 64) in the network",)),
+        (["--attack", "badnets"], ("--attack measures on test images; add --test",)),
+        (["--test", "clean", "attack.size=3"], ("attack.size sets an attack; name it with --attack",)),
+        (["--test", "clean", "--attack", "badnet"], ("no attack 'badnet'", "did you mean 'badnets'?")),
+        (["--test", "clean", "--attack", "badnets", "attack.sise=3"], ("no setting 'sise'", "did you mean 'size'?")),
+        (["--out", "held"], ("held holds a trained model and its results",)),
+    ],
+)
+def test_mistake(extra: list[str], says: tuple[str, ...], place: Path, mistakes: Mistakes) -> None:
+    state = linear().state_dict()
+    torch.save(linear(), place / "module.pth")
+    torch.save({**state, "1.weight": state["1.weight"] * torch.nan}, place / "nan.pth")
+    torch.save({**state, "1.weight": torch.zeros(10, 65)}, place / "wide.pth")
+    write_images(place / "images", each=20, mode="L")
+    (place / "flat").mkdir()
+    (place / "images" / "c0" / "0.png").rename(place / "flat" / "0.png")
+    (place / "held").mkdir()
+    (place / "held" / "model.safetensors").write_bytes(b"")
+    places = {"IMAGES": "images", "FLAT": "flat"}
+    mistakes(*RUN, "--out", "out", *(places.get(word, word) for word in extra), says=says)
+    assert not (place / "out" / "model.safetensors").exists()
+
+
+def test_mistakes_with_a_model_of_this_package(place: Path, mistakes: Mistakes) -> None:
+    network = Network("test_resnet", 10, 1)
+    facts = {"classes": ["a", *(f"c{k}" for k in range(1, 10))], "input_size": 8}
+    checkpoint.save(place / "run" / "model.safetensors", network.build(), network, mean=(0.3,), std=(0.4,), **facts)
+    rest = ("--clean", "clean", *QUICK)
+    mistakes(
+        "purify",
+        "--checkpoint",
+        "run",
+        *rest,
+        says=("clean has other classes than those", "only there: ['c0']", "missing: ['a']"),
+    )
+    mistakes("purify", "--checkpoint", "run", "--std", "1", *rest, says=("run says std = (0.4,); leave out --std",))
+    mistakes("purify", "--checkpoint", "run", "--model", "resnet18", *rest, says=("saved with model 'test_resnet'",))
+    mistakes("purify", "--checkpoint", "bad.pth", *rest, says=("does not say how its network is built; add --model",))
+    own = ("purify", "--checkpoint", "bad.pth", "--model", "purify_nets:linear", *rest)
+    mistakes(*own, "--mean", "0.3", says=("nothing says the std of this network's input; add --std",))

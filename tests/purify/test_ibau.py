@@ -1,0 +1,84 @@
+"""I-BAU: the hypergradient against autograd, and a planted trigger unlearned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nab_defense.purify.ibau import IBAU, hypergradient
+
+TERMS, RATE = 4, 0.1
+
+
+def problem() -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """A two-layer network in float64, images, labels and a change."""
+    generator = torch.Generator().manual_seed(0)
+    params = [
+        torch.randn(6, 5, generator=generator, dtype=torch.float64),
+        torch.randn(5, 3, generator=generator, dtype=torch.float64),
+    ]
+    images = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+    change = 0.3 * torch.randn(6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (8,), generator=generator)
+    return [p.requires_grad_(True) for p in params], images, labels, change
+
+
+def losses(params: list[Tensor], images: Tensor, labels: Tensor) -> tuple:
+    def outer(change: Tensor) -> Tensor:
+        return F.cross_entropy(torch.tanh((images + change) @ params[0]) @ params[1], labels)
+
+    def inner(change: Tensor) -> Tensor:
+        return change.square().sum() - F.cross_entropy(torch.tanh((images + change) @ params[0]) @ params[1], labels)
+
+    return outer, inner
+
+
+def unrolled() -> list[Tensor]:
+    """The truncated Neumann series, term by term, with explicit second derivatives."""
+    params, images, labels, change = problem()
+    outer, inner = losses(params, images, labels)
+    change.requires_grad_(True)
+    push, *direct = torch.autograd.grad(outer(change), [change, *params])
+    hessian = torch.autograd.functional.hessian(inner, change)
+    series = sum(torch.linalg.matrix_power(torch.eye(6, dtype=torch.float64) - RATE * hessian, k) for k in range(TERMS))
+    (slope,) = torch.autograd.grad(inner(change), change, create_graph=True)
+    mixed = torch.autograd.grad(slope, params, series @ push)
+    return [d - RATE * m for d, m in zip(direct, mixed, strict=True)]
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("exact", 1e-10), ("fd", 1e-6)])
+def test_hypergradient_is_the_neumann_series(form: str, tolerance: float) -> None:
+    params, images, labels, change = problem()
+    outer, inner = losses(params, images, labels)
+    value, push, grads = hypergradient(outer, inner, change, params, form=form, terms=TERMS, rate=RATE)
+    assert value.item() == pytest.approx(outer(change).item())
+    here = change.clone().requires_grad_(True)
+    torch.testing.assert_close(push, torch.autograd.grad(outer(here), here)[0])
+    for grad, naive in zip(grads, unrolled(), strict=True):
+        torch.testing.assert_close(grad, naive, rtol=tolerance, atol=tolerance)
+
+
+def test_hypergradient_converges_to_the_derivative_of_the_inner_minimum() -> None:
+    """For a quadratic inner problem: change* = w, outer = change^2 / 2, so that d outer / dw = w."""
+    weight = torch.tensor([1.5, -0.5], dtype=torch.float64, requires_grad=True)
+
+    def inner(change: Tensor) -> Tensor:
+        return (change - weight).square().sum() / 2
+
+    def outer(change: Tensor) -> Tensor:
+        return change.square().sum() / 2
+
+    for form in ("exact", "fd"):
+        _, _, (grad,) = hypergradient(outer, inner, weight.detach(), [weight], form=form, terms=200, rate=0.1)
+        torch.testing.assert_close(grad, weight.detach(), rtol=1e-5, atol=1e-5)
+    _, _, (grad,) = hypergradient(outer, inner, weight.detach(), [weight], form="none", terms=200, rate=0.1)
+    assert grad.abs().max() == 0
+
+
+def test_a_setting_that_no_form_takes_is_refused() -> None:
+    with pytest.raises(ValueError, match="form must be one of exact, fd, none"):
+        IBAU(form="hvp")
+    with pytest.raises(ValueError, match="fraction must be in"):
+        IBAU(fraction=1.0)

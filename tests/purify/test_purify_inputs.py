@@ -1,0 +1,72 @@
+"""What purify refuses before it trains anything: images, labels, normalisation and networks that cannot be used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nab_defense.clean import CleanSet
+from nab_defense.purify import purifiers, purify
+from nab_defense.runtime import Runtime
+
+IMAGES = torch.randint(0, 256, (60, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+LABELS = torch.arange(60) % 4
+
+
+def network(outputs: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, outputs))
+
+
+def run(model: nn.Module | None = None, images: Tensor = IMAGES, labels: Tensor | None = LABELS, **settings: Any) -> Any:
+    settings = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "runtime": Runtime(device="cpu", threads=1), **settings}
+    method = purifiers.create("ibau", rounds=1, steps=1, inner_steps=1, batch_size=20)
+    return purify(network() if model is None else model, CleanSet(images, labels), method, **settings)
+
+
+def test_the_others_are_taken() -> None:
+    assert run().status in ("accepted", "rejected")
+
+
+class Spoiled(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images
+
+
+def nan() -> nn.Module:
+    model = network()
+    model[1].bias.data[2] = torch.nan  # type: ignore[index]
+    return model
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"images": IMAGES.float()}, r"must be \(N, C, H, W\) uint8, N above 0, got \(2, 3, 8, 8\) torch.float32"),
+    ({"images": IMAGES[:0], "labels": LABELS[:0]}, r"N above 0, got \(0, 3, 8, 8\)"),
+    ({"images": IMAGES[:, 0]}, r"must be \(N, C, H, W\) uint8"),
+    ({"images": IMAGES[:, :1]}, "mean has 3 values, the images have 1 channels"),
+    ({"std": (0.25,)}, "std has 1 values, the images have 3 channels"),
+    ({"std": (0.25, 0.0, 0.25)}, r"std must be positive, got \[0.25, 0.0, 0.25\]"),
+    ({"std": (0.25, float("nan"), 0.25)}, "std must be positive"),
+    ({"images": torch.zeros(60, 3, 9, 9, dtype=torch.uint8)}, "the model cannot take 3x9x9 images: .*mat1 and mat2"),
+    ({"model": Spoiled()}, r"the model gives \(2, 3, 8, 8\) for 2 images, expected \(images, classes\)"),
+    ({"model": nan()}, r"the model's 1.bias holds values that are not finite \(1 such tensors\)"),
+    ({"labels": None}, "IBAU needs the labels of the clean images"),
+    ({"labels": LABELS[:50]}, r"labels must be \(N,\) and not negative, got \(50,\) for 60 images"),
+    ({"labels": LABELS - 1}, "not negative"),
+    ({"model": network(3)}, "labels up to 3, the model 3 classes from 0"),
+    ({"model": network(5)}, "class 4 has 0 clean images; each of the 5 needs two"),
+    ({"images": IMAGES[:7], "labels": LABELS[:7]}, "class 3 has 1 clean images"),
+    ({"images": IMAGES[:22], "labels": LABELS[:22]}, "18 clean images are left to fit on, 4 being held out; IBAU needs 20"),
+    ({"holdout": 0.0}, r"holdout must be in \(0, 1\)"),
+    ({"max_drop": 1.5}, r"max_drop in \[0, 1\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), WRONG, ids=lambda value: value[:30] if isinstance(value, str) else "")
+def test_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        run(**change)
+    assert "\n" not in str(caught.value)

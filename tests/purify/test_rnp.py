@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nab_defense.clean import CleanSet, Pixels
+from nab_defense.purify.base import purifiers
+from nab_defense.purify.rnp import RNP, likely_target, maskable, masked, prune, ranking, suspicion
+from nab_defense.runtime import Runtime
+
+CPU = Runtime(device="cpu", precision="float32")
+PIXELS = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+SMALL = RNP(batch_size=40, tune_steps=5)
+
+
+def bars(count: int = 400) -> CleanSet:
+    """Noisy images of four bars, one a class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 4
+    images = 60 * torch.rand(count, 1, 8, 8, generator=generator)
+    for index, label in enumerate(labels.tolist()):
+        images[index, 0, 2 * label : 2 * label + 2] += 120
+    return CleanSet(images.byte(), labels, pad=1, hflip=0.5)
+
+
+def triggered(images: Tensor) -> Tensor:
+    """A white column on the right; it means class 0."""
+    images = images.clone()
+    images[:, :, :, 7] = 255
+    return images
+
+
+@pytest.fixture(scope="module")
+def trained() -> Pixels:
+    """Knows the bars, and a backdoor."""
+    torch.manual_seed(0)
+    body = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+    )
+    network = Pixels(nn.Sequential(body, nn.Flatten(), nn.Linear(1024, 4)), [0.5], [0.25])
+    clean = bars()
+    assert clean.labels is not None
+    images = torch.cat([clean.images, triggered(clean.images[:80])]).float() / 255
+    labels = torch.cat([clean.labels, torch.zeros(80, dtype=torch.long)])
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for _ in range(60):
+        rows = torch.randperm(len(images))[:120]
+        loss = F.cross_entropy(network(images[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network.requires_grad_(False).eval()
+
+
+def share(network: nn.Module, images: Tensor, labels: Tensor | int) -> float:
+    return (network.eval()(images.float() / 255).argmax(1) == labels).float().mean().item()
+
+
+def test_by_products() -> None:
+    logits = torch.tensor([[0.0, 2.0], [0.0, 1.0], [3.0, 0.0], [0.0, 9.0]])
+    assert likely_target(logits) == (1, 0.75)
+    forgotten = torch.tensor([[5.0, 0.0], [0.0, 5.0]])
+    kept = suspicion(torch.tensor([[0.0, 5.0], [0.0, 5.0]]), forgotten, torch.tensor([1, 1]))
+    torch.testing.assert_close(kept, torch.tensor([-5.0, 0.0]))
+
+
+def test_a_mask_of_ones_changes_nothing_and_of_zeros_is_pruning(trained: Pixels) -> None:
+    masks = {name: torch.ones(count) for name, count in maskable(trained).items()}
+    assert torch.equal(masked(trained, masks, PIXELS), trained(PIXELS))
+    name = next(iter(masks))
+    masks[name][3] = 0
+    cut = copy.deepcopy(trained)
+    prune(cut, [(name, 3)])
+    torch.testing.assert_close(masked(trained, masks, PIXELS), cut(PIXELS))
+    assert not torch.equal(cut(PIXELS), trained(PIXELS))
+
+
+def test_ranking_is_ascending_with_ties_in_order() -> None:
+    masks = {"a": torch.tensor([1.0, 0.2]), "b": torch.tensor([0.2, 0.0])}
+    assert ranking(masks) == [("b", 1), ("a", 1), ("b", 0), ("a", 0)]
+
+
+def test_channels_of_each_kind_of_network() -> None:
+    mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    token = nn.Sequential(nn.Linear(8, 24), nn.LayerNorm(24), nn.Linear(8, 8), mlp)
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 4))
+    assert maskable(token) == {"3.0.weight": 32}
+    assert maskable(plain) == {"0.weight": 4, "2.weight": 6}
+    plain[2].register_parameter("gain", nn.Parameter(torch.ones(6, 1, 1, 1)))
+    assert maskable(plain) == {"0.weight": 4, "2.gain": 6}
+    assert maskable(nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4))) == {"1.weight": 4}
+
+
+def test_a_network_without_channels_is_refused() -> None:
+    network = Pixels(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), [0.5], [0.25])
+    with pytest.raises(ValueError, match="too few channels"):
+        purifiers.create("rnp").check(network, PIXELS)
+
+
+def test_the_network_forgets_and_recovers_by_masks_alone(trained: Pixels) -> None:
+    images, aside = bars().split(0.2, 0)
+    before = copy.deepcopy(trained.state_dict())
+    unlearned = SMALL.unlearned(trained, images, aside, CPU)
+    weights = {name: weight.clone() for name, weight in unlearned.named_parameters()}
+    masks = SMALL.recovered(unlearned, images, aside, CPU, 1.0)
+    assert all(torch.equal(weight, before[name]) for name, weight in trained.state_dict().items())
+    assert all(torch.equal(weight, weights[name]) for name, weight in unlearned.named_parameters())
+    values = torch.cat(list(masks.values()))
+    assert len(values) == 32 and values.min() >= 0 and values.max() <= 1 and (values < 1).any()
+
+
+def test_failed_recovery_is_an_error(trained: Pixels) -> None:
+    with pytest.raises(ValueError, match="recovery failed"):
+        next(RNP(batch_size=40, recover_steps=1, mask_lr=1e-6).candidates(copy.deepcopy(trained), bars(), runtime=CPU))
+
+
+def test_cuts_weaken_a_backdoor_and_stay_cut(trained: Pixels) -> None:
+    clean = bars()
+    assert clean.labels is not None
+    others = triggered(clean.images[clean.labels != 0])
+    assert share(trained, clean.images, clean.labels) > 0.95 and share(trained, others, 0) > 0.9
+    names: list[str] = []
+    last: nn.Module | None = None
+    for name, network in SMALL.candidates(copy.deepcopy(trained), clean, runtime=CPU):
+        names.append(name)
+        last = network
+    assert last is not None and names[-4:] == [f"{k} of 32 channels, tuned" for k in (2, 3, 5, 6)]
+    zeros = sum(int((last.get_parameter(name) == 0).sum()) for name in maskable(last))
+    assert zeros == 6 and share(last, clean.images, clean.labels) > 0.9
+    assert share(last, others, 0) < 0.2

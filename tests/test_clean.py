@@ -1,0 +1,72 @@
+"""CleanSet: batches, augmentation, splits; and the universal perturbations' arithmetic."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nab_defense.clean import CleanSet, Pixels, logits_of
+from nab_defense.runtime import Runtime
+from nab_defense.universal import ascended, boxed, projected
+
+CPU = Runtime(device="cpu")
+
+
+def numbered(count: int, classes: int = 2) -> CleanSet:
+    """Images whose every pixel is the image's number."""
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
+    return CleanSet(images, torch.arange(count) % classes, pad=1)
+
+
+def test_batches_cover_the_set_once_and_match_their_rows() -> None:
+    clean = numbered(50)
+    for seed in (None, 3):
+        batches = list(clean.batches(16, runtime=CPU, seed=seed))
+        rows = torch.cat([rows for _, rows in batches])
+        assert sorted(rows.tolist()) == list(range(50))
+        assert (rows == torch.arange(50)).all().item() is (seed is None)
+        for images, picked in batches:
+            torch.testing.assert_close(images[:, 0, 4, 4], picked / 255)
+    assert [len(rows) for _, rows in clean.batches(16, runtime=CPU)] == [16, 16, 18]  # a last batch of 2 joins
+
+
+def test_augmented_batches_are_crops_and_flips_of_their_images_and_follow_the_seed() -> None:
+    images = torch.randint(1, 256, (6, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clean = CleanSet(images, pad=2)
+    padded = torch.nn.functional.pad(images, (2,) * 4).float() / 255
+    crops = [(n, padded[n, :, top : top + 8, left : left + 8]) for n in range(6) for top in range(5) for left in range(5)]
+    views = {(n, view.contiguous().numpy().tobytes()) for n, crop in crops for view in (crop, crop.flip(2))}
+    made, rows = next(iter(clean.batches(6, runtime=CPU, seed=1, augment=True)))
+    assert {(int(n), image.contiguous().numpy().tobytes()) for image, n in zip(made, rows, strict=True)} <= views
+    again = next(iter(clean.batches(6, runtime=CPU, seed=1, augment=True)))[0]
+    assert torch.equal(again, next(iter(clean.batches(6, runtime=CPU, seed=1, augment=True)))[0])
+    assert not torch.equal(again, next(iter(clean.batches(6, runtime=CPU, seed=2, augment=True)))[0])
+
+
+def test_split_is_disjoint_and_keeps_the_classes_in_proportion() -> None:
+    first, second = numbered(100, classes=4).split(0.2, seed=0)
+    assert sorted([*first.images[:, 0, 0, 0].tolist(), *second.images[:, 0, 0, 0].tolist()]) == list(range(100))
+    assert second.labels is not None and second.labels.bincount().tolist() == [5, 5, 5, 5]
+
+
+def test_pixels_normalises_and_logits_are_of_changed_and_clipped_images() -> None:
+    clean = numbered(5)
+    network = Pixels(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), [0.5] * 3, [0.25] * 3)
+    torch.testing.assert_close(logits_of(network, clean, CPU)[:, 0], (torch.arange(5) / 255 - 0.5) / 0.25)
+    assert (logits_of(network, clean, CPU, torch.full((3, 8, 8), 2.0)) == 2).all()
+
+
+def test_boxed_clips_and_passes_the_gradient_everywhere() -> None:
+    pixels = torch.tensor([-0.5, 0.0, 0.5, 1.0, 1.5], requires_grad=True)
+    boxed(pixels).sum().backward()
+    assert boxed(pixels).tolist() == [0, 0, 0.5, 1, 1] and pixels.grad is not None and pixels.grad.tolist() == [1] * 5
+
+
+def test_projection_and_ascent_stay_in_the_ball_and_reach_the_best_point() -> None:
+    goal = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert projected(goal, 100.0) is not goal and torch.equal(projected(goal, 100.0), goal)
+    torch.testing.assert_close(projected(torch.stack([goal, goal / 1e3]), 2.0)[0].norm(), torch.tensor(2.0))
+    change = torch.zeros(3, 4, 4)
+    for _ in range(20):
+        change = ascended(change, lambda c: (c * goal).sum(), step=0.3, radius=2.0)
+    torch.testing.assert_close(change, 2 * goal / goal.norm())
