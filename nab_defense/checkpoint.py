@@ -151,9 +151,10 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def find_header(path: Path) -> dict[str, Any] | None:
     """The same, or None where another program wrote the file."""
-    if not path.is_dir() and (path.suffix != ".safetensors" or io.load_tensors(path)[1].get("format") != FORMAT):
-        return None
-    return read_header(path)
+    if path.is_dir():
+        return read_header(path)
+    header = io.load_tensors(path)[1] if path.suffix == ".safetensors" else {}
+    return header if header.get("format") == FORMAT else None
 
 
 def load(path: str | Path, model: Callable[[], nn.Module] | None = None) -> nn.Module:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,11 @@ from ..universal import ascended, boxed
 
 __all__ = [
     "Candidates",
+    "FineTuning",
     "Purifier",
     "check_finite",
+    "due",
+    "fine_tuned",
     "flips",
     "frozen",
     "likely_classes",
@@ -31,6 +34,7 @@ __all__ = [
 PROBE_STEPS, PROBE_BATCH, PROBE_IMAGES, PROBE_CLASSES = 10, 48, 250, 10
 
 Candidates = Iterator[tuple[str, nn.Module]]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Purifier(Protocol):
@@ -68,7 +72,59 @@ class Purifier(Protocol):
 purifiers: Registry[Purifier] = Registry("purifier")
 
 
-def frozen(network: nn.Module) -> nn.Module:
+class FineTuning(Protocol):
+    """The settings that methods which train all weights on clean images share; see FineTune."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def augment(self) -> bool: ...
+
+
+def fine_tuned(
+    how: FineTuning,
+    network: Pixels,
+    clean: CleanSet,
+    slope: Callable[[Tensor, Tensor, int], None],
+    *,
+    runtime: Runtime,
+) -> Candidates:
+    """Training of all weights by SGD, whose rate falls to zero along a cosine; batch statistics and dropout included.
+
+    Args: slope: (images, labels, step) -> sets the gradients of all weights."""
+    assert clean.labels is not None
+    network.requires_grad_(True)
+    optimizer = torch.optim.SGD(network.parameters(), how.lr, how.momentum, weight_decay=how.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.steps)
+    batches = clean.endless(how.batch_size, runtime=runtime, seed=runtime.seed, augment=how.augment)
+    for step in range(1, how.steps + 1):
+        images, rows = next(batches)
+        network.train()
+        slope(images, clean.labels[rows].to(images.device), step)
+        optimizer.step()
+        schedule.step()
+        if due(step, how.steps, how.rounds):
+            yield f"step {step}", network
+
+
+def due(step: int, steps: int, rounds: int, *, late: bool = False) -> bool:
+    """Whether one of so many candidates is due after this step: at equal distances up to the end, `late` from half-way on."""
+    skipped = rounds * late
+    parts = rounds + skipped
+    return step * parts // steps > max(skipped, (step - 1) * parts // steps)
+
+
+def frozen(network: Network) -> Network:
     """Switch off the gradients of all weights and put the network in eval mode, in place."""
     network.requires_grad_(False)
     return network.eval()

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..clean import CleanSet, Pixels
 from ..runtime import Runtime
 from ..universal import boxed, climbed
-from .base import Candidates, check_finite, frozen, purifiers, train_norms
+from .base import Candidates, check_finite, due, frozen, purifiers, train_norms
 
 __all__ = ["Distill", "divergence", "layers_by_depth", "reinitialise", "shares"]
 
@@ -134,7 +134,7 @@ class Distill:
             if change.grad is not None:
                 now = radius * float(schedule.get_last_lr()[0]) / self.lr
                 changes[step % self.perturbations] = climbed(change, change.grad, step=PACE * now, radius=now)
-            if step * 2 * self.rounds // self.steps > max(self.rounds, (step - 1) * 2 * self.rounds // self.steps):
+            if due(step, self.steps, self.rounds, late=True):
                 yield f"step {step}", network
 
     def _perturbed(self, images: Tensor) -> int:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..clean import CleanSet, Pixels
 from ..runtime import Runtime
-from .base import Candidates, check_finite, purifiers
+from .base import Candidates, check_finite, fine_tuned, purifiers
 
 __all__ = ["FineTune"]
 
@@ -44,20 +43,11 @@ class FineTune:
         network(images)
 
     def candidates(self, network: Pixels, clean: CleanSet, *, runtime: Runtime) -> Candidates:
-        assert clean.labels is not None
-        network.requires_grad_(True)
-        optimizer = torch.optim.SGD(network.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        batches = clean.endless(self.batch_size, runtime=runtime, seed=runtime.seed, augment=self.augment)
-        for step in range(1, self.steps + 1):
-            images, rows = next(batches)
-            network.train()
+        def slope(images: Tensor, labels: Tensor, step: int) -> None:
             with runtime.autocast():
-                loss = F.cross_entropy(network(images), clean.labels[rows].to(images.device))
-            check_finite(loss.detach(), "finetune", step)
-            optimizer.zero_grad()
+                loss = F.cross_entropy(network(images), labels)
+            check_finite(loss, "finetune", step)
+            network.zero_grad()
             loss.backward()
-            optimizer.step()
-            schedule.step()
-            if step * self.rounds // self.steps > (step - 1) * self.rounds // self.steps:
-                yield f"step {step}", network
+
+        return fine_tuned(self, network, clean, slope, runtime=runtime)

@@ -10,11 +10,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..clean import CleanSet, Pixels
 from ..runtime import Runtime
-from .base import Candidates, check_finite, purifiers
+from .base import Candidates, check_finite, fine_tuned, norms, purifiers
 
 __all__ = ["FTSAM", "adaptive_climb"]
 
@@ -35,7 +34,7 @@ def adaptive_climb(weights: Sequence[Tensor], slopes: Sequence[Tensor], rho: flo
 @contextmanager
 def still_statistics(network: nn.Module) -> Iterator[None]:
     """Within, training mode leaves the running mean and variance of batch normalisation as they are."""
-    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
+    layers = list(norms(network).values())
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.momentum = 0.0
@@ -80,33 +79,24 @@ class FTSAM:
         network(images)
 
     def candidates(self, network: Pixels, clean: CleanSet, *, runtime: Runtime) -> Candidates:
-        assert clean.labels is not None
-        network.requires_grad_(True)
-        optimizer = torch.optim.SGD(network.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        batches = clean.endless(self.batch_size, runtime=runtime, seed=runtime.seed, augment=self.augment)
-        for step in range(1, self.steps + 1):
-            images, rows = next(batches)
-            network.train()
-            self._accumulate(network, images, clean.labels[rows].to(images.device), runtime, step)
+        def slope(images: Tensor, labels: Tensor, step: int) -> None:
+            self._accumulate(network, images, labels, runtime, step)
             with_grad = [p for p in network.parameters() if p.grad is not None]
             here = [p.detach().clone() for p in with_grad]
             climbs = adaptive_climb(here, [p.grad for p in with_grad if p.grad is not None], self.rho)
             for param, climb in zip(with_grad, climbs, strict=True):
                 param.data.add_(climb)
             with still_statistics(network):
-                self._accumulate(network, images, clean.labels[rows].to(images.device), runtime, step)
+                self._accumulate(network, images, labels, runtime, step)
             for param, place in zip(with_grad, here, strict=True):
                 param.data.copy_(place)
-            optimizer.step()
-            schedule.step()
-            if step * self.rounds // self.steps > (step - 1) * self.rounds // self.steps:
-                yield f"step {step}", network
+
+        return fine_tuned(self, network, clean, slope, runtime=runtime)
 
     def _accumulate(self, network: Pixels, images: Tensor, labels: Tensor, runtime: Runtime, step: int) -> None:
         """Set the gradients of all weights, at the place they are in now."""
         with runtime.autocast():
             loss = F.cross_entropy(network(images), labels, label_smoothing=self.smoothing)
-        check_finite(loss.detach(), "ft_sam", step)
+        check_finite(loss, "ft_sam", step)
         network.zero_grad()
         loss.backward()

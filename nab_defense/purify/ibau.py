@@ -132,7 +132,7 @@ class IBAU:
 
     def candidates(self, network: Pixels, clean: CleanSet, *, runtime: Runtime) -> Candidates:
         assert clean.labels is not None
-        labels, teacher = clean.labels.to(runtime.torch_device), frozen(copy.deepcopy(network))
+        teacher = frozen(copy.deepcopy(network))
         params = list(network.requires_grad_(True).parameters())
         optimizer = torch.optim.SGD(params, lr=self.lr, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.rounds * self.steps)
@@ -149,8 +149,8 @@ class IBAU:
                 half = len(others) // 2
                 with torch.no_grad():
                     wanted = teacher(images)
-                outer = partial(self._outer, network, images, labels[rows.to(labels.device)], wanted)
-                inner = partial(_inner, network, others[:half], labels[picked.to(labels.device)][:half])
+                outer = partial(self._outer, network, images, clean.labels[rows].to(images.device), wanted)
+                inner = partial(_inner, network, others[:half], clean.labels[picked[:half]].to(images.device))
                 place = step % len(changes)
                 value, push, grads = hypergradient(
                     outer, inner, changes[place], params, form=self.form, terms=self.terms, rate=self.rate

@@ -14,7 +14,7 @@ from ..clean import CleanSet, Pixels, logits_of
 from ..runtime import Runtime
 from ..sites import Site, last_cut
 from ..universal import boxed, climbed
-from .base import Candidates, check_finite, flips, frozen, likely_classes, purifiers, turning
+from .base import Candidates, check_finite, due, flips, frozen, likely_classes, purifiers, turning
 
 __all__ = ["Polarized", "Polarizer", "describe", "install"]
 
@@ -98,22 +98,21 @@ class Polarizer:
     augment: bool = True
 
     def check(self, network: Pixels, images: Tensor) -> None:
-        last_cut(network.model, (images - network.mean) / network.std)
+        _site(network, images)
 
     def candidates(self, network: Pixels, clean: CleanSet, *, runtime: Runtime) -> Candidates:
         assert clean.labels is not None
-        labels, radius = clean.labels.to(runtime.torch_device), self.radius * clean.scale
+        radius = self.radius * clean.scale
         frozen(network)
         classes, changes, ease = self._attacks(network, clean, runtime)
         batches = clean.endless(self.batch_size, runtime=runtime, seed=runtime.seed, augment=self.augment)
-        sample = next(batches)[0][:2]
-        layer = install(network.model, **asdict(last_cut(network.model, (sample - network.mean) / network.std)))
+        layer = install(network.model, **asdict(_site(network, next(batches)[0][:2])))
         optimizer = torch.optim.Adam(layer.own(), lr=self.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         generator = torch.Generator().manual_seed(runtime.seed)
         for step in range(1, self.steps + 1):
             images, rows = next(batches)
-            truth = labels[rows.to(labels.device)]
+            truth = clean.labels[rows].to(images.device)
             drawn = torch.multinomial(ease, len(images), replacement=True, generator=generator)
             changes.requires_grad_(True)
             plain, pushed = network(torch.cat([images, boxed(images + changes[drawn])])).chunk(2)
@@ -125,7 +124,7 @@ class Polarizer:
             schedule.step()
             assert changes.grad is not None
             changes = climbed(changes, changes.grad, step=self.pace * radius, radius=radius)
-            if step * 2 * self.rounds // self.steps > max(self.rounds, (step - 1) * 2 * self.rounds // self.steps):
+            if due(step, self.steps, self.rounds, late=True):
                 yield f"step {step}", network
 
     def _attacks(self, network: Pixels, clean: CleanSet, runtime: Runtime) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,6 +143,10 @@ class Polarizer:
         rival = _without(pushed.detach(), truth).argmax(1)
         loss = self.boosted * F.cross_entropy(pushed, truth) + self.wrong * _away(pushed, rival).mean()
         return loss + self.target * (_away(pushed, goal) * (goal != truth)).mean()
+
+
+def _site(network: Pixels, images: Tensor) -> Site:
+    return last_cut(network.model, (images - network.mean) / network.std)
 
 
 def _without(logits: Tensor, labels: Tensor) -> Tensor:

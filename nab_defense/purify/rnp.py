@@ -152,7 +152,7 @@ class RNP:
                 optimizer = torch.optim.SGD(copied.parameters(), lr=lr, momentum=MOMENTUM)
             elif risen >= guess or _accuracy(logits, aside) <= floor:
                 log.info("rnp: forgotten in %d steps, loss %.2f, accuracy %.3f", step + 1, risen, _accuracy(logits, aside))
-                return frozen(copied)  # type: ignore[return-value]
+                return frozen(copied)
         raise ValueError(f"rnp: the network did not forget the clean images in {MOST_STEPS} steps of lr={self.lr}; change lr")
 
     def recovered(self, unlearned: Pixels, images: CleanSet, aside: CleanSet, runtime: Runtime, before: float) -> Masks:
@@ -183,11 +183,10 @@ class RNP:
     def _losses(self, logits: Callable[[Tensor], Tensor], images: CleanSet, runtime: Runtime, steps: int) -> Iterator[Tensor]:
         """For each of so many batches the losses (B,) of these logits, all finite."""
         assert images.labels is not None
-        labels = images.labels.to(runtime.torch_device)
         batches = images.endless(self.batch_size, runtime=runtime, seed=runtime.seed)
         for step, (batch, rows) in zip(range(steps), batches, strict=False):
             with runtime.autocast():
-                losses = F.cross_entropy(logits(batch), labels[rows.to(labels.device)], reduction="none")
+                losses = F.cross_entropy(logits(batch), images.labels[rows].to(batch.device), reduction="none")
             check_finite(losses.mean(), "rnp", step)
             yield losses
 

@@ -11,19 +11,10 @@ from nab_defense.purify.clp import CLP, amplification, normalised_convolutions
 from nab_defense.purify.finetune import FineTune
 from nab_defense.purify.ft_sam import FTSAM, adaptive_climb, still_statistics
 from nab_defense.runtime import Runtime
+from tests.bars import bars
 
 CPU = Runtime(device="cpu", precision="float32")
 PIXELS = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def bars(count: int = 240) -> CleanSet:
-    """Noisy images of four bars, one a class."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(count) % 4
-    images = 60 * torch.rand(count, 1, 8, 8, generator=generator)
-    for index, label in enumerate(labels.tolist()):
-        images[index, 0, 2 * label : 2 * label + 2] += 120
-    return CleanSet(images.byte(), labels, pad=1, hflip=0.5)
 
 
 def network() -> Pixels:
@@ -39,7 +30,7 @@ def accuracy(model: nn.Module, clean: CleanSet) -> float:
 
 @pytest.mark.parametrize("method", [FineTune(steps=21, rounds=3, batch_size=40), FTSAM(steps=21, rounds=3, batch_size=40)])
 def test_fine_tuning_learns_and_offers_its_rounds(method: Purifier) -> None:
-    clean, model = bars(), network()
+    clean, model = bars(240), network()
     first = accuracy(model, clean)
     method.check(model, PIXELS)
     names = [name for name, _ in method.candidates(model, clean, runtime=CPU)]
@@ -50,7 +41,7 @@ def test_fine_tuning_learns_and_offers_its_rounds(method: Purifier) -> None:
 @pytest.mark.parametrize("method", [FineTune(steps=3, lr=1e30, batch_size=40), FTSAM(steps=3, lr=1e30, batch_size=40)])
 def test_a_loss_without_end_is_an_error(method: Purifier) -> None:
     with pytest.raises(ValueError, match="lower lr"):
-        list(method.candidates(network(), bars(), runtime=CPU))
+        list(method.candidates(network(), bars(240), runtime=CPU))
 
 
 def test_the_climb_is_steepest_where_changes_count_by_the_size_of_the_weight() -> None:
@@ -66,7 +57,7 @@ def test_the_climb_is_steepest_where_changes_count_by_the_size_of_the_weight() -
 
 
 def test_sam_without_climb_is_smoothed_fine_tuning() -> None:
-    clean, plain, flat = bars(), network(), network()
+    clean, plain, flat = bars(240), network(), network()
     list(FTSAM(steps=4, rounds=1, batch_size=40, rho=0.0, smoothing=0.0).candidates(flat, clean, runtime=CPU))
     list(FineTune(steps=4, rounds=1, batch_size=40).candidates(plain, clean, runtime=CPU))
     ours, theirs = flat.state_dict(), plain.state_dict()
@@ -121,7 +112,7 @@ def test_clp_silences_a_loud_channel_alone() -> None:
     model.model[0].weight.data[7] *= 30
     model.model[1].bias.data.fill_(1)
     before = model(PIXELS).view(2, 32, -1)
-    names = [name for name, _ in CLP(strictest=4.0, rounds=2).candidates(model, bars(), runtime=CPU)]
+    names = [name for name, _ in CLP(strictest=4.0, rounds=2).candidates(model, bars(240), runtime=CPU)]
     after = model(PIXELS).view(2, 32, -1)
     others = torch.arange(32) != 7
     assert names == ["u 5", "u 4"]

@@ -11,18 +11,9 @@ from torch import Tensor, nn
 from nab_defense.clean import CleanSet, Pixels
 from nab_defense.purify.distill import Distill, divergence, layers_by_depth, reinitialise, shares
 from nab_defense.runtime import Runtime
+from tests.bars import bars
 
 CPU = Runtime(device="cpu", precision="float32")
-
-
-def bars(count: int, seed: int) -> CleanSet:
-    """Noisy images of four bars, one a class."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 4
-    images = 60 * torch.rand(count, 1, 8, 8, generator=generator)
-    for index, label in enumerate(labels.tolist()):
-        images[index, 0, 2 * label : 2 * label + 2] += 90
-    return CleanSet(images.byte(), labels, pad=1, hflip=0.5)
 
 
 def triggered(images: Tensor) -> Tensor:
@@ -39,7 +30,7 @@ def backdoored() -> Pixels:
     for channels, width in ((1, 16), (16, 16)):
         layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
     network = Pixels(nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(256, 4)), [0.3], [0.25])
-    clean = bars(800, seed=0)
+    clean = bars(800, seed=0, light=90)
     assert clean.labels is not None
     images, labels = torch.cat([clean.images, triggered(clean.images[:200])]), torch.cat([clean.labels, 0 * clean.labels[:200]])
     optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.9)
@@ -51,7 +42,7 @@ def backdoored() -> Pixels:
 
 
 def accuracy_and_asr(network: nn.Module) -> tuple[float, float]:
-    test = bars(400, seed=9)
+    test = bars(400, seed=9, light=90)
     assert test.labels is not None
     network.eval()
     right = network(test.images.float() / 255).argmax(1) == test.labels
@@ -68,7 +59,7 @@ def distilled(network: Pixels, clean: CleanSet, **knobs: float) -> tuple[Pixels,
 
 
 def test_a_planted_backdoor_goes_and_the_skill_stays_without_labels(backdoored: Pixels) -> None:
-    clean, radius = bars(400, seed=5), 20.0  # at 32 px; the corner is a change of about 1.8 here, where a 20 is 2.9
+    clean, radius = bars(400, seed=5, light=90), 20.0  # at 32 px; the corner is a change of about 1.8 here, where a 20 is 2.9
     before = accuracy_and_asr(backdoored)
     assert before[0] > 0.95 and before[1] > 0.95
     network, names = distilled(backdoored, CleanSet(clean.images, None, clean.pad, clean.hflip), radius=radius)

@@ -7,24 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nab_defense.clean import CleanSet, Pixels
+from nab_defense.clean import Pixels
 from nab_defense.purify.base import purifiers
 from nab_defense.purify.rnp import RNP, likely_target, maskable, masked, prune, ranking, suspicion
 from nab_defense.runtime import Runtime
+from tests.bars import bars
 
 CPU = Runtime(device="cpu", precision="float32")
 PIXELS = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 SMALL = RNP(batch_size=40, tune_steps=5)
-
-
-def bars(count: int = 400) -> CleanSet:
-    """Noisy images of four bars, one a class."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(count) % 4
-    images = 60 * torch.rand(count, 1, 8, 8, generator=generator)
-    for index, label in enumerate(labels.tolist()):
-        images[index, 0, 2 * label : 2 * label + 2] += 120
-    return CleanSet(images.byte(), labels, pad=1, hflip=0.5)
 
 
 def triggered(images: Tensor) -> Tensor:
@@ -47,7 +38,7 @@ def trained() -> Pixels:
         nn.ReLU(),
     )
     network = Pixels(nn.Sequential(body, nn.Flatten(), nn.Linear(1024, 4)), [0.5], [0.25])
-    clean = bars()
+    clean = bars(400)
     assert clean.labels is not None
     images = torch.cat([clean.images, triggered(clean.images[:80])]).float() / 255
     labels = torch.cat([clean.labels, torch.zeros(80, dtype=torch.long)])
@@ -107,7 +98,7 @@ def test_a_network_without_channels_is_refused() -> None:
 
 
 def test_the_network_forgets_and_recovers_by_masks_alone(trained: Pixels) -> None:
-    images, aside = bars().split(0.2, 0)
+    images, aside = bars(400).split(0.2, 0)
     before = copy.deepcopy(trained.state_dict())
     unlearned = SMALL.unlearned(trained, images, aside, CPU)
     weights = {name: weight.clone() for name, weight in unlearned.named_parameters()}
@@ -120,11 +111,11 @@ def test_the_network_forgets_and_recovers_by_masks_alone(trained: Pixels) -> Non
 
 def test_failed_recovery_is_an_error(trained: Pixels) -> None:
     with pytest.raises(ValueError, match="recovery failed"):
-        next(RNP(batch_size=40, recover_steps=1, mask_lr=1e-6).candidates(copy.deepcopy(trained), bars(), runtime=CPU))
+        next(RNP(batch_size=40, recover_steps=1, mask_lr=1e-6).candidates(copy.deepcopy(trained), bars(400), runtime=CPU))
 
 
 def test_cuts_weaken_a_backdoor_and_stay_cut(trained: Pixels) -> None:
-    clean = bars()
+    clean = bars(400)
     assert clean.labels is not None
     others = triggered(clean.images[clean.labels != 0])
     assert share(trained, clean.images, clean.labels) > 0.95 and share(trained, others, 0) > 0.9
