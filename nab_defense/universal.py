@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .clean import CleanSet, logits_of
+from .clean import CleanSet
 from .runtime import Runtime
 
-__all__ = ["PROBE_BATCH", "Pool", "Universal", "ascended", "boxed", "climbed", "pool_of", "projected", "started"]
+__all__ = ["PROBE_BATCH", "Pool", "Universal", "boxed", "climbed", "likely_classes", "pool_of", "projected", "started"]
 
 PACE = 0.2  # of the radius, a step of a spread change
 STRIDE = 0.2  # of the pixel range, a step of a patch
@@ -22,7 +22,7 @@ TURNS, DOUBLINGS = 0.5, 2  # the radius doubles, so often at most, until one spr
 EASY = 0.5  # of the largest excess: changes with less are not suspicious
 FLOOR, SHARPNESS = 0.05, 4.0  # a change is drawn in proportion to this power of the share of images it turns
 PLACES, NOISE = 4, 0.2  # that a patch tries; standard deviation, of the pixel range
-PROBE_STEPS, PROBE_BATCH, PROBE_CLASSES = 10, 48, 10
+PROBE_BATCH, PROBE_CLASSES = 48, 10
 SMALLEST_PATCH = 3  # pixels
 TIRED, RETRY = 0.15, 4  # a patch that turns fewer looks for another place, every so many draws
 
@@ -42,13 +42,6 @@ def projected(change: Tensor, radius: float) -> Tensor:
 def climbed(change: Tensor, slope: Tensor, *, step: float, radius: float) -> Tensor:
     """The change after a step of length `step` along the slope, within the ball of this radius."""
     return projected(change.detach() + step * slope / _norm(slope), radius)
-
-
-def ascended(change: Tensor, value: Callable[[Tensor], Tensor], *, step: float, radius: float) -> Tensor:
-    """The change after one step up the gradient of value(change)."""
-    change = change.detach().requires_grad_(True)
-    (slope,) = torch.autograd.grad(value(change), change)
-    return climbed(change, slope, step=step, radius=radius)
 
 
 def _norm(change: Tensor) -> Tensor:
@@ -108,21 +101,14 @@ class Universal:
     def _settle(self, network: nn.Module, images: Tensor, runtime: Runtime) -> None:
         """Find a place for the patch: of those that promise the most, the one that keeps its promise.
 
-        The promise is the slope of the class's logit times the way to black or white. The slope is taken on noisy images: at
-        clean ones it follows their content, and on 32 of them it misses a patch trigger that it always shows under noise."""
-        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(runtime.seed)).to(images.device)
-        added = torch.zeros_like(self.change).requires_grad_(True)
-        with runtime.autocast():
-            logit = network(boxed(images + NOISE * noise) + added).float()[:, self.wanted].mean()
-        (slope,) = torch.autograd.grad(logit, added)
-        mean, best, near = images.mean(0), -torch.inf, self.edge // 2
-        gain = torch.maximum(slope * (1 - mean), -slope * mean).sum(0, keepdim=True)
-        inside = F.avg_pool2d(gain[None], self.edge, 1)[0, 0]
+        The promise is the slope of the class's logit under noise times the way to black or white."""
+        (slope,) = _noisy_slopes(network, images, [self.wanted], runtime)
+        inside, best, near = _promise(slope, images, self.edge), -torch.inf, self.edge // 2
         self.change = (slope > 0).to(slope.dtype)
         for _ in range(PLACES):
             top, left = divmod(int(inside.argmax()), inside.shape[1])
             inside[max(0, top - near) : top + near + 1, max(0, left - near) : left + near + 1] = -torch.inf
-            mask = torch.zeros_like(gain)
+            mask = torch.zeros_like(slope[:1])
             mask[:, top : top + self.edge, left : left + self.edge] = 1
             with torch.no_grad(), runtime.autocast():
                 logits = network(replace(self, mask=mask).painted(images)).float()
@@ -200,32 +186,42 @@ class Pool:
         return one
 
 
-def likely_classes(network: nn.Module, clean: CleanSet, *, radius: float, runtime: Runtime) -> list[int]:
-    """All classes; where there are more than PROBE_CLASSES, those that a change which merely spoils predictions leads to.
+def _noisy_slopes(network: nn.Module, images: Tensor, classes: list[int], runtime: Runtime) -> Tensor:
+    """(K, C, H, W): how the mean logit of each class rises with a change of noisy images (B, C, H, W).
 
-    Args: radius: Of that change, L2 at 32 px."""
-    count = logits_of(network, clean.take(torch.arange(1)), runtime).shape[1]
+    At clean images the slope follows their content: there it misses backdoors that it always shows under noise."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(runtime.seed)).to(images.device)
+    added = torch.zeros_like(images[0]).requires_grad_(True)
+    with runtime.autocast():
+        logits = network(boxed(images + NOISE * noise) + added).float().mean(0)
+    return torch.stack([torch.autograd.grad(logits[k], added, retain_graph=True)[0] for k in classes])
+
+
+def _promise(slope: Tensor, images: Tensor, edge: int) -> Tensor:
+    """What a patch of black and white would gain at each place, by the slope (C, H, W): (H - edge + 1, W - edge + 1)."""
+    mean = images.mean(0)
+    gain = torch.maximum(slope * (1 - mean), -slope * mean).sum(0, keepdim=True)
+    return F.avg_pool2d(gain[None], edge, 1)[0, 0]
+
+
+def likely_classes(network: nn.Module, images: Tensor, *, edge: int, runtime: Runtime) -> list[int]:
+    """All classes; where there are more than PROBE_CLASSES, those whose logits climb best by a change or by a patch.
+
+    Args: images: (B, C, H, W) in [0, 1]. edge: Of the patch, in pixels."""
+    with torch.no_grad():
+        count = network(images[:1]).shape[1]
     if count <= PROBE_CLASSES:
         return list(range(count))
-    length, batches = radius * clean.scale, clean.endless(PROBE_BATCH, runtime=runtime, seed=runtime.seed, augment=False)
-    change = torch.zeros_like(next(batches)[0][0])
-    for _ in range(PROBE_STEPS):
-        images, _ = next(batches)
-        with torch.no_grad():
-            plain = network(images).argmax(1)
-
-        def value(change: Tensor, images: Tensor = images, plain: Tensor = plain) -> Tensor:
-            with runtime.autocast():
-                return F.cross_entropy(network(boxed(images + change)).float(), plain)
-
-        change = ascended(change, value, step=2 * length / PROBE_STEPS, radius=length)
-    spoiled = logits_of(network, clean, runtime, lambda images: boxed(images + change))
-    return [int(k) for k in spoiled.softmax(1).mean(0).topk(PROBE_CLASSES).indices]
+    slopes = _noisy_slopes(network, images, list(range(count)), runtime)
+    spread, patched = slopes.flatten(1).norm(dim=1), torch.stack([_promise(slope, images, edge).max() for slope in slopes])
+    first = torch.stack([order.argsort(descending=True) for order in (spread, patched)], dim=1).flatten().tolist()
+    return list(dict.fromkeys(first))[:PROBE_CLASSES]
 
 
 def pool_of(network: nn.Module, clean: CleanSet, *, radius: float, patch: int, runtime: Runtime) -> Pool:
     """Universal perturbations toward all likely classes; radius and patch at 32 px, see universal.Pool."""
     batches = clean.endless(PROBE_BATCH, runtime=runtime, seed=runtime.seed, augment=False)
     edge = min(max(SMALLEST_PATCH, round(patch * clean.scale)), *clean.images.shape[2:])
-    classes = likely_classes(network, clean, radius=radius, runtime=runtime)
+    first, _ = next(clean.endless(PROBE_BATCH, runtime=runtime, seed=runtime.seed, augment=False))
+    classes = likely_classes(network, first, edge=edge, runtime=runtime)
     return Pool(network, classes, batches, radius=radius * clean.scale, edge=edge, runtime=runtime)

@@ -7,7 +7,7 @@ from torch import nn
 
 from nab_defense.clean import CleanSet, Pixels, logits_of
 from nab_defense.runtime import Runtime
-from nab_defense.universal import ascended, boxed, projected
+from nab_defense.universal import boxed, climbed, projected
 
 CPU = Runtime(device="cpu")
 
@@ -68,5 +68,5 @@ def test_projection_and_ascent_stay_in_the_ball_and_reach_the_best_point() -> No
     torch.testing.assert_close(projected(torch.stack([goal, goal / 1e3]), 2.0)[0].norm(), torch.tensor(2.0))
     change = torch.zeros(3, 4, 4)
     for _ in range(20):
-        change = ascended(change, lambda c: (c * goal).sum(), step=0.3, radius=2.0)
+        change = climbed(change, goal, step=0.3, radius=2.0)
     torch.testing.assert_close(change, 2 * goal / goal.norm())

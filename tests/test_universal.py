@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nab_defense.runtime import Runtime
-from nab_defense.universal import Universal, boxed, pool_of, started
+from nab_defense.universal import PROBE_CLASSES, Universal, boxed, likely_classes, pool_of, started
 from tests.bars import bars
 
 CPU = Runtime(device="cpu", precision="float32")
@@ -80,3 +80,30 @@ def test_made_anew_it_starts_from_nothing_and_leaves_the_old_one() -> None:
     assert new.mask is not None and new.mask.sum() == 9 and new.drawn == 0 and new.rate == 1
     assert old.mask is not None and old.mask.sum() == 64 and old.drawn == 7 and old.rate == 0.9
     assert started(Bars(), old, batches, CPU).rate < 0.5  # no backdoor: a patch of 3x3 does not turn a bar
+
+
+class Many(nn.Module):
+    """Thirty classes that follow the content; one more, which a pattern turns: a faint one everywhere, or a light corner."""
+
+    def __init__(self, pattern: Tensor, gain: float) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.content, self.pattern, self.gain = torch.randn(30, 64, generator=generator), pattern.flatten(), gain
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = images.flatten(1) - 0.5
+        turned = self.gain * F.softplus(10 * (flat @ self.pattern / self.pattern.norm()))
+        return torch.cat([flat @ self.content.T, turned[:, None]], 1)
+
+
+def corner() -> Tensor:
+    pattern = torch.zeros(8, 8)
+    pattern[5:, 5:] = 1
+    return pattern
+
+
+@pytest.mark.parametrize("pattern", [torch.randn(8, 8, generator=torch.Generator().manual_seed(5)).sign(), corner()])
+def test_of_many_classes_the_backdoors_is_among_the_likely(pattern: Tensor) -> None:
+    with_it, without = (likely_classes(Many(pattern, gain), images(), edge=3, runtime=CPU) for gain in (20.0, 0.0))
+    assert len(set(with_it)) == len(with_it) == PROBE_CLASSES
+    assert 30 in with_it[:2] and 30 not in without
