@@ -117,8 +117,10 @@ class Universal:
                 best, self.mask = kept, mask
 
 
-def started(network: nn.Module, one: Universal, batches: Iterator[tuple[Tensor, Tensor]], runtime: Runtime) -> Universal:
-    """The change made anew, from nothing, on this network, in eval mode.
+def started(
+    network: nn.Module, one: Universal, batches: Iterator[tuple[Tensor, Tensor]], runtime: Runtime, *, anew: bool = True
+) -> Universal:
+    """The change after a few steps on this network, in eval mode: made anew from nothing, or gone on with from where it is.
 
     Args: batches: (images, rows), on the device; a few images of each are used, those that are not of the class."""
 
@@ -128,7 +130,8 @@ def started(network: nn.Module, one: Universal, batches: Iterator[tuple[Tensor, 
             found = images[network(images).argmax(1) != one.wanted]
         return (found if len(found) else images)[:START_IMAGES]
 
-    fresh = replace(one, change=torch.zeros_like(one.change), mask=None, rate=0.0, drawn=0)
+    fresh = replace(one, change=torch.zeros_like(one.change), mask=None) if anew else replace(one)
+    fresh.rate, fresh.drawn = 0.0, 0
     for _ in range(START):
         fresh.climb(network, others(), strength=START_SHARE, runtime=runtime)
     images = others()

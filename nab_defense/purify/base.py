@@ -34,7 +34,7 @@ __all__ = [
     "train_norms",
 ]
 
-LEAST_STRENGTH = 0.05  # share of the radius that the perturbations keep to the end
+LEAST_STRENGTH, LEAST_SHARE = 0.05, 0.25  # of the radius, and of the part of a batch that is attacked, kept to the end
 
 Candidates = Iterator[tuple[str, nn.Module]]
 Network = TypeVar("Network", bound=nn.Module)
@@ -238,17 +238,19 @@ def hardened(
 def _attacked(how: Hardening, network: Pixels, teacher: Pixels, clean: CleanSet, *, runtime: Runtime) -> Iterator[Attacked]:
     """The batches of a training against universal perturbations, which climb on the network as it is at that step.
 
-    They are made on the teacher, the original network. The radius falls along a cosine, with the learning rates: the end
-    belongs to accuracy."""
+    They are made on the teacher, the original network. The radius and the part of a batch that is attacked fall along a cosine,
+    with the learning rates: the end belongs to accuracy."""
     pool = pool_of(teacher, clean, radius=how.radius, patch=how.patch, runtime=runtime)
     batches = clean.endless(how.batch_size, runtime=runtime, seed=runtime.seed, augment=how.augment)
     for step in range(1, how.steps + 1):
         images, rows = next(batches)
         with torch.no_grad(), runtime.autocast():
             wanted = teacher(images)
-        batch = Attacked(step, images, rows, wanted, round(how.fraction * len(images)), pool.draw())
+        left = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / how.steps)
+        count = round(how.fraction * max(LEAST_SHARE, left) * len(images))
+        batch = Attacked(step, images, rows, wanted, count, pool.draw())
         part = images[: batch.count][batch.others()]
         if len(part):
-            strength = max(LEAST_STRENGTH, 0.5 + 0.5 * math.cos(math.pi * (step - 1) / how.steps))
+            strength = max(LEAST_STRENGTH, left)
             batch.one.climb(network.eval(), part, strength=strength, runtime=runtime)
         yield batch

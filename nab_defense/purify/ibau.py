@@ -85,7 +85,7 @@ class IBAU:
 
     Unlike the authors' code: a share of every batch carries a perturbation (there 1 image in 100, none in batches under 100);
     each is targeted, since one that merely spoils predictions does not lead to the backdoor's class, and there are two a class,
-    one spread and one patch (see universal.Pool); the radius falls with the learning rate, so that the end belongs to accuracy;
+    one spread and one patch (see universal.Pool); radius and share fall with the learning rate: the end belongs to accuracy;
     the curvature comes from fresh batches; normalisations follow the batches; and the original's own answers to clean images are
     held on to, so that few images do.
 
@@ -96,7 +96,7 @@ class IBAU:
         lr: Of SGD with momentum .9 on the weights, falling to zero along a cosine.
         radius: Largest L2 norm of spread perturbations at 32 px, at first.
         patch: Edge of patches at 32 px, in pixels.
-        fraction: Part of a batch that carries a perturbation, in (0, 1).
+        fraction: Part of a batch that carries a perturbation, at first, in (0, 1).
         hold: Weight of the divergence from the original's answers, beside the cross-entropy with the labels.
         form, terms, rate: See hypergradient; the default is what was measured.
         augment: Random crops and flips.

@@ -112,7 +112,7 @@ class RNP:
     mask_lr: float = 0.04
     recover_steps: int = 80
     tune_lr: float = 1e-3
-    tune_steps: int = 30
+    tune_steps: int = 60
     batch_size: int = 128
 
     def check(self, network: Pixels, images: Tensor) -> None:

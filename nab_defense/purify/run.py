@@ -54,9 +54,9 @@ class _Judge:
     """Held-out accuracy, and a proxy of ASR that needs no truth: how far universal perturbations still turn images.
 
     A backdoor is a change that turns images more easily than others do. So the perturbations are those that stand out on the
-    original network, as they were made there, and made anew on each candidate: a network can learn to withstand a few given ones
-    and keep its backdoor. Without labels, accuracy is what the original network expects it to be: the mean probability it gives
-    to the predictions."""
+    original network: as they were made there, after some steps more on the candidate, and made anew on it. A network can learn to
+    withstand a few given ones and keep its backdoor; and what is left of one is often found only from where it was. Without
+    labels, accuracy is what the original network expects it to be: the mean probability it gives to the predictions."""
 
     def __init__(self, network: Pixels, fit: CleanSet, held: CleanSet, runtime: Runtime) -> None:
         self.original, self.fit, self.held, self.runtime = network, fit, held, runtime
@@ -71,7 +71,7 @@ class _Judge:
         probes = list(self.easiest)
         if network is not self.original:
             batches = self.fit.endless(PROBE_BATCH, runtime=self.runtime, seed=self.runtime.seed, augment=False)
-            probes += [started(network, one, batches, self.runtime) for one in self.easiest]
+            probes += [started(network, one, batches, self.runtime, anew=anew) for one in self.easiest for anew in (True, False)]
         rates = [self._turned(network, predicted, one) for one in probes]
         return {"accuracy": accuracy, "proxy": max(rates), "class": probes[rates.index(max(rates))].wanted}
 

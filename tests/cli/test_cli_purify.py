@@ -24,7 +24,7 @@ from nab_defense.stamp import Stamp
 NETS = "from torch import nn\n\ndef linear():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
 OPEN = ["--mean", "0.3", "--std", "0.4", "--input-size", "8"]
 QUICK = ["--method", "ibau", "augment=false", "runtime.threads=1"]
-STRONG = ["lr=0.1", "hold=1.0", "form=fd", "steps=90", "max_drop=0.1"]
+STRONG = ["lr=0.1", "hold=1.0", "form=fd", "steps=180", "max_drop=0.1"]
 WEAK = ["rounds=1", "steps=1"]
 TINY = Network("resnet10t", 10, 1, small_stem=True, kwargs={"stem_width": 8, "channels": [8, 8, 8, 16]})
 
@@ -134,7 +134,7 @@ def test_a_planted_backdoor(place: Path, backdoored: dict[str, Tensor], capsys: 
     assert set(found["models"]) == {"original", "purified"} and found["models"]["purified"]["acc"]["value"] > 0.85
     shown = capsys.readouterr().out.splitlines()
     assert next(line for line in shown if line.endswith("<- taken")).startswith(found["chosen"])
-    assert found["verdict"]["text"] in shown and [row["name"] for row in found["candidates"]] == ["step 68", "step 90"]
+    assert found["verdict"]["text"] in shown and [row["name"] for row in found["candidates"]] == ["step 135", "step 180"]
     assert main(["evaluate", "out", "--model", "purify_nets:linear", "--data", "test"]) == 0
     assert measured(place / "out" / "evaluation")["models"] == {"model": found["models"]["purified"]}
 
