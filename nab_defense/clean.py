@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from .runtime import Runtime
 
-__all__ = ["CleanSet", "Pixels", "logits_of"]
+__all__ = ["CleanSet", "Pixels", "crop_flip", "logits_of"]
 
 EVAL_BATCH = 256
 
@@ -80,7 +80,9 @@ class CleanSet:
             rows = order[first:last]
             images = self.images[rows]
             if augment:
-                images = _crop_flip(images, self.pad, self.hflip, generator)
+                top, left = torch.randint(0, 2 * self.pad + 1, (2, len(rows)), generator=generator)
+                flip = torch.rand(len(rows), generator=generator) < self.hflip
+                images = crop_flip(images, self.pad, top, left, flip)
             yield runtime.put(images.float().div_(255)), rows
 
     def endless(self, batch_size: int, *, runtime: Runtime, seed: int, augment: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
@@ -89,16 +91,22 @@ class CleanSet:
             yield from self.batches(batch_size, runtime=runtime, seed=seed * 100_003 + epoch, augment=augment)
 
 
-def _crop_flip(images: Tensor, pad: int, hflip: float, generator: torch.Generator) -> Tensor:
-    """Each image cropped from its zero-padded self and flipped, all drawn from the generator."""
+def crop_flip(images: Tensor, pad: int, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+    """Each image cropped to its own size from its zero-padded self, then mirrored where `flip` says so.
+
+    Args:
+        images: (N, C, H, W), any type.
+        pad: Zeros on each side, in pixels.
+        top, left: (N,) int64 in 0..2 * pad, the crop's corner on the padded image.
+        flip: (N,) bool.
+
+    Returns: (N, C, H, W), a copy, in NHWC order."""
     count, _, height, width = images.shape
     padded = F.pad(images, (pad,) * 4)
-    top, left = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
-    flip = torch.rand(count, 1, generator=generator) < hflip
-    columns = torch.arange(width).expand(count, width)
-    columns = torch.where(flip, columns.flip(1), columns) + left
-    rows = torch.arange(height).expand(count, height) + top
-    every = torch.arange(count).view(-1, 1, 1)
+    across = torch.arange(width, device=images.device).expand(count, width)
+    columns = torch.where(flip[:, None], across.flip(1), across) + left[:, None]
+    rows = torch.arange(height, device=images.device) + top[:, None]
+    every = torch.arange(count, device=images.device).view(-1, 1, 1)
     # advanced indices around a slice come first: (N, H, W, C)
     return padded[every, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 

@@ -45,7 +45,7 @@ class Runtime:
         precision: "auto" (bfloat16 where the hardware has it), "bfloat16" or "float32".
         channels_last: Keep images and convolutions in NHWC order.
         compile: Use torch.compile.
-        workers: Loader processes; 0 loads in the training process.
+        workers: Loader processes; 0 loads in the training process. Small images, which are held on the device, need none.
         threads: Processor threads for torch; None: all cores. Tiny networks run best on one.
         seed: Seed of everything random.
     """

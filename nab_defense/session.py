@@ -20,8 +20,8 @@ from .bench.evaluate import Cases
 from .bench.poison import Truth, poison_source, read_truth, triggered_source
 from .bench.retune import draw_lesson
 from .checkpoint import Network
-from .data import Source, View, build_loader, build_transform, open_source
-from .dataset import NABDataset
+from .data import Source, open_source
+from .loaders import Loaders
 from .methods import check_methods
 from .runtime import Runtime, fixed_seed
 from .scan import features_and_logits
@@ -219,33 +219,29 @@ class Session:
 
     # Loaders
 
+    @cached_property
+    def loaders(self) -> Loaders:
+        mean, std = self.normalization
+        hflip = self.recipe.train.hflip
+        return Loaders(size=self.size, mean=mean, std=std, hflip=hflip, stamp=self.stamp, runtime=self.runtime)
+
     def ordered(self, source: Source) -> Any:
         """Batches of a source in order, without augmentation."""
-        return self._loader(source.view(), "none", EVAL_BATCH, training=False)
+        return self.loaders(source, "none", EVAL_BATCH, training=False)
 
     def scan_loader(self, source: Source) -> Any:
         """Shuffled batches for the scan's training, without augmentation."""
-        return self._loader(source.view(), "none", self.recipe.scan.batch_size, training=True)
+        return self.loaders(source, "none", self.recipe.scan.batch_size, training=True)
 
     def train_loader(self, source: Source, plan: NABPlan) -> Any:
         """Shuffled, augmented batches as a plan wants them."""
-        mean, std = self.normalization
-        wrapped = NABDataset(source.view(), plan, self.stamp, mean=mean, std=std)
-        return self._loader(wrapped, self.recipe.train.augment, self.schedule.batch_size, training=True)
+        return self.loaders(source, self.recipe.train.augment, self.schedule.batch_size, training=True, plan=plan)
 
     def relabel_loader(self, labels: NDArray[np.int64], keep: NDArray[np.bool_], training: bool) -> Any:
         """Batches of the training images under other labels, for a relabeler that trains."""
         source = self.source.replaced(labels=labels, load=self.source.load, change="relabel").subset(np.flatnonzero(keep))
         augment = "none" if not training else self.recipe.train.augment
-        return self._loader(source.view(), augment, self.schedule.batch_size if training else EVAL_BATCH, training=training)
-
-    def _loader(self, dataset: View | NABDataset, augment: str, batch_size: int, *, training: bool) -> Any:
-        mean, std = self.normalization
-        transform = build_transform(augment, self.size, hflip=self.recipe.train.hflip)
-        runtime = self.runtime
-        return build_loader(
-            dataset, transform, size=self.size, batch_size=batch_size, mean=mean, std=std, runtime=runtime, training=training
-        )
+        return self.loaders(source, augment, self.schedule.batch_size if training else EVAL_BATCH, training=training)
 
     # Networks
 

@@ -19,12 +19,12 @@ LAYERS = [
     {"data", "scan", "content", "dataset", "defended", "train", "sites", "universal"},
     {"detectors", "relabel", "purify", "select", "plan"},
     {"checkpoint", "check", "bench", "report"},
-    {"schema", "recipe", "methods", "session", "look", "repair", "result", "pipeline"},
+    {"schema", "recipe", "methods", "loaders", "session", "look", "repair", "result", "pipeline"},
     {"grid", "cli"},
 ]
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 METHODS = {"detectors", "relabel", "purify", "bench.attacks"}  # one method a file: siblings share base.py alone
-IN_ORDER = ["schema", "recipe", "methods", "session", "look", "repair", "result", "pipeline", "grid", "cli"]
+IN_ORDER = ["schema", "recipe", "methods", "loaders", "session", "look", "repair", "result", "pipeline", "grid", "cli"]
 BELOW = {own: {room for room in LAYER if LAYER[room] == 0 or LAYER[room] < LAYER[own]} for own in LAYER}
 BELOW |= {own: BELOW[own] | set(IN_ORDER[:place]) for place, own in enumerate(IN_ORDER)}
 BELOW["plan"] |= {"select"}  # a plan is made of a selection

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from .folder import read_folder
 
-__all__ = ["Source", "View", "open_source"]
+__all__ = ["Chosen", "Loader", "Source", "View", "open_source"]
 
 TIMM_PREFIXES = ("torch", "hfds")
 Loader = Callable[[int], Image.Image]
@@ -79,7 +79,7 @@ class Source:
         return self.replaced(
             labels=self.labels[chosen],
             ids=tuple(self.ids[i] for i in chosen),
-            load=partial(_chosen, self.load, chosen),
+            load=Chosen(self.load, chosen),
             change="subset:" + hashlib.sha256(chosen.tobytes()).hexdigest(),
         )
 
@@ -170,8 +170,15 @@ def fingerprint(ids: Sequence[str], labels: NDArray[np.int64], contents: Sequenc
     return digest.hexdigest()
 
 
-def _chosen(load: Loader, chosen: NDArray[np.int64], index: int) -> Image.Image:
-    return load(int(chosen[index]))
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Index -> image, of some of the images that `load` gives."""
+
+    load: Loader
+    rows: NDArray[np.int64]
+
+    def __call__(self, index: int) -> Image.Image:
+        return self.load(int(self.rows[index]))
 
 
 def _array_image(images: NDArray[np.uint8], index: int) -> Image.Image:

@@ -11,24 +11,31 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision import transforms as tv
 
-__all__ = ["AUGMENTATIONS", "build_transform"]
+__all__ = ["AUGMENTATIONS", "RESIZED", "build_transform", "crop_padding", "resized"]
 
 Transform = Callable[[Any], Tensor]
+# Augmentations that first bring the whole image to its size, always alike, and how.
+RESIZED = {"none": tv.InterpolationMode.BICUBIC, "crop_flip": tv.InterpolationMode.BILINEAR}
 
 
-def _whole(size: int) -> Transform:
-    """The whole image at this size, squashed where it is not square; images already of that size pass as they are.
+def resized(augment: str, size: int) -> Transform:
+    """What an augmentation of RESIZED makes of an image before it draws anything: all of it at this size, squashed where it is
+    not square; images already of that size pass as they are.
 
     Never a center crop, as timm evaluates: a trigger in the corner would be cut off, unseen by the scan and the measurements,
     while training, whose random crops reach every border, learns it."""
-    return tv.Compose([tv.Resize((size, size), tv.InterpolationMode.BICUBIC), tv.PILToTensor()])
+    return tv.Compose([tv.Resize((size, size), RESIZED[augment]), tv.PILToTensor()])
+
+
+def crop_padding(size: int) -> int:
+    """Pixels of zeros around an image of this size before crop_flip crops it."""
+    return size // 8
 
 
 def _crop_flip(size: int, pad: int, hflip: float) -> Transform:
     """Random crop from a zero-padded image and horizontal flip, the usual augmentation of small images."""
-    return tv.Compose(
-        [tv.Resize((size, size)), tv.RandomCrop(size, padding=pad), tv.RandomHorizontalFlip(hflip), tv.PILToTensor()]
-    )
+    resize = tv.Resize((size, size), RESIZED["crop_flip"])
+    return tv.Compose([resize, tv.RandomCrop(size, padding=pad), tv.RandomHorizontalFlip(hflip), tv.PILToTensor()])
 
 
 class Albumentation:
@@ -76,9 +83,9 @@ def build_transform(
         ValueError: Unknown name.
     """
     if augment == "none":
-        return _whole(size)
+        return resized(augment, size)
     if augment == "crop_flip":
-        return _crop_flip(size, size // 8 if crop_pad is None else crop_pad, hflip)
+        return _crop_flip(size, crop_padding(size) if crop_pad is None else crop_pad, hflip)
     if augment == "timm":
         made = create_transform(size, is_training=True, use_prefetcher=True, hflip=hflip)
         return tv.Compose([*made.transforms, torch.as_tensor])  # older timm ends in an array

@@ -1,0 +1,135 @@
+"""Store: the small images of one run, each source decoded once and held on the device for all stages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .sources import Chosen, Loader, Source
+from .transforms import RESIZED, resized
+
+__all__ = ["Held", "Store"]
+
+log = logging.getLogger(__name__)
+
+SMALL = 64  # pixels; on larger images networks take so long that reading hardly counts, and memory is soon full
+SHARE = 0.25  # of the device's memory that is free when the store is made
+ASSUMED = 4 << 30  # bytes taken for free where the system does not say
+
+
+class Held:
+    """All images of a source as one tensor, decoded when they are first asked for.
+
+    Args:
+        source: What to read.
+        augment: One of RESIZED: how images of another size are brought to this one.
+        size: Edge in pixels.
+        device: Where they stay.
+    """
+
+    def __init__(self, source: Source, augment: str, size: int, device: torch.device) -> None:
+        self.source, self.augment, self.size, self.device = source, augment, size, device
+        self.untouched = False  # known once they are decoded: none had to be resized
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return len(self.source), self.source.channels, self.size, self.size
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape))
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """(N, C, S, S) uint8 on the device.
+
+        Raises:
+            ValueError, OSError: What the source raises for an image that cannot be read."""
+        pixels, transform, untouched = torch.empty(self.shape, dtype=torch.uint8), resized(self.augment, self.size), True
+        for index in range(len(self.source)):
+            image = self.source.image(index)
+            untouched = untouched and image.size == (self.size, self.size)
+            pixels[index] = transform(image)
+        self.untouched = untouched
+        text = "%s: %s images at %d px held in memory, %.1f MB"
+        log.info(text, self.source.name, f"{len(self.source):,}", self.size, self.nbytes / 1e6)
+        return pixels.to(self.device)
+
+    def serves(self, augment: str) -> bool:
+        """Whether these are the pixels that this augmentation starts from."""
+        return augment in RESIZED and (self.untouched or RESIZED[augment] == RESIZED[self.augment])
+
+
+class Store:
+    """What a run holds of its sources, within a fixed share of the memory.
+
+    A source is known by what loads its images, so that other labels, and parts of it, share its pixels; a poisoned source loads
+    its own.
+
+    Args:
+        size: Edge of the network's input, in pixels.
+        device: Where the images stay.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size, self.device = size, device
+        self.free = int(SHARE * _free_memory(device))
+        self._held: dict[Loader, list[Held]] = {}
+        self._told: set[str] = set()
+
+    def find(self, source: Source, augment: str) -> tuple[Held, NDArray[np.int64]] | None:
+        """The images of a source and which of them are its own, in order; None where timm's loader is to read it.
+
+        Nothing is decoded yet, but the room is taken."""
+        for load, rows in _origins(source):
+            for held in self._held.get(load, []):
+                if held.serves(augment):
+                    return held, rows
+        made = Held(source, augment, self.size, self.device)
+        refusal = self._refusal(made)
+        if refusal:
+            text = f"{source.name}: read by timm's loader: {refusal}"
+            log.log(logging.DEBUG if text in self._told else logging.INFO, text)
+            self._told.add(text)
+            return None
+        self.free -= made.nbytes
+        self._held.setdefault(source.load, []).append(made)
+        return made, np.arange(len(source))
+
+    def _refusal(self, made: Held) -> str:
+        """Why a source is not to be held; "" where it is."""
+        if made.augment not in RESIZED:
+            return f"augment {made.augment!r} works image by image"
+        if self.size > SMALL:
+            return f"{self.size} px images are larger than {SMALL} px"
+        if made.nbytes > self.free:
+            return f"{made.nbytes / 1e6:.1f} MB are more than the {self.free / 1e6:.1f} MB that may be used"
+        return ""
+
+
+def _origins(source: Source) -> Iterator[tuple[Loader, NDArray[np.int64]]]:
+    """What loads a source's images, and where they lie in it: first its own, then that of the set it is a part of, and so on."""
+    load, rows = source.load, np.arange(len(source))
+    yield load, rows
+    while isinstance(load, Chosen):
+        part: Chosen = load
+        load, rows = part.load, part.rows[rows]
+        yield load, rows
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes; what the system could give without swapping, its file cache included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, ValueError, KeyError):  # not Linux
+        return ASSUMED
