@@ -91,7 +91,7 @@ class Distill:
     head: float = 0.007
     radius: float = 6.0
     patch: int = 5
-    fraction: float = 0.3
+    fraction: float = 0.45
     augment: bool = True
 
     def check(self, network: Pixels, images: Tensor) -> None:
