@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -119,3 +122,24 @@ def test_training_on_a_gpu_repeats_bit_for_bit() -> None:
         fit(network, batches, runtime=Runtime(), train=TrainConfig(epochs=3, lr=0.01))
         weights.append([p.detach().cpu() for p in network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+FAULTS = """
+import resource, sys, torch
+from nab_defense.runtime import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24)  # 64 MiB, written
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's allocator")
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    def faults(how: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+
+    assert faults("keep") < faults("default") / 10

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from .. import io
 from ..registry import nearest
+from ..runtime import keep_freed_memory
 
 __all__ = ["EXIT_INPUT", "EXIT_UNPROTECTED", "Parser", "check_out", "data_settings", "guarded"]
 
@@ -78,6 +79,7 @@ def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a command; the user's mistakes become one line and exit status 2."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look at the network at run time
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO if sys.stderr.isatty() else logging.WARNING, format="%(message)s")
     try:
         return command(argv)
