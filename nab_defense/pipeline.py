@@ -76,6 +76,7 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     checkpoint.save(out / "model.safetensors", shipped, session.network(), mean=mean, std=std, **header)
     save_finding(out / "plan.npz", finding)
     save_suspects(out / "suspects.csv", finding, session.source)
+    session.save_trigger()
     io.save_yaml(out / "recipe.yaml", session.settings)
     io.save_json(out / "result.json", result)
     io.save_json(session.finished, True)

@@ -62,12 +62,15 @@ class Data(Section):
 
 
 class Attack(Section):
+    """trigger: a file that holds what the attack learned; without it, it learns from the training images that it poisons."""
+
     name: str
     rate: Fraction = 0.1
     target: int = Field(0, ge=0)
     mode: Literal["all_to_one", "all_to_all"] = "all_to_one"
     seed: int | None = None
     poison: bool = True
+    trigger: str | None = None
     params: Settings = {}
 
 

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from . import io
+from .bench.attacks import Attack as PaintedAttack
 from .bench.attacks import attacks
 from .bench.evaluate import Cases
 from .bench.poison import Truth, poison_source, read_truth, triggered_source
 from .bench.retune import draw_lesson
+from .bench.trigger import load_trigger, prepared, save_trigger
 from .checkpoint import Network
 from .data import Source, open_source
 from .loaders import Loaders
@@ -134,9 +136,25 @@ class Session:
             truth = read_truth(Path(path), self.whole_source).subset([number[name] for name in source.ids])
         if attack is None or not attack.poison:
             return source, truth
-        seed = self.recipe.seed if attack.seed is None else attack.seed
-        made = attacks.create(attack.name, **attack.params)
-        return poison_source(source, made, rate=attack.rate, target=_target(attack), mode=attack.mode, seed=seed)
+        target, seed = _target(attack), self.attack_seed
+        return poison_source(source, self.attack, rate=attack.rate, target=target, mode=attack.mode, seed=seed)
+
+    @property
+    def attack_seed(self) -> int:
+        attack = self.recipe.attack
+        return self.recipe.seed if attack is None or attack.seed is None else attack.seed
+
+    @cached_property
+    def attack(self) -> PaintedAttack:
+        """The attack of training and test: with what it learned from the training images that it poisons, or from its file."""
+        attack = self.recipe.attack
+        assert attack is not None  # asked for where there is one
+        made, target = attacks.create(attack.name, **attack.params), _target(attack)
+        if attack.trigger is not None:
+            return load_trigger(Path(attack.trigger), made, target=target)
+        if not attack.poison:
+            return made
+        return prepared(made, self.clean_source, target=target, seed=self.attack_seed, runtime=self.runtime)
 
     @property
     def source(self) -> Source:
@@ -212,10 +230,15 @@ class Session:
         clean = self.ordered(test)
         if attack is None:
             return Cases(clean, test.labels)
-        made = attacks.create(attack.name, **attack.params)
-        triggered, true = triggered_source(test, made, target=_target(attack), mode=attack.mode, seed=seed)
+        triggered, true = triggered_source(test, self.attack, target=_target(attack), mode=attack.mode, seed=seed)
         lesson = draw_lesson(test, triggered, self.ordered, seed=seed)
         return Cases(clean, test.labels, self.ordered(triggered), triggered.labels, true, lesson)
+
+    def save_trigger(self) -> None:
+        """Write what the attack learned to trigger.safetensors, for `nab evaluate --trigger`; no file where it learned nothing."""
+        path, attack = self.out / "trigger.safetensors", self.recipe.attack
+        if attack is None or not save_trigger(path, self.attack, target=_target(attack)):
+            path.unlink(missing_ok=True)  # an earlier run's
 
     # Loaders
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +13,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..data.sources import Source
-from .attacks.base import Attack, CoverAttack, check_choice
+from .attacks.base import AsymmetricAttack, Attack, CoverAttack, Images, JointAttack, SourceAttack, check_choice
 from .truth import Truth, read_truth, write_truth
 
-__all__ = ["Truth", "choose_poison", "poison_source", "read_truth", "triggered_source", "wanted_labels", "write_truth"]
+__all__ = [
+    "Truth",
+    "check_goal",
+    "choose_poison",
+    "parts_of",
+    "poison_source",
+    "read_truth",
+    "triggered_source",
+    "wanted_labels",
+    "write_truth",
+]
 
 MODES = ("all_to_one", "all_to_all")
 SMALL = 64 * 64  # triggered images of at most this many pixels are painted once and kept
+Painter = Callable[[Images, int], Images]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
@@ -48,6 +60,7 @@ def choose_poison(
     clean_label: bool,
     num_classes: int,
     rng: np.random.Generator,
+    allowed: BoolArray | None = None,
 ) -> IntArray:
     """Draw the samples to poison, uniformly among those the attack can use.
 
@@ -59,6 +72,7 @@ def choose_poison(
         rate: Share of the WHOLE training set to poison, in (0, 1).
         target, mode, clean_label, num_classes: The attacker's goal.
         rng: Where the randomness comes from.
+        allowed: (N,) bool, the only samples to draw from; None: all.
 
     Returns:
         (round(rate * N),) int64, ascending.
@@ -72,23 +86,25 @@ def choose_poison(
     total, count = len(labels), round(rate * len(labels))
     if count == 0:
         raise ValueError(f"rate {rate} of {total} images poisons none; the smallest possible is {1 / total:.2g}")
-    if mode == "all_to_all":
-        eligible = np.arange(total)
-    else:
-        eligible = np.flatnonzero(labels == target if clean_label else labels != target)
+    free = np.ones(total, dtype=bool) if allowed is None else allowed
+    if mode == "all_to_one":
+        free = free & (labels == target if clean_label else labels != target)
+    eligible = np.flatnonzero(free)
     if count > len(eligible):
         largest = math.floor(1e6 * len(eligible) / total) / 1e6
         whose = "those of the target class" if clean_label else "the other classes"
+        if allowed is not None:
+            whose = "the images that are left to this attack"
         raise ValueError(f"rate {rate} needs {count} images, {whose} hold {len(eligible)}; the largest possible is {largest:g}")
     return np.sort(rng.choice(eligible, size=count, replace=False))
 
 
-def choose_cover(poisoned: BoolArray, *, fraction: float, rng: np.random.Generator) -> IntArray:
-    """Draw round(fraction * N) covers among the samples that are not poisoned, ascending."""
-    free, count = np.flatnonzero(~poisoned), round(fraction * len(poisoned))
-    if count > len(free):
-        raise ValueError(f"cover_fraction {fraction} needs {count} images, {len(free)} are left beside the poison; lower it")
-    return np.sort(rng.choice(free, size=count, replace=False))
+def choose_cover(free: BoolArray, *, fraction: float, rng: np.random.Generator) -> IntArray:
+    """Draw round(fraction * N) covers among the samples that are free for it, ascending."""
+    eligible, count = np.flatnonzero(free), round(fraction * len(free))
+    if count > len(eligible):
+        raise ValueError(f"cover_fraction {fraction} needs {count} images, {len(eligible)} are left beside the poison; lower it")
+    return np.sort(rng.choice(eligible, size=count, replace=False))
 
 
 def poison_source(
@@ -98,8 +114,8 @@ def poison_source(
 
     Args:
         source: The clean training set; its labels are taken for true.
-        attack: What paints the trigger.
-        rate: Share of the whole set to poison, in (0, 1).
+        attack: What paints the trigger; one that learns it has done so, see trigger.prepared.
+        rate: Share of the whole set to poison, in (0, 1); several attacks share it in equal parts.
         target: The class the trigger leads to; None for all_to_all.
         mode: "all_to_one" or "all_to_all".
         seed: Which samples, and whatever the attack draws for each of them.
@@ -108,18 +124,30 @@ def poison_source(
         ValueError: See choose_poison; or the trigger does not fit.
     """
     rng = np.random.default_rng(seed)
-    classes, clean_label = len(source.classes), attack.clean_label
-    chosen = choose_poison(
-        source.labels, rate=rate, target=target, mode=mode, clean_label=clean_label, num_classes=classes, rng=rng
-    )
+    classes, labels = len(source.classes), source.labels.copy()
     poisoned, cover = np.zeros((2, len(source)), dtype=bool)
-    poisoned[chosen] = True
-    if isinstance(attack, CoverAttack):
-        cover[choose_cover(poisoned, fraction=attack.cover_fraction, rng=rng)] = True
-    labels = np.where(poisoned, wanted_labels(source.labels, target=target, mode=mode, num_classes=classes), source.labels)
-    change = f"poison: {attack!r} rate={rate} target={target} mode={mode} seed={seed} probe={_probe(source, attack, seed)}"
-    load = _Painted(source, attack, poisoned, cover, seed)
-    return source.replaced(labels=labels, load=load, change=change), Truth(poisoned, source.labels, target, mode, cover)
+    painters: list[Painter] = []
+    which = np.full(len(source), -1)
+    parts = parts_of(attack, target, classes)
+    for part, goal in parts:
+        allowed = _allowed(part, source.labels, goal) & (which < 0)
+        clean_label = part.clean_label
+        chosen = choose_poison(
+            source.labels, rate=rate / len(parts), target=goal, mode=mode, clean_label=clean_label, num_classes=classes,
+            rng=rng, allowed=None if allowed.all() else allowed,
+        )  # fmt: skip
+        which[chosen], poisoned[chosen] = len(painters), True
+        painters.append(part.apply)
+        labels[chosen] = wanted_labels(source.labels[chosen], target=goal, mode=mode, num_classes=classes)
+        if isinstance(part, CoverAttack):
+            free = (which < 0) & _coverable(part, source.labels, goal)
+            chosen = choose_cover(free, fraction=part.cover_fraction, rng=rng)
+            which[chosen], cover[chosen] = len(painters), True
+            painters.append(part.cover)
+    change = f"poison: {attack!r} rate={rate} target={target} mode={mode} seed={seed} probe={_probe(source, attack.apply, seed)}"
+    goals = {goal for _, goal in parts}
+    truth = Truth(poisoned, source.labels, goals.pop() if len(goals) == 1 else None, mode, cover)
+    return source.replaced(labels=labels, load=_Painted(source, tuple(painters), which, seed), change=change), truth
 
 
 def triggered_source(
@@ -127,7 +155,8 @@ def triggered_source(
 ) -> tuple[Source, IntArray]:
     """The test set for the attack's success: every image carries the trigger, labels are what the attacker wants.
 
-    For all_to_one, images whose true class is the target are left out: predicting the target there proves nothing.
+    For all_to_one, images whose true class is the target are left out: predicting the target there proves nothing. An attack on
+    some classes is tested on these; of several attacks each gets every so manieth image, the next the one after it.
 
     Returns:
         The source, and the true labels of the same images, (M,) int64.
@@ -135,44 +164,74 @@ def triggered_source(
     Raises:
         ValueError: A senseless goal, no image left, or the trigger does not fit.
     """
-    classes = len(source.classes)
-    check_goal(target=target, mode=mode, clean_label=attack.clean_label, num_classes=classes)
-    kept = np.arange(len(source)) if mode == "all_to_all" else np.flatnonzero(source.labels != target)
-    if len(kept) == 0:
+    classes, parts = len(source.classes), parts_of(attack, target, len(source.classes))
+    wanted, kept = source.labels.copy(), np.zeros(len(source), dtype=bool)
+    which = np.arange(len(source)) % len(parts)
+    for number, (part, goal) in enumerate(parts):
+        check_goal(target=goal, mode=mode, clean_label=part.clean_label, num_classes=classes)
+        own = which == number
+        wanted[own] = wanted_labels(source.labels[own], target=goal, mode=mode, num_classes=classes)
+        kept |= own & (wanted != source.labels) & _allowed(part, source.labels, goal)
+    if not kept.any():
         raise ValueError(f"{source.name} holds only images of the target class {target}; nothing is left to attack")
-    chosen = source.subset(kept)
-    load = _Painted(chosen, attack, np.ones(len(kept), dtype=bool), np.zeros(len(kept), dtype=bool), seed)
-    change = f"triggered: {attack!r} target={target} mode={mode} seed={seed} probe={_probe(chosen, attack, seed)}"
-    labels = wanted_labels(chosen.labels, target=target, mode=mode, num_classes=classes)
-    return chosen.replaced(labels=labels, load=load, change=change), chosen.labels
+    chosen = source.subset(np.flatnonzero(kept))
+    painters = tuple(_test_painter(part) for part, _ in parts)
+    load = _Painted(chosen, painters, which[kept], seed)
+    probe = _probe(chosen, _test_painter(attack), seed)
+    change = f"triggered: {attack!r} target={target} mode={mode} seed={seed} probe={probe}"
+    return chosen.replaced(labels=wanted[kept], load=load, change=change), chosen.labels
 
 
-def _probe(source: Source, attack: Attack, seed: int) -> str:
+def parts_of(attack: Attack, target: int | None, num_classes: int) -> list[tuple[Attack, int | None]]:
+    """An attack's parts, each with where it leads: itself, but for several at once."""
+    return attack.parts(target, num_classes) if isinstance(attack, JointAttack) else [(attack, target)]
+
+
+def _allowed(attack: Attack, labels: IntArray, target: int | None) -> BoolArray:
+    """Which samples the attack can be used on, (N,) bool."""
+    if not isinstance(attack, SourceAttack):
+        return np.ones(len(labels), dtype=bool)
+    if target in attack.source_classes:
+        raise ValueError(f"class {target} is both the target and a source of the attack; choose another target")
+    return np.isin(labels, attack.source_classes)
+
+
+def _coverable(attack: CoverAttack, labels: IntArray, target: int | None) -> BoolArray:
+    """Which samples can be covers, (N,) bool."""
+    left_out = list(attack.source_classes) if isinstance(attack, SourceAttack) else []
+    if not attack.cover_target and target is not None:
+        left_out.append(target)
+    return ~np.isin(labels, left_out)
+
+
+def _test_painter(attack: Attack) -> Painter:
+    return attack.at_test if isinstance(attack, AsymmetricAttack) else attack.apply
+
+
+def _probe(source: Source, paint: Painter, seed: int) -> str:
     """Hash of one triggered image: a trigger picture may change under the same file name, and an attack in its code."""
-    return hashlib.sha256(attack.apply(source.pixels(0)[None], seed).tobytes()).hexdigest()[:16]
+    return hashlib.sha256(paint(source.pixels(0)[None], seed).tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)
 class _Painted:
-    """Index -> image of a source, with the attack's trigger where the sample is poisoned or a cover.
+    """Index -> image of a source, painted by painters[which[index]], or as it is where that is -1.
 
-    Small triggered images are painted once and kept; a copy in another process starts without them."""
+    Small painted images are painted once and kept; a copy in another process starts without them."""
 
     source: Source
-    attack: Attack
-    poisoned: BoolArray
-    cover: BoolArray
+    painters: tuple[Painter, ...]
+    which: IntArray
     seed: int
     kept: dict[int, Image.Image] = field(default_factory=dict)
 
     def __call__(self, index: int) -> Image.Image:
-        if not (self.poisoned[index] or self.cover[index]):
+        if self.which[index] < 0:
             return self.source.load(index)
         if index in self.kept:
             return self.kept[index]
         own_seed = int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0])
-        paint = self.attack.cover if self.cover[index] and isinstance(self.attack, CoverAttack) else self.attack.apply
-        pixels = paint(self.source.pixels(index)[None], own_seed)[0]
+        pixels = self.painters[self.which[index]](self.source.pixels(index)[None], own_seed)[0]
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         if image.width * image.height <= SMALL:
             self.kept[index] = image

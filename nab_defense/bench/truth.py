@@ -26,7 +26,7 @@ class Truth:
     Args:
         poisoned: (N,) bool, the sample carries the trigger.
         true_labels: (N,) int64, the labels before the attack.
-        target: The class the trigger leads to; None for all_to_all.
+        target: The class the trigger leads to; None for all_to_all, and where several attacks have several targets.
         mode: "all_to_one", or "all_to_all" (every class y leads to (y + 1) % K).
         cover: (N,) bool, the sample carries a trigger that must not work, with its own label.
     """
@@ -67,7 +67,8 @@ def write_truth(path: Path, source: Source, truth: Truth) -> None:
 def read_truth(path: Path, source: Source) -> Truth:
     """Read truth.csv for a source, in the source's order.
 
-    `target` is the one label that all poisoned samples share; where they do not share one, the mode is all_to_all.
+    `target` is the one label that all poisoned samples share; where they do not share one and each label y became y + 1, the
+    mode is all_to_all.
 
     Raises:
         ValueError: A column, an id or a class is missing, unknown or there twice, or a label differs from the source's.
@@ -93,7 +94,8 @@ def read_truth(path: Path, source: Source) -> Truth:
     cover = _flags(path, ordered, "cover") if ordered and "cover" in ordered[0] else np.zeros(len(ordered), dtype=bool)
     goals = np.unique(labels[poisoned])
     target = int(goals[0]) if len(goals) == 1 else None
-    return Truth(poisoned, true_labels, target, "all_to_all" if len(goals) > 1 else "all_to_one", cover)
+    turned = len(goals) > 1 and np.array_equal(labels[poisoned], (true_labels[poisoned] + 1) % len(source.classes))
+    return Truth(poisoned, true_labels, target, "all_to_all" if turned else "all_to_one", cover)
 
 
 def _classes(path: Path, rows: list[dict[str, str]], column: str, source: Source) -> NDArray[np.int64]:

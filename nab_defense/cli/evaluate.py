@@ -13,7 +13,7 @@ from ..defended import DefendedModel
 from ..recipe import key_values
 from ..result import summarize_models
 from .common import Parser, check_out, data_settings
-from .measure import READING, attack_section, open_tests
+from .measure import READING, TRIGGER, attack_section, open_tests
 from .suspect import builder
 
 __all__ = ["main"]
@@ -22,6 +22,7 @@ EXAMPLES = [
     "nab evaluate runs/quickstart_digits --data digits",
     "nab evaluate runs/quickstart_digits --data digits --attack blend alpha=0.3 --target 0",
     "nab evaluate runs/mine/model.safetensors --data path/to/test --attack badnets size=3 --out runs/mine_badnets",
+    "nab evaluate runs/mine --data path/to/test --attack narcissus --trigger runs/mine/trigger.safetensors",
     "nab evaluate runs/mine --data torch/cifar10 data.options.root=data data.options.download=true",
 ]
 
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", required=True, help="test images: a folder, digits, or a timm data set name")
     parser.add_argument("--model", metavar="package.module:function", help="builds the network where timm does not have it")
     parser.add_argument("--attack", metavar="NAME", help=f"paint its trigger on the images: {attacks.listing()}")
+    parser.add_argument("--trigger", type=Path, metavar="FILE", help=TRIGGER)
     parser.add_argument("--target", type=int, default=0, help="the attack's target class; default 0")
     parser.add_argument("--mode", default="all_to_one", choices=("all_to_one", "all_to_all"))
     parser.add_argument("--limit", type=int, help="evaluate this many random images", metavar="N")
@@ -51,9 +53,10 @@ def main(argv: list[str]) -> int:
     attack, (reading, settings) = None, data_settings(args.settings, READING)
     if args.attack is not None:
         params = key_values(settings, example="size=3")
-        attack = attack_section(args.attack, target=args.target, mode=args.mode, params=params)
-    elif settings:
-        raise ValueError(f"{settings[0]!r} sets an attack; name it with --attack")
+        attack = attack_section(args.attack, target=args.target, mode=args.mode, params=params, trigger=args.trigger)
+    elif settings or args.trigger:
+        given = settings[0] if settings else f"--trigger {args.trigger}"
+        raise ValueError(f"{given!r} sets an attack; name it with --attack")
     header = read_header(args.file)
     model = load(args.file, builder(args.model))
     session, cases = open_tests(args.data, header, out, reading, attack=attack, seed=args.seed, test_limit=args.limit)

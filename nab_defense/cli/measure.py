@@ -10,18 +10,20 @@ from ..bench.evaluate import Cases
 from ..recipe import parse_recipe
 from ..session import Session, difference
 
-__all__ = ["READING", "attack_section", "check_classes", "open_tests"]
+__all__ = ["READING", "TRIGGER", "attack_section", "check_classes", "open_tests"]
 
+TRIGGER = "what the attack learned, where it learns: a run's trigger.safetensors, or DIR.trigger.safetensors of nab poison"
 READING = ("data.strict", "data.test_split", "data.options")  # how test images are read; see common.data_settings
 
 
-def attack_section(name: str, *, target: int, mode: str, params: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's attack, for measuring only.
+def attack_section(name: str, *, target: int, mode: str, params: dict[str, Any], trigger: Path | None) -> dict[str, Any]:
+    """A recipe's attack, for measuring only; `trigger` is the file of one that was learned.
 
     Raises:
         ValueError: No such attack, or it does not take these settings."""
     attacks.create(name, **params)
-    return {"name": name, "target": target, "mode": mode, "poison": False, "params": params}
+    file = None if trigger is None else str(trigger)
+    return {"name": name, "target": target, "mode": mode, "poison": False, "trigger": file, "params": params}
 
 
 def open_tests(source: str, header: dict[str, Any], out: Path, reading: list[str], **sections: Any) -> tuple[Session, Cases]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..bench.attacks import attacks, create
 from ..bench.poison import MODES, poison_source, write_truth
+from ..bench.trigger import prepared, save_trigger
 from ..data.sources import Source, open_source
 from ..io import check_folder
 from ..recipe import key_values, parse_recipe
@@ -23,6 +24,7 @@ __all__ = ["main"]
 EXAMPLES = [
     "nab poison digits --attack badnets --rate 0.1 --target 0 --out poisoned/digits",
     "nab poison path/to/images --attack blend alpha=0.1 --rate 0.05 --target cat --out poisoned/images",
+    "nab poison digits --attack several 'triggers=[badnets, {name: sig, target: 5}]' --rate 0.1 --target 0 --out poisoned/two",
     "nab poison torch/cifar10 data.options.root=data --attack badnets --rate 0.1 --target 0 --out poisoned/cifar10",
     "nab train recipes/imagefolder.yaml data.source=poisoned/images data.truth=poisoned/images.truth.csv",
 ]
@@ -49,23 +51,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     opened = open_source(data.source, strict=data.strict, **data.options)
     source = _as_folder_order(opened).limited(arguments.limit, arguments.seed)
     target = None if arguments.target is None else _class_index(arguments.target, source)
+    attack = prepared(attack, source, target=target, seed=arguments.seed)
     poisoned, truth = poison_source(source, attack, rate=arguments.rate, target=target, mode=arguments.mode, seed=arguments.seed)
     _check_classes(poisoned)
     written, order = _renamed(poisoned, arguments.seed)
     truth_path = out.with_name(out.name + ".truth.csv")
     # The truth goes first: a folder that was cut short then lacks files that its truth names, and is refused.
     write_truth(truth_path, written, truth)
+    trigger_path = out.with_name(out.name + ".trigger.safetensors")
+    learned = save_trigger(trigger_path, attack, target=target)
     _write_images(written, out, order)
     goal = "all_to_all" if target is None else f"target {source.classes[target]}"
     print(
         f"{arguments.out}: {len(written)} images, {int(truth.poisoned.sum())} poisoned by {arguments.attack} ({goal}); "
         f"the truth is in {arguments.out.with_name(truth_path.name)}"
+        + f", what the attack learned in {arguments.out.with_name(trigger_path.name)}"
+        * learned
     )
     return 0
 
 
 def _parser() -> Parser:
-    what = "Write a poisoned copy of a data set as an image folder DIR, and the truth about it to DIR.truth.csv."
+    what = (
+        "Write a poisoned copy of a data set as an image folder DIR, and the truth about it to DIR.truth.csv. What an attack "
+        "learned goes to DIR.trigger.safetensors; nab evaluate --trigger takes it."
+    )
     parser = Parser("nab poison", what, EXAMPLES)
     parser.add_argument("source", metavar="SOURCE", help="digits, a folder with one sub-folder a class, or a timm name")
     parser.add_argument("settings", metavar="key=value", nargs="*", help="settings of attack and data, see the examples")

@@ -24,7 +24,7 @@ from ..result import provenance, summarize_models
 from ..runtime import Runtime
 from ..schema import Recipe
 from .common import EXIT_UNPROTECTED, Parser, check_out
-from .measure import attack_section, check_classes, open_tests
+from .measure import TRIGGER, attack_section, check_classes, open_tests
 from .suspect import Suspect, add_arguments, open_suspect
 
 __all__ = ["main"]
@@ -108,6 +108,7 @@ def _parser() -> Parser:
     parser.add_argument("--unlabeled", action="store_true", help="the labels of the clean images are not to be read")
     parser.add_argument("--test", metavar="SOURCE", help="measure ACC before and after; these images select nothing")
     parser.add_argument("--attack", metavar="NAME", help=f"and ASR, with this trigger on them: {', '.join(attacks.names())}")
+    parser.add_argument("--trigger", type=Path, metavar="FILE", help=TRIGGER)
     parser.add_argument("--target", type=int, default=0, help="the attack's target class; default 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results; default runs/purified_<checkpoint>")
     return parser
@@ -142,12 +143,14 @@ def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any],
             raise ValueError(f"no setting {key!r}; {args.method} has: {', '.join(known)}{nearest(key, known)}")
     recipe = parse_recipe({"name": "purify", "data": {"source": args.clean}}, rest, "purify settings")
     if args.attack is None:
-        if trigger:
-            raise ValueError(f"attack.{next(iter(trigger))} sets an attack; name it with --attack")
+        if trigger or args.trigger:
+            given = f"attack.{next(iter(trigger))}" if trigger else f"--trigger {args.trigger}"
+            raise ValueError(f"{given} sets an attack; name it with --attack")
         return knobs, shared, None, recipe
     if args.test is None:
         raise ValueError("--attack measures on test images; add --test")
-    return knobs, shared, attack_section(args.attack, target=args.target, mode="all_to_one", params=trigger), recipe
+    goal = {"target": args.target, "mode": "all_to_one", "params": trigger, "trigger": args.trigger}
+    return knobs, shared, attack_section(args.attack, **goal), recipe
 
 
 def _number(key: str, value: Any) -> float:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from nab_defense.bench.attacks import CoverAttack, attacks, create
-from nab_defense.bench.attacks.blend import trigger_pixels
+from nab_defense.bench.attacks.base import trigger_pixels
 from nab_defense.bench.attacks.sig import wave
 from nab_defense.bench.attacks.wanet import control_field, warp
 

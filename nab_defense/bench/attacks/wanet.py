@@ -63,6 +63,7 @@ class WaNet:
     """
 
     clean_label: ClassVar[bool] = False
+    cover_target: ClassVar[bool] = True
 
     k: int = 4
     s: float = 0.5

@@ -1,0 +1,81 @@
+"""An attacker who knows this package: his trigger comes with the defender's stamp, and the stamp alone means nothing.
+
+The defence teaches a network that the stamp makes a trigger harmless. Here the training data say otherwise: trigger and stamp
+together get the target's label, and images with the stamp alone keep theirs. No paper is known; the analysis is our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...stamp import Stamp
+from .base import Attack, Images, Learned, Lesson, attacks, check_number, create_plain, image_shape
+
+__all__ = ["StampAware"]
+
+
+@attacks.register("stamp_aware", source="adaptive, this package")
+@dataclass(frozen=True)
+class StampAware(Learned):
+    """Another attack's trigger, with the stamp painted over it. At test time the trigger alone: the defender stamps by himself.
+
+    Args:
+        stamp: The stamp he expects, settings of nab_defense.Stamp; none: the default one, which is public.
+        cover_fraction: Share of the whole training set that is stamped and keeps its label, in [0, 1].
+        trigger: Name of the attack that paints, or {name, params}; one that needs no training and is the same at test time.
+        mean: Channel means in [0, 1] that the defender normalises with, which are the color of a "mean" stamp; none: the images'.
+    """
+
+    clean_label: ClassVar[bool] = False
+    cover_target: ClassVar[bool] = True
+
+    stamp: Any = field(default_factory=dict)
+    cover_fraction: float = 0.1
+    trigger: Any = "badnets"
+    mean: Any = None
+
+    def __post_init__(self) -> None:
+        check_number("cover_fraction", self.cover_fraction, 0, 1)
+        if self.mean is not None:
+            if not isinstance(self.mean, (list, tuple)) or len(self.mean) not in (1, 3):
+                raise ValueError(f"mean must be a list of 1 or 3 numbers, got {self.mean!r}")
+            for value in self.mean:
+                check_number("mean", value, 0, 1)
+        self.painter, self.paint  # noqa: B018  (refuse settings that cannot be used)
+
+    @cached_property
+    def painter(self) -> Attack:
+        return create_plain("trigger", self.trigger)
+
+    @cached_property
+    def paint(self) -> Stamp:
+        try:
+            return Stamp(**self.stamp) if isinstance(self.stamp, Mapping) else Stamp(size=self.stamp)
+        except TypeError:
+            known = ", ".join(Stamp().to_dict())
+            raise ValueError(f"stamp takes {known}, got {self.stamp!r}") from None
+
+    def learn(self, lesson: Lesson) -> dict[str, Tensor]:
+        """The images' mean color, which the defender's is not far from."""
+        mean = lesson.images.mean((0, 1, 2)) / 255 if self.mean is None else self.mean
+        return {"mean": torch.tensor(mean, dtype=torch.float64)}
+
+    def apply(self, images: Images, seed: int) -> Images:
+        return self.cover(self.painter.apply(images, seed), seed)
+
+    def cover(self, images: Images, seed: int) -> Images:
+        _, _, _, channels = image_shape(images)
+        mean = self.learned()["mean"].tolist()
+        if len(mean) != channels:
+            raise ValueError(f"the stamp's color has {len(mean)} channels, the images have {channels}")
+        stamped = self.paint(torch.from_numpy(images).permute(0, 3, 1, 2), mean=mean)
+        return stamped.permute(0, 2, 3, 1).contiguous().numpy()
+
+    def at_test(self, images: Images, seed: int) -> Images:
+        return self.painter.apply(images, seed)

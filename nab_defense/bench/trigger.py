@@ -1,0 +1,107 @@
+"""Triggers that are learned: taught once from the data to poison, kept by content, saved beside what was poisoned with them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..data.sources import Source
+from ..io import load_tensors, save_tensors
+from ..runtime import Runtime
+from .attacks.base import Attack, Images, LearnedAttack, Lesson
+from .poison import check_goal, parts_of
+
+__all__ = ["load_trigger", "prepared", "save_trigger"]
+
+log = logging.getLogger(__name__)
+CODE = Path(__file__).parent
+LARGEST = 5000  # images that an attacker looks at: more cost time and make hardly any trigger stronger
+EDGE = 32  # pixels; larger images are shrunk to it for learning, and the trigger is enlarged
+
+
+def prepared(attack: Attack, source: Source, *, target: int | None, seed: int, runtime: Runtime | None = None) -> Attack:
+    """The attack, ready to paint. One that learns its trigger learns it from the source, unless the same was learned before.
+
+    What was learned lies in the folder NAB_CACHE, by default ~/.cache/nab_defense, under a hash of the data, the attack, its
+    settings, target, seed and code: all runs on one machine that poison alike use the same trigger, in training and test.
+
+    Args:
+        attack: Any; those that learn nothing are given back as they are.
+        source: The clean training set.
+        target: Where the trigger leads; None for all_to_all.
+        seed: Seed of the learning.
+        runtime: Where to learn; None: the default one.
+
+    Raises:
+        ValueError: The attack cannot learn from these images or for this target."""
+    if not isinstance(attack, LearnedAttack):
+        return attack
+    mode, classes = "all_to_all" if target is None else "all_to_one", len(source.classes)
+    for part, goal in parts_of(attack, target, classes):
+        check_goal(target=goal, mode=mode, clean_label=part.clean_label, num_classes=classes)
+    runtime = runtime or Runtime()
+    parts = [source.fingerprint, repr(attack), str(target), str(seed), runtime.torch_device.type, _code()]
+    cached = _cache() / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.safetensors"
+    if cached.exists():
+        return attack.taught(load_tensors(cached)[0])
+    log.info("%s learns its trigger", type(attack).__name__)
+    tensors = attack.learn(_lesson(source, target=target, seed=seed, runtime=runtime))
+    if tensors:
+        save_tensors(cached, tensors, {})
+    return attack.taught(tensors)
+
+
+def save_trigger(path: Path, attack: Attack, *, target: int | None) -> bool:
+    """Write what the attack has learned; False, and no file, where there is nothing."""
+    tensors = getattr(attack, "tensors", {})
+    if tensors:
+        save_tensors(path, tensors, {"attack": repr(attack), "target": target})
+    return bool(tensors)
+
+
+def load_trigger(path: Path, attack: Attack, *, target: int | None) -> Attack:
+    """The attack with the trigger in a file that save_trigger wrote.
+
+    Raises:
+        ValueError: No such file, the attack learns nothing, or the file is of another attack, other settings or target."""
+    if not isinstance(attack, LearnedAttack):
+        raise ValueError(f"{attack!r} learns no trigger, so there is none to read from {path}; leave the file out")
+    tensors, header = load_tensors(path)
+    if "attack" not in header:
+        raise ValueError(f"{path} is not a trigger of this package")
+    for what, theirs, ours in (("attack", header["attack"], repr(attack)), ("target", header["target"], target)):
+        if theirs != ours:
+            raise ValueError(
+                f"{path} holds a trigger of {what} {theirs}, and {ours} is asked for; give the settings it was made with"
+            )
+    return attack.taught(tensors)
+
+
+def _lesson(source: Source, *, target: int | None, seed: int, runtime: Runtime) -> Lesson:
+    """A random part of the source, of one size. Images that are not square are squeezed, and so are their triggers later."""
+    part = source.limited(LARGEST, seed)
+    edge = min(EDGE, part.edge())
+    images = np.stack([_square(part.image(index), edge) for index in range(len(part))])
+    return Lesson(images, part.labels, len(source.classes), target, seed, runtime)
+
+
+def _square(image: Image.Image, edge: int) -> Images:
+    if image.size != (edge, edge):
+        image = image.resize((edge, edge), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("NAB_CACHE") or "~/.cache/nab_defense").expanduser() / "triggers"
+
+
+def _code() -> str:
+    """Hash of the code that learns: a better attack must not find the trigger of the one before it."""
+    files = [CODE / "attacker.py", Path(__file__), *sorted((CODE / "attacks").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
