@@ -235,7 +235,7 @@ class Session:
         return Cases(clean, test.labels, self.ordered(triggered), triggered.labels, true, lesson)
 
     def save_trigger(self) -> None:
-        """Write what the attack learned to trigger.safetensors, for `nab evaluate --trigger`; no file where it learned nothing."""
+        """Write what the attack learned to trigger.safetensors, for `nab evaluate`; no file where it learned none."""
         path, attack = self.out / "trigger.safetensors", self.recipe.attack
         if attack is None or not save_trigger(path, self.attack, target=_target(attack)):
             path.unlink(missing_ok=True)  # an earlier run's

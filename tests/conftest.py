@@ -24,6 +24,12 @@ from tests.digits_runs import BLEND, write_recipe
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What attacks learn in tests is kept for the other tests, and nowhere else."""
+    os.environ["NAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def make_scan() -> Callable[..., Scan]:
     """make_scan(features (N, D), labels (N,), logits (N, K) or None) -> Scan; without logits the network only guesses."""

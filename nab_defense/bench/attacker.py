@@ -32,7 +32,7 @@ SHIFT = 2  # pixels at 32 px
 
 def to_unit(images: NDArray[np.uint8]) -> Tensor:
     """(N, H, W, C) uint8 -> (N, C, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).contiguous()
+    return torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2).contiguous()
 
 
 def from_unit(images: Tensor) -> NDArray[np.uint8]:

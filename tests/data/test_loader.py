@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from nab_defense.bench.attacks import attacks, create
+from nab_defense.bench.attacks import CoverAttack, attacks, create
 from nab_defense.bench.poison import poison_source, triggered_source
+from nab_defense.bench.trigger import prepared
 from nab_defense.data import Source, build_loader, build_transform, open_source
 from nab_defense.data.transforms import AUGMENTATIONS
 from nab_defense.dataset import NABDataset
 from nab_defense.runtime import Runtime
 from nab_defense.stamp import Stamp
 from nab_defense.types import NABPlan
+from tests.bench.quick import QUICK
 from tests.digits_runs import write_images
 
 
@@ -31,9 +33,9 @@ def digits() -> Source:
 
 
 def poisoned(name: str) -> Source:
-    covers = {"cover_fraction": 0.2} if name == "wanet" else {}
-    source, truth = poison_source(digits(), create(name, **covers), rate=0.06, target=0, seed=1)
-    assert truth.poisoned.sum() == 3 and truth.cover.any() == (name == "wanet")
+    attack = prepared(create(name, **QUICK.get(name, {})), digits(), target=0, seed=1)
+    source, truth = poison_source(digits(), attack, rate=0.08, target=0, seed=1)
+    assert truth.poisoned.sum() == 4 and truth.cover.any() == isinstance(attack, CoverAttack)
     return source
 
 

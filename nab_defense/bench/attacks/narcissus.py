@@ -16,8 +16,6 @@ from .base import Images, Learned, Lesson, attacks, check_number, image_shape, t
 
 __all__ = ["Narcissus"]
 
-LEAST = 10  # images of the target class to learn the trigger from
-
 
 def inward_noise(
     network: Classifier, images: Tensor, target: int, *, eps: float, epochs: int, generator: torch.Generator
@@ -74,10 +72,8 @@ class Narcissus(Learned):
         network = fit_classifier(images, labels, epochs=self.epochs, **known)  # type: ignore[arg-type]
         target = lesson.target
         own = images[labels == target]
-        if target is None or len(own) < LEAST:
-            raise ValueError(
-                f"narcissus needs at least {LEAST} images of the target class {target} to learn from, got {len(own)}"
-            )
+        if target is None or not len(own):
+            raise ValueError(f"narcissus learns from images of the target class, and found none of class {target}")
         generator = torch.Generator().manual_seed(lesson.seed)
         return {"noise": inward_noise(network, own, target, eps=self.eps / 255, epochs=self.rounds, generator=generator)}
 

@@ -74,7 +74,7 @@ class StampAware(Learned):
         mean = self.learned()["mean"].tolist()
         if len(mean) != channels:
             raise ValueError(f"the stamp's color has {len(mean)} channels, the images have {channels}")
-        stamped = self.paint(torch.from_numpy(images).permute(0, 3, 1, 2), mean=mean)
+        stamped = self.paint(torch.from_numpy(images.copy()).permute(0, 3, 1, 2), mean=mean)
         return stamped.permute(0, 2, 3, 1).contiguous().numpy()
 
     def at_test(self, images: Images, seed: int) -> Images:
