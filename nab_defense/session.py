@@ -136,13 +136,8 @@ class Session:
             truth = read_truth(Path(path), self.whole_source).subset([number[name] for name in source.ids])
         if attack is None or not attack.poison:
             return source, truth
-        target, seed = _target(attack), self.attack_seed
+        target, seed = _target(attack), self.recipe.seed if attack.seed is None else attack.seed
         return poison_source(source, self.attack, rate=attack.rate, target=target, mode=attack.mode, seed=seed)
-
-    @property
-    def attack_seed(self) -> int:
-        attack = self.recipe.attack
-        return self.recipe.seed if attack is None or attack.seed is None else attack.seed
 
     @cached_property
     def attack(self) -> PaintedAttack:
@@ -154,7 +149,8 @@ class Session:
             return load_trigger(Path(attack.trigger), made, target=target)
         if not attack.poison:
             return made
-        return prepared(made, self.clean_source, target=target, seed=self.attack_seed, runtime=self.runtime)
+        seed = self.recipe.seed if attack.seed is None else attack.seed
+        return prepared(made, self.clean_source, target=target, seed=seed, runtime=self.runtime)
 
     @property
     def source(self) -> Source:
@@ -235,10 +231,9 @@ class Session:
         return Cases(clean, test.labels, self.ordered(triggered), triggered.labels, true, lesson)
 
     def save_trigger(self) -> None:
-        """Write what the attack learned to trigger.safetensors, for `nab evaluate`; no file where it learned none."""
-        path, attack = self.out / "trigger.safetensors", self.recipe.attack
-        if attack is None or not save_trigger(path, self.attack, target=_target(attack)):
-            path.unlink(missing_ok=True)  # an earlier run's
+        """Write what the attack learned to trigger.safetensors, for `nab evaluate`; no file where it learned nothing."""
+        learned = None if self.recipe.attack is None else self.attack
+        save_trigger(self.out / "trigger.safetensors", learned, target=_target(self.recipe.attack))
 
     # Loaders
 
@@ -286,8 +281,8 @@ def train_config(schedule: Schedule) -> TrainConfig:
     return TrainConfig(**{key: value for key, value in settings.items() if key in known})
 
 
-def _target(attack: Attack) -> int | None:
-    return attack.target if attack.mode == "all_to_one" else None
+def _target(attack: Attack | None) -> int | None:
+    return attack.target if attack is not None and attack.mode == "all_to_one" else None
 
 
 def difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:

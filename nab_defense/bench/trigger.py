@@ -56,11 +56,13 @@ def prepared(attack: Attack, source: Source, *, target: int | None, seed: int, r
     return attack.taught(tensors)
 
 
-def save_trigger(path: Path, attack: Attack, *, target: int | None) -> bool:
-    """Write what the attack has learned; False, and no file, where there is nothing."""
+def save_trigger(path: Path, attack: Attack | None, *, target: int | None) -> bool:
+    """Write what the attack has learned; False, and no file is left there, where that is nothing."""
     tensors = getattr(attack, "tensors", {})
     if tensors:
         save_tensors(path, tensors, {"attack": repr(attack), "target": target})
+    else:
+        path.unlink(missing_ok=True)
     return bool(tensors)
 
 

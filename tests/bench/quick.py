@@ -13,9 +13,9 @@ __all__ = ["QUICK", "TARGET", "digits", "ready"]
 
 TARGET = 3
 QUICK: dict[str, dict[str, Any]] = {
-    "label_consistent": {"epochs": 3},
-    "narcissus": {"epochs": 3},
-    "ssba": {"epochs": 3},
+    "label_consistent": {"epochs": 2, "steps": 4},
+    "narcissus": {"epochs": 2, "rounds": 10},
+    "ssba": {"epochs": 1},
     "input_aware": {"mask_epochs": 1, "epochs": 2},
     "wanet": {"cover_fraction": 0.1},
 }

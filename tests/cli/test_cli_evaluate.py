@@ -62,6 +62,29 @@ def test_a_model_without_a_stamp(tmp_path: Path) -> None:
     assert models == {"model": {"acc": measured(tmp_path / "run")["models"]["defended"]["acc"]}}
 
 
+def test_a_learned_trigger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run leaves its trigger, and measuring with that file gives the run's own ASR."""
+    run, quick = tmp_path / "run", ["epochs=1", "rounds=2"]
+    attack = {"name": "narcissus", "rate": 0.05, "params": {"epochs": 1, "rounds": 2}}
+    assert main(["train", str(write_recipe(tmp_path, attack=attack)), "--out", str(run)]) in (0, 3)
+    trigger = ["--attack", "narcissus", "--trigger", str(run / "trigger.safetensors")]
+    line = ["evaluate", str(run), "--data", "digits", "--limit", "60"]
+    assert main([*line, *trigger, *quick]) == 0
+    reported, found = measured(run)["models"]["defended"], measured(run / "evaluation")["models"]
+    assert next(iter(found.values()))["asr"] == reported["asr"]
+    capsys.readouterr()
+    for extra, message in (
+        (["--attack", "narcissus", *quick], "needs the file that poisoning left: give it with --trigger FILE"),
+        ([*trigger, "epochs=2"], "holds a trigger of attack Narcissus("),
+        ([*trigger, *quick, "--target", "1"], "holds a trigger of target 0, and 1 is asked for"),
+        (["--attack", "blend", *trigger[2:]], "learns no trigger"),
+        (trigger[2:], "sets an attack; name it with --attack"),
+    ):
+        assert main([*line, *extra]) == 2
+        said = capsys.readouterr().err
+        assert message in said and len(said.splitlines()) == 1
+
+
 def digits_folder(folder: Path) -> Path:
     """Three test images of each digit, and a file that is no image."""
     source = open_source("digits", split="test")

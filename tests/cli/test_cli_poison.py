@@ -12,6 +12,7 @@ from PIL import Image
 
 from nab_defense.bench.attacks import create
 from nab_defense.bench.poison import poison_source, read_truth
+from nab_defense.bench.trigger import load_trigger
 from nab_defense.cli import poison as command
 from nab_defense.data.sources import Source, open_source
 from tests.digits_runs import write_images
@@ -62,6 +63,28 @@ def test_files_do_not_betray_the_poison(tmp_path: Path) -> None:
     numbers = np.array([int(Path(name).stem) for name in source.ids])
     for came_from in range(2):
         assert np.ptp(numbers[truth.true_labels == came_from]) > 60
+
+
+def test_what_an_attack_learned_lies_beside_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "p"
+    quick = ["--rate", "0.03", "--target", "3", "--limit", "300", "--out", str(out), "epochs=1", "rounds=2"]
+    assert command.main(["digits", "--attack", "narcissus", *quick]) == 0
+    assert "what the attack learned in" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} == {"p", "p.truth.csv", "p.trigger.safetensors"}
+    attack = load_trigger(tmp_path / "p.trigger.safetensors", create("narcissus", epochs=1, rounds=2), target=3)
+    reopened = open_source(str(out))
+    flagged = {reopened.pixels(i).tobytes() for i in np.flatnonzero(read_truth(tmp_path / "p.truth.csv", reopened).poisoned)}
+    clean = open_source("digits").limited(300, 0)
+    assert len(flagged) == 9 and flagged <= {attack.apply(clean.pixels(i)[None], 0)[0].tobytes() for i in range(300)}
+
+
+def test_several_at_once(tmp_path: Path) -> None:
+    triggers = "triggers=[badnets, {name: sig, target: 5, params: {frequency: 2}}]"
+    line = ["digits", "--attack", "several", triggers, "--rate", "0.06", "--target", "3", "--out", str(tmp_path / "p")]
+    assert command.main(line) == 0
+    source = open_source(str(tmp_path / "p"))
+    truth = read_truth(tmp_path / "p.truth.csv", source)
+    assert set(source.labels[truth.poisoned]) == {3, 5} and (truth.target, truth.mode) == (None, "all_to_one")
 
 
 def test_same_seed_same_files(tmp_path: Path) -> None:

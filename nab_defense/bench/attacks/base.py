@@ -254,7 +254,10 @@ def create_inner(knob: str, value: Any) -> tuple[Attack, int | None]:
     target = given.get("target")
     if target is not None:
         check_number(f"target of {given['name']}", target, 0, 2**31, whole=True)
-    return attacks.create(given["name"], **given.get("params", {})), target
+    params = given.get("params", {})
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params of {given['name']} must be a mapping, got {params!r}")
+    return attacks.create(given["name"], **params), target
 
 
 def create_plain(knob: str, value: Any) -> Attack:

@@ -61,7 +61,7 @@ class InputAware(Learned):
     mask enlarged.
 
     Args:
-        density: Share of the image that the mask may cover, in [0.001, 1]; the paper's is 0.032.
+        density: Share of the image that the mask is to cover, in [0.001, 1]; the paper's is 0.032.
         cover_fraction: Share of the whole training set that wears another image's trigger with its own label, in [0, 1].
         mask_epochs, epochs: Training of the mask and of the pattern, in [1, 1000].
     """
@@ -92,13 +92,14 @@ class InputAware(Learned):
         return {**state(mask, "mask."), **state(pattern, "pattern."), **kept, "edge": torch.tensor(images.shape[2])}
 
     def _learn_mask(self, images: Tensor, lesson: Lesson, generator: torch.Generator) -> nn.Module:
-        """Minimises 100 * max(0, mean of m - density) + diversity (eq. 9)."""
+        """Minimises 100 * |mean of m(x) - density| + diversity (eq. 9). The paper's first term is one-sided and over the whole
+        batch, which leaves some images without a trigger; a victim that is not trained along with the mask needs one on each."""
         mask = lesson.runtime.place(seeded(lambda: Generator(images.shape[1], 1), lesson.seed))
         optimizer = torch.optim.Adam(mask.parameters(), lr=0.01)
         for _, chosen in draws(len(images), batch=BATCH, epochs=self.mask_epochs, generator=generator):
             batch = lesson.runtime.put(images[chosen])
             drawn = mask(batch)
-            loss = 100 * F.relu(drawn.mean() - self.density) + diversity(batch, drawn)
+            loss = 100 * (drawn.mean((1, 2, 3)) - self.density).abs().mean() + diversity(batch, drawn)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

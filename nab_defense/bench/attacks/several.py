@@ -31,7 +31,7 @@ class Several(Learned):
     def __post_init__(self) -> None:
         if not isinstance(self.triggers, Sequence) or isinstance(self.triggers, str) or len(self.triggers) < 2:
             raise ValueError(f"triggers must be a list of at least two attacks, got {self.triggers!r}")
-        if any(isinstance(member, JointAttack) for member, _ in self.members):
+        if any(isinstance(create_inner("triggers", given)[0], JointAttack) for given in self.triggers):
             raise ValueError("triggers cannot hold several once more; list all attacks at one level")
 
     @cached_property

@@ -58,8 +58,8 @@ class Ssba(Learned):
 
     eps: float = 24.0
     bits: int = 8
-    weight: float = 0.1
-    epochs: int = 6
+    weight: float = 0.01
+    epochs: int = 4
 
     def __post_init__(self) -> None:
         check_number("eps", self.eps, 1, 128)
