@@ -156,7 +156,7 @@ def triggered_source(
     """The test set for the attack's success: every image carries the trigger, labels are what the attacker wants.
 
     For all_to_one, images whose true class is the target are left out: predicting the target there proves nothing. An attack on
-    some classes is tested on these; of several attacks each gets every so manieth image, the next the one after it.
+    some classes is tested on these; several attacks take turns from image to image.
 
     Returns:
         The source, and the true labels of the same images, (M,) int64.

@@ -20,7 +20,7 @@ __all__ = ["load_trigger", "prepared", "save_trigger"]
 
 log = logging.getLogger(__name__)
 CODE = Path(__file__).parent
-LARGEST = 5000  # images that an attacker looks at: more cost time and make hardly any trigger stronger
+LARGEST = 5000  # images that an attacker learns from, so that one core is done in about a minute
 EDGE = 32  # pixels; larger images are shrunk to it for learning, and the trigger is enlarged
 
 

@@ -45,7 +45,7 @@ class Attack(Protocol):
 
         Args:
             images: (N, H, W, C) uint8, C = 1 or 3, any H and W.
-            seed: Seed of whatever differs between samples; the trigger itself never depends on it.
+            seed: Seed of whatever is drawn for each training sample; the trigger of the test does not depend on it.
 
         Returns:
             (N, H, W, C) uint8, a new array.
