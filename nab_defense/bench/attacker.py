@@ -60,7 +60,8 @@ def exact(*, slopes: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(slopes))
-        stack.enter_context(torch.autocast("cpu", enabled=False))
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from ..data.sources import Source
 from ..io import load_tensors, save_tensors
 from ..runtime import Runtime
+from .attacker import exact
 from .attacks.base import Attack, Images, LearnedAttack, Lesson
 from .poison import check_goal, parts_of
 
@@ -50,7 +51,9 @@ def prepared(attack: Attack, source: Source, *, target: int | None, seed: int, r
     if cached.exists():
         return attack.taught(load_tensors(cached)[0])
     log.info("%s learns its trigger", type(attack).__name__)
-    tensors = attack.learn(_lesson(source, target=target, seed=seed, runtime=runtime))
+    lesson = _lesson(source, target=target, seed=seed, runtime=runtime)
+    with exact(slopes=True):
+        tensors = attack.learn(lesson)
     if tensors:
         save_tensors(cached, tensors, {})
     return attack.taught(tensors)

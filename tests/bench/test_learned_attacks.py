@@ -66,6 +66,15 @@ def test_the_same_lesson_gives_the_same_trigger(name: str, tmp_path: Path, monke
     assert (learned[0] != learned[2]).any()
 
 
+def test_it_learns_wherever_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attack, learned = create("narcissus", epochs=1, rounds=1), []
+    for folder in ("a", "b"):
+        monkeypatch.setenv("NAB_CACHE", str(tmp_path / folder))
+        with torch.inference_mode(folder == "b"), torch.autocast("cpu", torch.bfloat16, enabled=folder == "b"):
+            learned.append(prepared(attack, digits().subset(range(60)), target=TARGET, seed=0).apply(pictures(), 0))
+    np.testing.assert_array_equal(*learned)
+
+
 def test_what_was_learned_is_kept_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NAB_CACHE", str(tmp_path))
     part = digits().subset(range(60))
@@ -131,7 +140,7 @@ def test_narcissus_draws_a_network_to_the_target() -> None:
         before, after = (
             network(to_unit(images)).softmax(1)[:, TARGET].mean() for images in (others, ready("narcissus").at_test(others, 0))
         )
-    assert after > before + 0.1
+    assert after > 5 * before
 
 
 def classifier() -> Classifier:
