@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     trigger_path = out.with_name(out.name + ".trigger.safetensors")
     learned = save_trigger(trigger_path, attack, target=target)
     _write_images(written, out, order)
-    goal = "all_to_all" if target is None else f"target {source.classes[target]}"
+    goal = "several targets" if truth.target is None else f"target {source.classes[truth.target]}"
+    goal = "all_to_all" if target is None else goal
     print(
         f"{arguments.out}: {len(written)} images, {int(truth.poisoned.sum())} poisoned by {arguments.attack} ({goal}); "
         f"the truth is in {arguments.out.with_name(truth_path.name)}"

@@ -78,10 +78,10 @@ def test_what_an_attack_learned_lies_beside_the_folder(tmp_path: Path, capsys: p
     assert len(flagged) == 9 and flagged <= {attack.apply(clean.pixels(i)[None], 0)[0].tobytes() for i in range(300)}
 
 
-def test_several_at_once(tmp_path: Path) -> None:
+def test_several_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     triggers = "triggers=[badnets, {name: sig, target: 5, params: {frequency: 2}}]"
     line = ["digits", "--attack", "several", triggers, "--rate", "0.06", "--target", "3", "--out", str(tmp_path / "p")]
-    assert command.main(line) == 0
+    assert command.main(line) == 0 and "86 poisoned by several (several targets)" in capsys.readouterr().out
     source = open_source(str(tmp_path / "p"))
     truth = read_truth(tmp_path / "p.truth.csv", source)
     assert set(source.labels[truth.poisoned]) == {3, 5} and (truth.target, truth.mode) == (None, "all_to_one")
