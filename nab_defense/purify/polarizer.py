@@ -85,7 +85,7 @@ class Polarizer:
     lr: float = 3e-3
     radius: float = 6.0
     patch: int = 5
-    fraction: float = 0.15
+    fraction: float = 0.4
     hold: float = 2.0
     augment: bool = True
 
