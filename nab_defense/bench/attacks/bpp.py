@@ -48,13 +48,14 @@ class Bpp:
     """The image with 2^bits levels a channel, dithered. Poison only: the paper's contrastive training needs the victim's loop.
 
     Args:
-        bits: Bits a channel that are kept, in [1, 7]; the paper's are 5, which training on a data set alone hardly learns.
+        bits: Bits a channel that are kept, in [1, 7]. With 10 % poison, 8 epochs on 10,000 small images taught a small network 2
+            bits (ASR .99) and not 3 (.10), so the default is easier to see than the paper's.
         dither: Spread each pixel's error over its neighbors (Floyd-Steinberg); without it flat areas show bands.
     """
 
     clean_label: ClassVar[bool] = False
 
-    bits: int = 3
+    bits: int = 2
     dither: bool = True
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ class LowFrequency:
 
     clean_label: ClassVar[bool] = False
 
-    eps: float = 24.0
+    eps: float = 32.0
     waves: int = 4
     field_seed: int = 0
 
