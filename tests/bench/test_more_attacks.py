@@ -112,7 +112,7 @@ def test_adap_blend_shows_pieces_in_training_and_all_at_test_time() -> None:
 
 
 def test_adap_patch_shows_one_patch_in_training_and_all_at_test_time() -> None:
-    images, attack = noise((40, 32, 32, 3)), create("adap_patch")
+    images, attack = noise((40, 32, 32, 3)), create("adap_patch", alpha=0.5)
     pixels, places = patch_layer(32, 32, 3, size=None)
     assert places.sum((1, 2, 3)).tolist() == [36] * 4 and places.sum(0).max() == 1
     triggered = attack.apply(images, 2)

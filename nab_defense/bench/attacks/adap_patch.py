@@ -47,7 +47,8 @@ class AdapPatch:
 
     Args:
         size: Edge of a patch in pixels; None scales with the image, 6 px at 32.
-        alpha: Weight of the patch in training, in (0, 1].
+        alpha: Weight of the patch in training, in (0, 1]. With 0.5, and covers of 0.05, 8 epochs on 10,000 small images with 10 %
+            poison taught a small network little (ASR .21); with 0.8 and 0.02 they did (.84).
         test_alpha: Weight of the patches at test time, in (0, 1].
         cover_fraction: Share of the whole training set that becomes covers, in [0, 1].
     """
@@ -56,9 +57,9 @@ class AdapPatch:
     cover_target: ClassVar[bool] = False
 
     size: int | None = None
-    alpha: float = 0.5
+    alpha: float = 0.8
     test_alpha: float = 1.0
-    cover_fraction: float = 0.05
+    cover_fraction: float = 0.02
 
     def __post_init__(self) -> None:
         if self.size is not None:
