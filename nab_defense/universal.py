@@ -18,7 +18,7 @@ __all__ = ["PROBE_BATCH", "Pool", "Universal", "boxed", "climbed", "likely_class
 PACE = 0.2  # of the radius, a step of a spread change
 STRIDE = 0.2  # of the pixel range, a step of a patch
 START, START_IMAGES, START_SHARE = 4, 32, 0.5  # first steps of each, and the share of the radius they stay in
-FURTHER = 20  # steps of one that goes on from another network's
+FURTHER = 20  # steps of a patch that goes on from another network's; in as many a spread change turns any network
 TURNS, DOUBLINGS = 0.5, 2  # the radius doubles, so often at most, until one spread change turns this share of images
 EASY = 0.5  # of the largest excess: changes with less are not suspicious
 FLOOR, SHARPNESS = 0.05, 4.0  # a change is drawn in proportion to this power of the share of images it turns
@@ -133,7 +133,7 @@ def started(
 
     fresh = replace(one, change=torch.zeros_like(one.change), mask=None) if anew else replace(one)
     fresh.rate, fresh.drawn = 0.0, 0
-    for _ in range(START if anew else FURTHER):
+    for _ in range(START if anew or one.radius is not None else FURTHER):
         fresh.climb(network, others(), strength=START_SHARE, runtime=runtime)
     images = others()
     with torch.no_grad(), runtime.autocast():
