@@ -142,4 +142,4 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     def faults(how: str) -> int:
         return int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
 
-    assert faults("keep") < faults("default") / 10
+    assert faults("keep") < faults("default") / 5  # the first of ten is still mapped
