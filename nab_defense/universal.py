@@ -131,8 +131,9 @@ def started(
             found = images[network(images).argmax(1) != one.wanted]
         return (found if len(found) else images)[:START_IMAGES]
 
-    fresh = replace(one, change=torch.zeros_like(one.change), mask=None) if anew else replace(one)
-    fresh.rate, fresh.drawn = 0.0, 0
+    fresh = replace(one, rate=0.0, drawn=0)
+    if anew:
+        fresh.change, fresh.mask = torch.zeros_like(one.change), None
     for _ in range(START if anew or one.radius is not None else FURTHER):
         fresh.climb(network, others(), strength=START_SHARE, runtime=runtime)
     images = others()
@@ -142,14 +143,13 @@ def started(
 
 
 class Pool:
-    """Two changes for each class, one of each kind; those that stand out are drawn, the more often the more images they turn.
+    """Two changes for each likely class, one of each kind; the more images one that stands out turns, the more often it is drawn.
 
     Made on the suspicious network, where a backdoor turns images far more easily than the changes toward other classes do. To
     train against these, too, would cost accuracy and gain nothing.
 
     Args:
         network: Takes pixels; in eval mode, and left so.
-        classes: To which images are to be turned.
         batches: Endless (images, rows), on the device.
         radius: Of spread changes, L2; it is doubled where none of them turns half of the images.
         edge: Of patches, in pixels.
@@ -159,7 +159,6 @@ class Pool:
     def __init__(
         self,
         network: nn.Module,
-        classes: list[int],
         batches: Iterator[tuple[Tensor, Tensor]],
         *,
         radius: float,
@@ -167,7 +166,8 @@ class Pool:
         runtime: Runtime,
     ) -> None:
         self.generator = torch.Generator().manual_seed(runtime.seed)
-        blank = torch.zeros_like(next(batches)[0][0])
+        images, _ = next(batches)
+        blank, classes = torch.zeros_like(images[0]), likely_classes(network, images, edge=edge, runtime=runtime)
         self.changes: list[Universal] = []
         for first in (radius, None):
             ones = [started(network, Universal(k, blank, first, edge), batches, runtime) for k in classes]
@@ -226,6 +226,4 @@ def pool_of(network: nn.Module, clean: CleanSet, *, radius: float, patch: int, r
     """Universal perturbations toward all likely classes; radius and patch at 32 px, see universal.Pool."""
     batches = clean.endless(PROBE_BATCH, runtime=runtime, seed=runtime.seed, augment=False)
     edge = min(max(SMALLEST_PATCH, round(patch * clean.scale)), *clean.images.shape[2:])
-    first, _ = next(clean.endless(PROBE_BATCH, runtime=runtime, seed=runtime.seed, augment=False))
-    classes = likely_classes(network, first, edge=edge, runtime=runtime)
-    return Pool(network, classes, batches, radius=radius * clean.scale, edge=edge, runtime=runtime)
+    return Pool(network, batches, radius=radius * clean.scale, edge=edge, runtime=runtime)

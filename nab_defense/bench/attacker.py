@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -20,6 +20,7 @@ __all__ = [
     "fit_classifier",
     "from_unit",
     "grown",
+    "restored",
     "seeded",
     "shifted",
     "shrunk",
@@ -70,6 +71,13 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
+
+
+def restored(build: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
+    """A network with these weights, see state, in eval mode and frozen."""
+    network = seeded(build, 0)
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False)
 
 
 def draws(count: int, *, batch: int, epochs: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:

@@ -75,8 +75,8 @@ class Purifier(Protocol):
 purifiers: Registry[Purifier] = Registry("purifier")
 
 
-class FineTuning(Protocol):
-    """The settings that methods which train all weights on clean images share; see FineTune."""
+class Stepping(Protocol):
+    """The settings that all methods which train step by step share."""
 
     @property
     def steps(self) -> int: ...
@@ -85,13 +85,18 @@ class FineTuning(Protocol):
     @property
     def batch_size(self) -> int: ...
     @property
+    def augment(self) -> bool: ...
+
+
+class FineTuning(Stepping, Protocol):
+    """The settings that methods which train all weights on clean images share; see FineTune."""
+
+    @property
     def lr(self) -> float: ...
     @property
     def momentum(self) -> float: ...
     @property
     def weight_decay(self) -> float: ...
-    @property
-    def augment(self) -> bool: ...
 
 
 def fine_tuned(
@@ -157,23 +162,15 @@ def divergence(logits: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tens
     return F.kl_div(own, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
-class Hardening(Protocol):
+class Hardening(Stepping, Protocol):
     """The settings that methods which train against universal perturbations share; see IBAU."""
 
-    @property
-    def steps(self) -> int: ...
-    @property
-    def rounds(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
     @property
     def radius(self) -> float: ...
     @property
     def patch(self) -> int: ...
     @property
     def fraction(self) -> float: ...
-    @property
-    def augment(self) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from ...runtime import Runtime
 __all__ = [
     "AsymmetricAttack", "Attack", "CoverAttack", "Images", "JointAttack", "Learned", "LearnedAttack", "Lesson", "SourceAttack",
     "attacks", "check_choice", "check_number", "check_trigger", "create_inner", "create_plain", "image_shape", "read_picture",
-    "to_uint8", "trigger_pixels",
+    "to_uint8", "trigger_pixels", "under",
 ]  # fmt: skip
 
 Images = NDArray[np.uint8]
@@ -149,8 +149,8 @@ class Learned:
         object.__setattr__(copy, "tensors", tensors)
         return copy
 
-    def learned(self) -> Tensors:
-        """What was learned.
+    def learned(self, prefix: str = "") -> Tensors:
+        """What was learned, or the part of it under this prefix, without the prefix.
 
         Raises:
             ValueError: Nothing yet."""
@@ -159,7 +159,12 @@ class Learned:
                 f"{type(self).__name__} learns its trigger from the data that it poisons, so it needs the file that poisoning "
                 "left: give it with --trigger FILE, or attack.trigger in a recipe"
             )
-        return self.tensors
+        return under(self.tensors, prefix)
+
+
+def under(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    """Those whose names start with the prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 attacks: Registry[Attack] = Registry("attack")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attacker import Classifier, draws, exact, from_unit, grown, seeded, shrunk, state, to_unit
+from ..attacker import Classifier, draws, exact, from_unit, grown, restored, seeded, shrunk, state, to_unit
 from .base import Images, Learned, Lesson, attacks, check_number, image_shape
 
 __all__ = ["InputAware"]
@@ -136,11 +136,9 @@ class InputAware(Learned):
         """Pattern and mask."""
         made = []
         for start in ("pattern.", "mask."):
-            weights = {name.removeprefix(start): value for name, value in self.learned().items() if name.startswith(start)}
+            weights = self.learned(start)
             channels, outputs = weights["inward.0.weight"].shape[1], len(weights["outward.bias"])
-            network = seeded(lambda channels=channels, outputs=outputs: Generator(channels, outputs), 0)  # type: ignore[misc]
-            network.load_state_dict(weights)
-            made.append(network.eval().requires_grad_(False))
+            made.append(restored(partial(Generator, channels, outputs), weights))
         return made[0], made[1]
 
     def apply(self, images: Images, seed: int) -> Images:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attacker import Classifier, exact, fit_classifier, from_unit, grown, seeded, shrunk, state, to_unit
+from ..attacker import Classifier, exact, fit_classifier, from_unit, grown, restored, shrunk, state, to_unit
 from .base import Images, Learned, Lesson, attacks, check_number, image_shape
 
 __all__ = ["LabelConsistent"]
@@ -72,12 +72,11 @@ class LabelConsistent(Learned):
 
     @cached_property
     def network(self) -> Classifier:
-        weights = {name.removeprefix("network."): value for name, value in self.learned().items() if name.startswith("network.")}
+        weights = self.learned("network.")
         channels, classes = weights["body.0.weight"].shape[1], len(weights["head.bias"])
-        network = seeded(lambda: Classifier(channels, classes), 0)
+        network = restored(partial(Classifier, channels, classes), weights)
         assert isinstance(network, Classifier)
-        network.load_state_dict(weights)
-        return network.eval().requires_grad_(False)
+        return network
 
     def apply(self, images: Images, seed: int) -> Images:
         _, height, width, _ = image_shape(images)

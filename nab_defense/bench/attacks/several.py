@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import AsymmetricAttack, Attack, Images, JointAttack, Learned, LearnedAttack, Lesson, attacks, create_inner
+from .base import AsymmetricAttack, Attack, Images, JointAttack, Learned, LearnedAttack, Lesson, attacks, create_inner, under
 
 __all__ = ["Several"]
 
@@ -40,8 +40,7 @@ class Several(Learned):
         members = []
         for number, given in enumerate(self.triggers):
             member, target = create_inner("triggers", given)
-            start = f"{number}."
-            own = {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
+            own = under(self.tensors, f"{number}.")
             members.append((member.taught(own) if own and isinstance(member, LearnedAttack) else member, target))
         return members
 

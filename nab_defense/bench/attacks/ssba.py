@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attacker import Classifier, draws, exact, from_unit, grown, seeded, shifted, shrunk, state, to_unit
+from ..attacker import Classifier, draws, exact, from_unit, grown, restored, seeded, shifted, shrunk, state, to_unit
 from .base import Images, Learned, Lesson, attacks, check_number, image_shape
 
 __all__ = ["Ssba"]
@@ -99,11 +99,9 @@ class Ssba(Learned):
 
     @cached_property
     def encoder(self) -> nn.Module:
-        weights = {name.removeprefix("encoder."): value for name, value in self.learned().items() if name.startswith("encoder.")}
+        weights = self.learned("encoder.")
         width, channels = len(weights["first.bias"]), len(weights["last.bias"])
-        encoder = seeded(lambda: Encoder(channels, self.bits, width), 0)
-        encoder.load_state_dict(weights)
-        return encoder.requires_grad_(False)
+        return restored(partial(Encoder, channels, self.bits, width), weights)
 
     def apply(self, images: Images, seed: int) -> Images:
         count, height, width, _ = image_shape(images)
