@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "nab_defense"
 LAYERS = [
-    {"types", "registry", "stamp", "io", "runtime", "clean"},
+    {"types", "registry", "stamp", "io", "runtime", "clean", "neighbors", "principal"},
     {"data", "scan", "content", "dataset", "defended", "train", "sites", "universal"},
     {"detectors", "relabel", "purify", "select", "plan"},
     {"checkpoint", "check", "bench", "report"},

@@ -6,12 +6,13 @@ import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
 
+from ..neighbors import cluster
+from ..principal import BLOCK, project
 from ..scan import Scan
 from ..types import SuspectReport
 from .base import detectors, report
@@ -44,17 +45,7 @@ class Split(NamedTuple):
 
 def two_means(points: Points, *, seed: int) -> Points:
     """Distances (N, 2) to the centers of the best of several seeded 2-means runs; N >= 2."""
-    size, dims = points.shape
-    kmeans = faiss.Kmeans(
-        dims, 2, niter=25, nredo=NUM_RESTARTS, seed=seed, max_points_per_centroid=size, min_points_per_centroid=1
-    )
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)  # hundreds of tiny steps: on a busy machine threads would wait for each other throughout
-    try:
-        kmeans.train(points)
-    finally:
-        faiss.omp_set_num_threads(threads)
-    centers = np.asarray(kmeans.centroids)
+    centers = cluster(points, 2, seed=seed, restarts=NUM_RESTARTS)
     return np.asarray(np.linalg.norm(points[:, None] - centers, axis=2), dtype=np.float32)
 
 
@@ -80,7 +71,10 @@ def split_class(features: Points, *, dims: int, seed: int) -> Split:
         seed: Seeds the clusterings, the null samples and the silhouette's subsample.
     """
     dims = min(dims, *features.shape)
-    points = np.ascontiguousarray(PCA(dims, random_state=seed).fit_transform(features), dtype=np.float32)
+    if len(features) > BLOCK:
+        points = project(features, np.arange(len(features)), dims)
+    else:
+        points = np.ascontiguousarray(PCA(dims, random_state=seed).fit_transform(features), dtype=np.float32)
     distance = two_means(points, seed=seed)
     near = distance[:, 0] < distance[:, 1]
     if near.mean() > 0.5:

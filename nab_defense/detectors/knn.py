@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.preprocessing import normalize
 
+from ..neighbors import neighbors
 from ..scan import Scan
 from ..types import SuspectReport
 from .base import detectors, report
@@ -35,15 +34,16 @@ def knn_disagreement(features: NDArray[np.float32], labels: NDArray[np.int64], *
     k = min(k, size - 1)
     if k < 1:
         return np.zeros(size, dtype=np.float32)
-    unit = normalize(features)
-    similarity, neighbor = faiss.knn(unit, unit, k + 1, metric=faiss.METRIC_INNER_PRODUCT)
-    # The sample itself need not come first among exact duplicates, nor be there at all: move it last, drop the last.
-    others = np.argsort(neighbor == np.arange(size)[:, None], axis=1, kind="stable")[:, :k]
-    neighbor = np.take_along_axis(neighbor, others, axis=1)
-    weight = (1 + np.take_along_axis(similarity, others, axis=1)) / 2
-    weight = np.maximum(weight, np.finfo(np.float32).tiny)  # all neighbors may lie exactly opposite
-    disagrees = labels[neighbor] != labels[:, None]
-    return np.asarray((weight * disagrees).sum(axis=1) / weight.sum(axis=1), dtype=np.float32)
+    scores = np.zeros(size, dtype=np.float32)
+    for block, similarity, neighbor in neighbors(features, features, k + 1):
+        # The sample itself need not come first among exact duplicates, nor be there at all: move it last, drop the last.
+        others = np.argsort(neighbor == np.arange(size)[block, None], axis=1, kind="stable")[:, :k]
+        neighbor = np.take_along_axis(neighbor, others, axis=1)
+        weight = (1 + np.take_along_axis(similarity, others, axis=1)) / 2
+        weight = np.maximum(weight, np.finfo(np.float32).tiny)  # all neighbors may lie exactly opposite
+        disagrees = labels[neighbor] != labels[block, None]
+        scores[block] = (weight * disagrees).sum(axis=1) / weight.sum(axis=1)
+    return scores
 
 
 @detectors.register("knn", source="arXiv:2004.12289")

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..principal import BLOCK, project
 from ..scan import Scan
 from ..types import SuspectReport
 from .base import detectors, report
@@ -52,7 +53,10 @@ def class_spectral_scores(features: NDArray[np.float32], labels: NDArray[np.int6
         rows = np.flatnonzero(labels == label)
         if len(rows) < 3:  # any two points lie on a line: nothing can stand out
             continue
-        raw = spectral_scores(torch.from_numpy(features[rows]), rank=rank).numpy()
+        if len(rows) > BLOCK:
+            raw = np.square(project(features, rows, rank)).sum(axis=1)
+        else:
+            raw = spectral_scores(torch.from_numpy(features[rows]), rank=rank).numpy()
         if raw.mean() > 0:
             scores[rows] = raw / raw.mean()
     return scores

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.preprocessing import normalize
 
+from ..neighbors import neighbors
 from ..scan import Scan
 from .base import Relabeled, merge, relabelers, trusted_rows
 
@@ -32,11 +31,12 @@ def knn_votes(
         (S, K) in [0, 1]; every row sums to 1.
     """
     k = min(k, len(features))
-    similarity, neighbor = faiss.knn(normalize(queries), normalize(features), k, metric=faiss.METRIC_INNER_PRODUCT)
-    weight = np.maximum((1 + similarity) / 2, np.finfo(np.float32).tiny)  # all neighbors may lie exactly opposite
     votes = np.zeros((len(queries), int(position.max()) + 1), dtype=np.float32)
-    np.add.at(votes, (np.arange(len(queries))[:, None], position[neighbor]), weight)
-    return np.asarray(votes / weight.sum(axis=1, keepdims=True), dtype=np.float32)
+    for block, similarity, neighbor in neighbors(queries, features, k):
+        weight = np.maximum((1 + similarity) / 2, np.finfo(np.float32).tiny)  # all neighbors may lie exactly opposite
+        np.add.at(votes[block], (np.arange(len(weight))[:, None], position[neighbor]), weight)
+        votes[block] /= weight.sum(axis=1, keepdims=True)
+    return votes
 
 
 @relabelers.register("knn", source="arXiv:2004.12289")

@@ -10,6 +10,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 from sklearn.preprocessing import normalize
 
+from ..principal import BLOCK
 from ..scan import Scan
 from .base import Relabeled, merge, relabelers, trusted_rows
 
@@ -82,9 +83,12 @@ class NearestCenter:
 
     def relabel(self, scan: Scan, suspect: NDArray[np.bool_]) -> Relabeled:
         rows = trusted_rows(scan, suspect)
-        unit = normalize(scan.features)
         classes, position = np.unique(scan.labels[rows], return_inverse=True)
-        centers = np.stack([trimmed_center(unit[rows][position == c], trim=self.trim) for c in range(len(classes))])
-        similarity = unit @ centers.T
+        trusted = np.flatnonzero(rows)
+        centers = np.stack(
+            [trimmed_center(normalize(scan.features[trusted[position == c]]), trim=self.trim) for c in range(len(classes))]
+        )
+        parts = range(0, len(scan), BLOCK)
+        similarity = np.concatenate([normalize(scan.features[first : first + BLOCK]) @ centers.T for first in parts])
         probability = softmax(fit_sharpness(similarity[rows], position) * similarity[suspect], axis=1)
         return merge(scan, suspect, classes[probability.argmax(axis=1)], probability.max(axis=1))
