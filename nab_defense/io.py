@@ -21,8 +21,8 @@ import yaml
 from torch import Tensor
 
 __all__ = [
-    "check_folder", "load_arrays", "load_csv", "load_json", "load_state", "load_tensors", "load_weights", "load_yaml",
-    "save_arrays", "save_csv", "save_json", "save_state", "save_tensors", "save_yaml",
+    "cache_folder", "check_folder", "load_array", "load_arrays", "load_csv", "load_json", "load_state", "load_tensors",
+    "load_weights", "load_yaml", "save_array", "save_arrays", "save_csv", "save_json", "save_state", "save_tensors", "save_yaml",
 ]  # fmt: skip
 
 
@@ -52,6 +52,17 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"cannot write to {folder}: {there} is a file; name another folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"cannot write to {folder}: no permission to write in {there}; name another folder")
+
+
+def cache_folder(name: str) -> Path:
+    """A folder for what can be made again, below NAB_CACHE or ~/.cache/nab_defense; created. It may be deleted at any time.
+
+    Raises:
+        ValueError: It cannot be written to."""
+    folder = Path(os.environ.get("NAB_CACHE") or "~/.cache/nab_defense").expanduser() / name
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _read_text(path: Path) -> str:
@@ -129,6 +140,21 @@ def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], Any]:
         raise ValueError(f"no such file: {path}") from None
     except Exception as error:
         raise ValueError(f"{path} is not an npz file of this package: {error}") from None
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """One large array as .npy, which load_array maps."""
+    _write(path, lambda stream: np.save(stream, array, allow_pickle=False))
+
+
+def load_array(path: Path) -> np.ndarray:
+    """A memory-mapped array, to be read only: what is not looked at is not read."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {path}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is not an npy file of this package: {error}") from None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -12,11 +13,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .io import cache_folder
 from .runtime import Runtime
 
 __all__ = ["EarlyScan", "Scan", "features_and_logits", "scan_model"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+LOSSES = 2**20  # rows at once
+HELD = 2**28  # bytes; larger arrays of a scan lie in a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +31,7 @@ class Scan:
         labels: (N,) int64, as they came with the data.
         losses: (N,) float32, cross-entropy of the given label, >= 0.
         logits: (N, K) float32.
-        features: (N, D) float32, the pooled input of the classifier.
+        features: (N, D) float32, the pooled input of the classifier; a memory-mapped file where they are large.
         fingerprint: Fingerprint of the source.
         epoch: Which epoch losses, logits and features were read after, from 1; 0: a finished network.
     """
@@ -67,22 +71,37 @@ def scan_model(model: nn.Module, loader: Batches, labels: NDArray[np.int64], *, 
     Raises:
         ValueError: The loader's labels differ from the source's: shuffled, shortened, or a sample was replaced.
     """
-    training = model.training
+    training, size = model.training, len(labels)
     model.eval()
-    features, logits, seen = [], [], []
+    losses, seen, first = np.empty(size, dtype=np.float32), np.empty(size, dtype=np.int64), 0
+    features = logits = np.empty((0, 0), dtype=np.float32)
     for images, targets in loader:
         with runtime.autocast():
             batch_features, batch_logits = features_and_logits(model, runtime.put(images))
-        features.append(batch_features.float().cpu())
-        logits.append(batch_logits.float().cpu())
-        seen.append(targets.cpu())
+        if first == 0:
+            features, logits = (_rows(size, part.shape[1]) for part in (batch_features, batch_logits))
+        rows = slice(first, first + len(targets))
+        first = rows.stop
+        if first > size:
+            break
+        seen[rows], logits[rows] = targets.cpu().numpy(), batch_logits.float().cpu().numpy()
+        features[rows] = batch_features.float().cpu().numpy()
     model.train(training)
-    given = torch.cat(seen)
-    if not np.array_equal(given.numpy(), labels):
+    if first != size or not np.array_equal(seen, labels):
         raise ValueError("the loader does not give the source's samples in order; use one without shuffling and with all samples")
-    all_logits = torch.cat(logits)
-    losses = F.cross_entropy(all_logits, given, reduction="none")
-    return Scan(labels, losses.numpy(), all_logits.numpy(), torch.cat(features).numpy(), fingerprint)
+    for first in range(0, size, LOSSES):
+        rows = slice(first, first + LOSSES)
+        found = F.cross_entropy(torch.from_numpy(logits[rows]), torch.from_numpy(seen[rows]), reduction="none")
+        losses[rows] = found.numpy()
+    return Scan(labels, losses, logits, features, fingerprint)
+
+
+def _rows(size: int, width: int) -> NDArray[np.float32]:
+    """An empty (size, width) array; above HELD bytes it is a file that is gone with the array, so that memory stays bounded."""
+    if 4 * size * width <= HELD:
+        return np.empty((size, width), dtype=np.float32)
+    with tempfile.TemporaryFile(dir=cache_folder("scans")) as stream:
+        return np.memmap(stream, dtype=np.float32, mode="w+", shape=(size, width))
 
 
 class EarlyScan:

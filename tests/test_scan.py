@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nab_defense import scan
 from nab_defense.runtime import Runtime
 from nab_defense.scan import EarlyScan, Scan, features_and_logits, scan_model
 
@@ -127,3 +129,21 @@ def test_a_loss_that_is_not_finite_is_refused(poison: float) -> None:
     watch = EarlyScan(batches, batches.labels.numpy(), look=lambda scan: False, runtime=CPU, fingerprint="")
     with pytest.raises(ValueError, match=r"the scan's loss is not finite after epoch 3; lower scan.lr"):
         watch(model, 3)
+
+
+def test_large_arrays_lie_in_a_file_with_the_same_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NAB_CACHE", str(tmp_path))
+    model, batches = build(), Batches()
+    held = scan_model(model, batches, batches.labels.numpy(), runtime=CPU)
+    monkeypatch.setattr(scan, "HELD", 4 * 13 * 4)  # the logits fit, the features do not
+    mapped = scan_model(model, batches, batches.labels.numpy(), runtime=CPU)
+    assert isinstance(mapped.features, np.memmap) and not isinstance(mapped.logits, np.memmap)
+    for name in ("features", "logits", "losses"):
+        np.testing.assert_array_equal(getattr(mapped, name), getattr(held, name))
+    assert not list((tmp_path / "scans").iterdir())  # the file has no name: it goes with the array
+
+
+def test_a_loader_that_gives_more_than_the_labels_is_refused() -> None:
+    model, batches = build(), Batches()
+    with pytest.raises(ValueError, match="does not give the source's samples in order"):
+        scan_model(model, batches, batches.labels.numpy()[:-1], runtime=CPU)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ..data.sources import Source
-from ..io import load_tensors, save_tensors
+from ..io import cache_folder, load_tensors, save_tensors
 from ..runtime import Runtime
 from .attacker import exact
 from .attacks.base import Attack, Images, LearnedAttack, Lesson
@@ -47,7 +46,7 @@ def prepared(attack: Attack, source: Source, *, target: int | None, seed: int, r
         check_goal(target=goal, mode=mode, clean_label=part.clean_label, num_classes=classes)
     runtime = runtime or Runtime()
     parts = [source.fingerprint, repr(attack), str(target), str(seed), runtime.torch_device.type, _code()]
-    cached = _cache() / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.safetensors"
+    cached = cache_folder("triggers") / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.safetensors"
     if cached.exists():
         return attack.taught(load_tensors(cached)[0])
     log.info("%s learns its trigger", type(attack).__name__)
@@ -100,10 +99,6 @@ def _square(image: Image.Image, edge: int) -> Images:
         image = image.resize((edge, edge), Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("NAB_CACHE") or "~/.cache/nab_defense").expanduser() / "triggers"
 
 
 def _code() -> str:
