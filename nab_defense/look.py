@@ -16,10 +16,11 @@ from .detectors import detectors
 from .detectors.lga import lga_loss
 from .plan import Finding, make_plan, paper_plan
 from .relabel import relabelers
+from .replay import fit_once, scan_key
 from .scan import EarlyScan, Scan, scan_model
 from .select import Selection, expand, settled, take_fraction
 from .session import Session
-from .train import TrainConfig, fit
+from .train import TrainConfig
 from .types import SuspectReport
 
 __all__ = ["look", "look_again"]
@@ -27,8 +28,12 @@ __all__ = ["look", "look_again"]
 log = logging.getLogger(__name__)
 
 
-def look(session: Session) -> tuple[Finding, nn.Module]:
+def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
     """Scan the training source, rank, select, relabel, plan. Sees images and given labels only.
+
+    Args:
+        session: The run.
+        kept: Keep the scan's training for other runs, and take it from an earlier one that was alike.
 
     Returns: what was found, and the scan's network."""
     recipe = session.recipe
@@ -45,7 +50,7 @@ def look(session: Session) -> tuple[Finding, nn.Module]:
         log.info("scan %d: %d suspects", seen.epoch, selection.suspect.sum())
         return last is not None and settled(last, selection)
 
-    scan, network = _scan(session, watch)
+    scan, network = _scan(session, watch, kept)
     if recipe.rule == "paper":
         report = detector.detect(scan)
         selection = take_fraction(report, recipe.fraction)
@@ -89,7 +94,7 @@ def _finding(
     return Finding(report, selection, plan, confidence)
 
 
-def _scan(session: Session, watch: Callable[[Scan], bool]) -> tuple[Scan, nn.Module]:
+def _scan(session: Session, watch: Callable[[Scan], bool], kept: bool) -> tuple[Scan, nn.Module]:
     source, stage = session.source, session.recipe.scan
     network = session.build()
     settings = TrainConfig(
@@ -99,7 +104,13 @@ def _scan(session: Session, watch: Callable[[Scan], bool]) -> tuple[Scan, nn.Mod
     loss = lga_loss(stage.gamma, stage.form)
     runtime, batches, mark = session.runtime, session.ordered(source), source.fingerprint
     passes = EarlyScan(batches, source.labels, look=watch, runtime=runtime, fingerprint=mark)
-    fit(network, session.scan_loader(source), runtime=runtime, train=settings, loss=loss, after_epoch=passes, title="scan")
+    key = None
+    if kept:
+        facts = {"size": session.size, "pixels": session.normalization, "network": dataclasses.asdict(session.network())}
+        key = scan_key(
+            network, mark, runtime=runtime, **facts, train=dataclasses.asdict(settings), loss=(stage.gamma, stage.form)
+        )
+    fit_once(network, session.scan_loader(source), passes, key=key, runtime=runtime, train=settings, loss=loss)
     assert passes.last is not None  # fit runs at least one epoch
     return passes.last, network
 

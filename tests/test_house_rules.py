@@ -17,7 +17,7 @@ PACKAGE = "nab_defense"
 LAYERS = [
     {"types", "registry", "stamp", "io", "runtime", "clean", "neighbors", "principal"},
     {"data", "scan", "content", "dataset", "defended", "train", "sites", "universal"},
-    {"detectors", "relabel", "purify", "select", "plan"},
+    {"detectors", "relabel", "purify", "select", "plan", "replay"},
     {"checkpoint", "check", "bench", "report"},
     {"schema", "recipe", "methods", "loaders", "session", "look", "repair", "result", "pipeline"},
     {"grid", "cli"},

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     check_out(out)
     session = _session(args.source, args.detector, args.overrides, out)
     session.rehearse()
-    finding, _ = look(session)
+    finding, _ = look(session, kept=True)
     suspects = int(finding.plan.suspect.sum())
     groups = [dataclasses.asdict(group) for group in finding.selection.groups]
     report = {
