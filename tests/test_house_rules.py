@@ -20,15 +20,15 @@ LAYERS = [
     {"detectors", "relabel", "purify", "select", "plan", "replay"},
     {"checkpoint", "check", "bench", "report"},
     {"schema", "recipe", "methods", "loaders", "session", "look", "repair", "result", "pipeline"},
-    {"grid", "cli"},
+    {"speed", "grid", "cli"},
 ]
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 METHODS = {"detectors", "relabel", "purify", "bench.attacks"}  # one method a file: siblings share base.py alone
-IN_ORDER = ["schema", "recipe", "methods", "loaders", "session", "look", "repair", "result", "pipeline", "grid", "cli"]
+IN_ORDER = ["schema", "recipe", "methods", "loaders", "session", "look", "repair", "result", "pipeline", "speed", "grid", "cli"]
 BELOW = {own: {room for room in LAYER if LAYER[room] == 0 or LAYER[room] < LAYER[own]} for own in LAYER}
 BELOW |= {own: BELOW[own] | set(IN_ORDER[:place]) for place, own in enumerate(IN_ORDER)}
 BELOW["plan"] |= {"select"}  # a plan is made of a selection
-TIMM_ROOMS = {"data", "train", "checkpoint", "pipeline"}
+TIMM_ROOMS = {"data", "train", "checkpoint", "pipeline", "speed"}
 MAX_LINES = 300
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal"}
 SAFE_YAML = {"safe_load", "safe_load_all", "safe_dump", "safe_dump_all", "YAMLError"}

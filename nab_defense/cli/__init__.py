@@ -16,6 +16,7 @@ COMMANDS = {
     "purify": "repair a model after training, with a few clean images",
     "evaluate": "measure a saved model",
     "poison": "write a poisoned image folder, to try a defense blind",
+    "speed": "measure what the parts cost on this machine",
 }
 USAGE = """usage: nab COMMAND ...
 

@@ -1,0 +1,70 @@
+"""Timing: two things by turns, so that what else the machine does meets both; and the memory that one needs."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["peak_memory", "seconds", "side_by_side", "spread"]
+
+Task = Callable[[], object]
+
+
+def seconds(task: Task) -> float:
+    begun = time.perf_counter()
+    task()
+    return time.perf_counter() - begun
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def side_by_side(first: tuple[str, Task], second: tuple[str, Task], *, repeats: int, warm: bool = True) -> dict[str, Any]:
+    """Time two tasks by turns, the order changing from turn to turn.
+
+    Args:
+        first, second: A name and a task.
+        repeats: Turns.
+        warm: Run both once before; what that took is told as "first_run".
+
+    Returns: "seconds": name -> one value a turn; "ratio" of the first to the second, turn by turn: median and quartiles; "of":
+    what it is the ratio of."""
+    tasks = dict([first, second])
+    told: dict[str, Any] = {"first_run": {name: seconds(task) for name, task in tasks.items()}} if warm else {}
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for turn in range(repeats):
+        for name in list(tasks)[:: 1 if turn % 2 == 0 else -1]:
+            times[name].append(seconds(tasks[name]))
+    ratios = [one / other for one, other in zip(*times.values(), strict=True)]
+    return {"of": f"{first[0]} / {second[0]}", "ratio": spread(ratios), "seconds": times, **told}
+
+
+def peak_memory(task: Task) -> tuple[float, float]:
+    """Seconds of a task, and MB that it had at its peak above what the process had before."""
+    before = _reset_peak()
+    taken = seconds(task)
+    return taken, max(0.0, _peak() - before)
+
+
+def _reset_peak() -> float:
+    """Make the present size the peak, where Linux lets a process do so. Returns: the peak now, in MB."""
+    with contextlib.suppress(OSError):  # then the peak of an earlier task stays, and one that needs less shows 0
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _peak()
+
+
+def _peak() -> float:
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
+        return int(lines["VmHWM"].split()[0]) / 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
