@@ -28,6 +28,7 @@ examples:
   nab purify --model resnet18 --checkpoint bad.pth --clean path/to/clean --method ibau
   nab evaluate runs/quickstart_digits --data digits --attack blend alpha=0.3
   nab poison digits --attack badnets --rate 0.1 --target 0 --out poisoned/digits
+  nab speed kmeans knn
 
 nab COMMAND --help tells more. Exit status: 0 done, 2 wrong input (one line says what), 3 finished but not protected."""
 
