@@ -106,7 +106,7 @@ def _scan(session: Session, watch: Callable[[Scan], bool], kept: bool) -> tuple[
     passes = EarlyScan(batches, source.labels, look=watch, runtime=runtime, fingerprint=mark)
     key = None
     if kept:
-        facts = {"size": session.size, "pixels": session.normalization, "network": dataclasses.asdict(session.network())}
+        facts = {"size": session.size, "pixels": session.normalization, "built": dataclasses.asdict(session.network())}
         key = scan_key(
             network, mark, runtime=runtime, **facts, train=dataclasses.asdict(settings), loss=(stage.gamma, stage.form)
         )

@@ -99,13 +99,13 @@ def _training(*, count: int, size: int, augment: str, jitter: float | None, batc
     return {"what": "seconds of one epoch: above 1 ours is faster", "settings": settings, **found}
 
 
-def training(*, count: int = 4096, size: int = 32, batch_size: int = 128, repeats: int = 5) -> dict[str, Any]:
+def training(*, count: int = 1024, size: int = 32, batch_size: int = 128, repeats: int = 5) -> dict[str, Any]:
     """fit() on images held in memory, crop and flip, against timm's loader, random resized crop and flip without color jitter,
     and a plain loop; once with the same memory layout and once with that of timm's train script."""
     return _training(count=count, size=size, augment="crop_flip", jitter=None, batch_size=batch_size, repeats=repeats)
 
 
-def training_224(*, count: int = 128, size: int = 224, batch_size: int = 32, repeats: int = 3) -> dict[str, Any]:
+def training_224(*, count: int = 96, size: int = 224, batch_size: int = 32, repeats: int = 3) -> dict[str, Any]:
     """The same where ours goes through timm's loader too, with timm's own augmentation on both sides."""
     return _training(count=count, size=size, augment="timm", jitter=0.4, batch_size=batch_size, repeats=repeats)
 
@@ -118,7 +118,7 @@ def some_plan(labels: np.ndarray) -> NABPlan:
     return NABPlan(labels, new, suspect, empty.keep, empty.cover)
 
 
-def wrapper(*, count: int = 4096, size: int = 32, batch_size: int = 128, repeats: int = 9) -> dict[str, Any]:
+def wrapper(*, count: int = 1024, size: int = 32, batch_size: int = 128, repeats: int = 7) -> dict[str, Any]:
     """A plan over none: reading by timm's loader (NABDataset over the bare data set), from memory, and training from memory."""
     runtime, found = Runtime(device="cpu"), {}
     with image_folder(count, size) as folder:
@@ -141,7 +141,7 @@ def _pass(loader: Any) -> None:
         pass
 
 
-def defended(*, count: int = 2048, size: int = 32, batch_size: int = 256, repeats: int = 15) -> dict[str, Any]:
+def defended(*, count: int = 1024, size: int = 32, batch_size: int = 256, repeats: int = 11) -> dict[str, Any]:
     """Inference by DefendedModel over the bare model, on the same normalised images."""
     runtime = Runtime(device="cpu")
     bare = runtime.place(small_network()).eval()

@@ -30,7 +30,7 @@ __all__ = ["purify", "scan"]
 DIGITS: dict[str, Any] = {"mean": (0.306,), "std": (0.376,)}
 
 
-def scan(*, count: int = 4096, size: int = 32, batch_size: int = 128, fraction: float = 0.05, repeats: int = 5) -> dict[str, Any]:
+def scan(*, count: int = 2048, size: int = 32, batch_size: int = 128, fraction: float = 0.05, repeats: int = 3) -> dict[str, Any]:
     """One epoch of a scan (training without augmentation, the ordered pass, ranking, expanding) over a plain one, augmented."""
     runtime = Runtime(device="cpu")
     detector = detectors.create("lga")

@@ -7,10 +7,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from nab_defense import replay
 from nab_defense.bench.attacks import attacks
 from nab_defense.bench.poison import read_truth
 from nab_defense.cli import COMMANDS, main
@@ -101,3 +103,32 @@ def test_a_tool_by_itself() -> None:
         [sys.executable, str(ROOT / "tools" / "train.py"), "--help"], capture_output=True, text=True, check=True
     )
     assert "examples:" in done.stdout and done.stderr == ""
+
+
+def test_another_detector_finds_what_it_would_find_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "images"
+    attack = ["--attack", "blend", "alpha=0.3", "--rate", "0.15", "--target", "0", "--limit", "800"]
+    assert main(["poison", "digits", *attack, "--out", str(folder)]) == 0
+    trained: list[int] = []
+    fit = replay.fit
+
+    def counted(*args: Any, **knobs: Any) -> Any:
+        history = fit(*args, **knobs)
+        trained.append(len(history))
+        return history
+
+    monkeypatch.setattr(replay, "fit", counted)
+
+    def scan(detector: str, cache: str) -> dict[str, bytes]:
+        monkeypatch.setenv("NAB_CACHE", str(tmp_path / cache))
+        out = tmp_path / f"{detector}_{cache}"
+        assert main(["scan", str(folder), *QUICK, "scan.epochs=4", "--detector", detector, "--out", str(out)]) == 0
+        return contents(out)
+
+    scan("lga", "shared")
+    assert len(trained) == 1
+    second = scan("spectral", "shared")
+    assert len(trained) == 1 or trained[1] > trained[0]  # nothing, or what the first did not reach
+    before = len(trained)
+    alone = scan("spectral", "own")
+    assert len(trained) == before + 1 and second == alone
