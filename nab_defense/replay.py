@@ -73,12 +73,13 @@ def fit_once(
         network: As built; trained in place.
         loader: Shuffled batches.
         passes: What looks at each epoch.
-        key: See scan_key; None, and where several processes train one network: nothing is kept or read.
+        key: See scan_key; None, where several processes train one network, and where nothing can be written: nothing is kept.
         runtime, train, loss: As for fit."""
-    if key is None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    folder = _folder(key)
+    if folder is None:
         fit(network, loader, runtime=runtime, train=train, loss=loss, after_epoch=passes, title="scan")
         return
-    kept, done, settled = _Kept(io.cache_folder("scans") / key), 0, False
+    kept, done, settled = _Kept(folder), 0, False
     while done < train.epochs and not settled and (seen := kept.read(done + 1, passes)) is not None:
         done, passes.last = done + 1, seen
         settled = passes.look(seen)
@@ -112,6 +113,16 @@ def fit_once(
     finally:
         current.unlink(missing_ok=True)
     kept.make_room()
+
+
+def _folder(key: str | None) -> Path | None:
+    if key is None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    try:
+        return io.cache_folder("scans") / key
+    except (OSError, ValueError) as error:
+        log.info("the scan is not kept for other detectors: %s", error)
+        return None
 
 
 class _Kept:

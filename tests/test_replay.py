@@ -102,6 +102,13 @@ def test_broken_files_are_made_again(name: str, harm: str, cache: Path) -> None:
     assert not list(cache.glob("*/[0-9]*.state")) and not list(cache.glob("*/.*"))
 
 
+def test_without_a_place_to_keep_it_a_scan_runs_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("NAB_CACHE", str(tmp_path / "file"))
+    case = Case()
+    assert alike(case.run(kept=False), case.run()) and case.trained == 24
+
+
 def test_old_scans_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case()
     case.run()

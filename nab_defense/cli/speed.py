@@ -10,7 +10,7 @@ from .common import Parser
 
 __all__ = ["main"]
 
-EXAMPLES = ["nab speed", "nab speed kmeans knn", "nab speed training --out results"]
+EXAMPLES = ["nab speed kmeans knn", "nab speed training --out results", "nab speed"]
 
 
 def main(argv: list[str]) -> int:
