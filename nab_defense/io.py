@@ -22,7 +22,8 @@ from torch import Tensor
 
 __all__ = [
     "cache_folder", "check_folder", "load_array", "load_arrays", "load_csv", "load_json", "load_state", "load_tensors",
-    "load_weights", "load_yaml", "save_array", "save_arrays", "save_csv", "save_json", "save_state", "save_tensors", "save_yaml",
+    "load_weights", "load_yaml", "save_array", "save_arrays", "save_csv", "save_json", "save_state", "save_tensors", "save_text",
+    "save_yaml",
 ]  # fmt: skip
 
 
@@ -74,6 +75,10 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path} is a folder, expected a file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file: {error}") from None
+
+
+def save_text(path: Path, text: str) -> None:
+    _write(path, lambda stream: stream.write(text.encode()))
 
 
 def save_json(path: Path, value: Any) -> None:

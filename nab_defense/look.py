@@ -23,7 +23,7 @@ from .session import Session
 from .train import TrainConfig
 from .types import SuspectReport
 
-__all__ = ["look", "look_again"]
+__all__ = ["accuse", "look", "look_again", "scan_whole"]
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,13 @@ def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
 
     Returns: what was found, and the scan's network."""
     recipe = session.recipe
+    if recipe.rule == "paper":
+        scan, network = scan_whole(session, kept=kept)
+        return accuse(session, scan, network), network
     detector = detectors.create(recipe.scan.detector, **recipe.scan.params)
     found: list[tuple[SuspectReport, Selection]] = []
 
     def watch(seen: Scan) -> bool:
-        if recipe.rule == "paper":
-            return False
         last = found[-1][1] if found else None
         report = detector.detect(seen)
         selection = expand(report, seen, fraction=recipe.fraction, previous=last)
@@ -51,12 +52,20 @@ def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
         return last is not None and settled(last, selection)
 
     scan, network = _scan(session, watch, kept)
-    if recipe.rule == "paper":
-        report = detector.detect(scan)
-        selection = take_fraction(report, recipe.fraction)
-    else:
-        report, selection = found[-1]
-    return _finding(session, scan, report, selection, network, network), network
+    return _finding(session, scan, *found[-1], network, network), network
+
+
+def scan_whole(session: Session, *, kept: bool = False) -> tuple[Scan, nn.Module]:
+    """All epochs of the scan, as the paper's rule has it; no detector has a say in it. `kept` as in look."""
+    return _scan(session, lambda seen: False, kept)
+
+
+def accuse(session: Session, scan: Scan, network: nn.Module) -> Finding:
+    """The paper's rule on a whole scan: the recipe's detector ranks, its top fraction is relabelled.
+
+    Args: network: The scan's."""
+    report = detectors.create(session.recipe.scan.detector, **session.recipe.scan.params).detect(scan)
+    return _finding(session, scan, report, take_fraction(report, session.recipe.fraction), network, network)
 
 
 def look_again(session: Session, trained: nn.Module, scanner: nn.Module) -> Finding:

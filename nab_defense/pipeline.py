@@ -25,7 +25,7 @@ from .session import Session
 from .train import fit
 from .types import EvalResult, NABPlan
 
-__all__ = ["run"]
+__all__ = ["Clock", "defend", "protect", "run", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,10 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     done = session.claim()
     if done is not None:
         return done
-    clock = _Clock(session)
-    finding, network, untouched = _defended(session, clock)
+    clock = Clock(session)
+    finding, network, untouched = protect(
+        session, clock, first=lambda: _first(session), fitted=lambda plan, arm: train(session, plan, arm)
+    )
     defended = defend(session, network, finding.plan)
     verdict = clock("check", lambda: check(session, defended, network, finding))
     shipped, verdict, purified = _repaired(session, clock, trusted, defended, verdict, finding.plan)
@@ -83,7 +85,7 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     return result
 
 
-class _Clock:
+class Clock:
     """Seconds of each stage, kept on disk so that a resumed run still reports what it took."""
 
     def __init__(self, session: Session) -> None:
@@ -93,9 +95,12 @@ class _Clock:
     def __call__(self, stage: str, work: Callable[[], Any]) -> Any:
         started = time.perf_counter()
         value = work()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-        io.save_json(self.path, self.seconds)
+        self.add(stage, time.perf_counter() - started)
         return value
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        io.save_json(self.path, self.seconds)
 
 
 def _twins(session: Session) -> list[tuple[str, NABPlan]]:
@@ -110,23 +115,33 @@ def _twins(session: Session) -> list[tuple[str, NABPlan]]:
     return twins
 
 
-def _defended(session: Session, clock: _Clock) -> tuple[Finding, nn.Module, nn.Module | None]:
+def protect(
+    session: Session,
+    clock: Clock,
+    *,
+    first: Callable[[], tuple[Finding, nn.Module]],
+    fitted: Callable[[NABPlan, str], nn.Module],
+) -> tuple[Finding, nn.Module, nn.Module | None]:
     """Look and train; where nothing was found, look again with the trained network, and train anew if that finds something.
 
+    Args:
+        first: Gives the first look and the scan's network.
+        fitted: (plan, name of the arm) -> a network trained under the plan.
+
     Returns: what was found, the network to ship, and the one that ordinary training gave, where there is one."""
-    finding, scanner = clock("scan", lambda: _first(session))
+    finding, scanner = clock("scan", first)
     log.info("%d suspects", finding.plan.suspect.sum())
-    network = clock("train", lambda: train(session, finding.plan, "defended"))
+    network = clock("train", lambda: fitted(finding.plan, "defended"))
     untouched = None if finding.plan.changed.any() else network
     if session.recipe.rule == "expand" and not finding.plan.suspect.any():
         finding = clock("scan", lambda: _remembered(session, "again", lambda: look_again(session, network, scanner)))
         if finding.plan.changed.any():
-            network = clock("train", lambda: train(session, finding.plan, "retrained"))
+            network = clock("train", lambda: fitted(finding.plan, "retrained"))
     return finding, network, untouched
 
 
 def _repaired(
-    session: Session, clock: _Clock, trusted: Trusted | None, shipped: nn.Module, verdict: Verdict, plan: NABPlan
+    session: Session, clock: Clock, trusted: Trusted | None, shipped: nn.Module, verdict: Verdict, plan: NABPlan
 ) -> tuple[nn.Module, Verdict, dict[str, Any] | None]:
     """Repair what is to be shipped, where the recipe says so, and check it again.
 

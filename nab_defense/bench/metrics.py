@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from ..types import NABPlan, Rate
 
-__all__ = ["detection", "relabel_accuracy", "share", "wilson"]
+__all__ = ["defense_effectiveness", "detection", "hits_at", "relabel_accuracy", "share", "wilson"]
 
 
 def wilson(hits: int, n: int, z: float = 1.96) -> Rate:
@@ -64,6 +64,34 @@ def detection(
         "recall": hits / total if total else None,
         "auroc": float(roc_auc_score(poisoned, scores)) if ranked else None,
     }
+
+
+def hits_at(scores: NDArray[Any], poisoned: NDArray[np.bool_], *, false_alarms: float) -> float | None:
+    """Share of the poison that ranks above all but this share of the clean samples (TPR at a fixed FPR).
+
+    Ties count against the detector: a sample is found where it scores higher than the threshold.
+
+    Args:
+        scores: (N,), higher = more suspicious.
+        poisoned: (N,) bool, the truth.
+        false_alarms: In [0, 1).
+
+    Returns:
+        In [0, 1]; None where nothing or everything is poisoned."""
+    clean = np.sort(scores[~poisoned])[::-1]
+    if not len(clean) or not poisoned.any():
+        return None
+    threshold = clean[int(false_alarms * len(clean))]
+    return float((scores[poisoned] > threshold).mean())
+
+
+def defense_effectiveness(before: tuple[float, float], after: tuple[float, float]) -> float:
+    """DER [FT-SAM, Zhu et al. 2023, arXiv:2304.11823, eq. 7]: 1 is an attack undone at no cost, .5 is nothing done.
+
+    Args: before, after: ASR and ACC of the undefended network and of the other, in [0, 1].
+
+    Returns: (max(0, fall of ASR) - max(0, fall of ACC) + 1) / 2, in [0, 1]."""
+    return (max(0.0, before[0] - after[0]) - max(0.0, before[1] - after[1]) + 1) / 2
 
 
 def relabel_accuracy(plan: NABPlan, true_labels: NDArray[np.int64]) -> Rate | None:

@@ -15,6 +15,7 @@ COMMANDS = {
     "scan": "rank the images of a data set by suspicion",
     "purify": "repair a model after training, with a few clean images",
     "evaluate": "measure a saved model",
+    "bench": "compare defences on many attacks",
     "poison": "write a poisoned image folder, to try a defense blind",
     "speed": "measure what the parts cost on this machine",
 }
@@ -27,6 +28,7 @@ examples:
   nab scan path/to/images
   nab purify --model resnet18 --checkpoint bad.pth --clean path/to/clean --method ibau
   nab evaluate runs/quickstart_digits --data digits --attack blend alpha=0.3
+  nab bench recipes/bench/digits.yaml
   nab poison digits --attack badnets --rate 0.1 --target 0 --out poisoned/digits
   nab speed kmeans knn
 

@@ -1,0 +1,72 @@
+"""ABL: isolate what is learned fastest, then unlearn it [Li et al. 2021, arXiv:2110.11571]."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..detectors import detectors
+from ..look import scan_whole
+from ..train import TrainConfig, fit
+from ..types import NABPlan
+from .base import Outcome, Task, defences
+
+__all__ = ["ABL", "ascent"]
+
+BATCH = 64
+
+
+def ascent(logits: Tensor, labels: Tensor) -> Tensor:
+    """Minus the cross-entropy, so that training climbs it [eq. 5, the isolated part]; without an end, as in the paper.
+
+    Args: logits: (B, K). labels: (B,)."""
+    return -F.cross_entropy(logits, labels)
+
+
+@defences.register("abl", source="arXiv:2110.11571")
+@dataclass(frozen=True)
+class ABL:
+    """The lowest losses of a scan under the LGA loss are isolated; the trained network climbs the loss on them.
+
+    We leave the paper where the network to be unlearned is trained on all images, not on all but the isolated ones, which hold
+    a small part of the poison: so it is the undefended one, the same for all defences.
+
+    Args:
+        fraction: Isolated share; .01 in the paper.
+        steps: Unlearning steps of 64 images; the authors' 20 epochs on 500 images are 160.
+        lr: Of these steps, 5e-4 in the paper.
+    """
+
+    fraction: float = 0.01
+    steps: int = 160
+    lr: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1 or self.steps < 1:
+            raise ValueError(f"fraction must be in (0, 1) and steps at least 1, got {self.fraction} and {self.steps}")
+        self._settings(1)
+
+    def _settings(self, batches: int) -> TrainConfig:
+        epochs = max(1, round(self.steps / batches))
+        return TrainConfig(epochs=epochs, batch_size=BATCH, lr=self.lr, weight_decay=1e-4, sched="none")
+
+    def defend(self, task: Task) -> Outcome:
+        session = task.session(rule="paper")
+        (seen, _), scanning = task.remember("scan", lambda: scan_whole(session))
+        report = detectors.create("lga").detect(seen)
+        isolated = report.select(self.fraction)
+        if not isolated.any():
+            raise ValueError(f"fraction={self.fraction} of {len(isolated)} images isolates none; raise it")
+        source = task.source.subset(np.flatnonzero(isolated))
+        loader = session.loaders(source, session.recipe.train.augment, BATCH, training=True)
+        network, begun = copy.deepcopy(task.undefended), time.perf_counter()
+        fit(network, loader, runtime=session.runtime, train=self._settings(len(loader)), loss=ascent, title="unlearn")
+        seconds = {"scan": scanning, "train": task.plain_seconds, "unlearn": time.perf_counter() - begun}
+        plan = dataclasses.replace(NABPlan.empty(task.source.labels), suspect=isolated, keep=~isolated)
+        return Outcome(network, seconds, plan, report.scores)

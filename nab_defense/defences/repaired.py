@@ -1,0 +1,44 @@
+"""Purifiers as defences: ordinary training, then a repair with trusted images."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..purify import purifiers, purify
+from ..repair import read_clean
+from ..types import NABPlan
+from .base import Outcome, Task, defences
+
+__all__ = ["Repaired"]
+
+
+@defences.register("purify")
+@dataclass(frozen=True)
+class Repaired:
+    """One of this package's purifiers on the undefended network, with all the trusted images of the task.
+
+    Where the purifier takes none of its candidates the network stays as it was, and the note says so.
+
+    Args:
+        method: Any that `nab purify` knows.
+        settings: Its settings; those left out keep their defaults.
+    """
+
+    method: str = "ibau"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        purifiers.create(self.method, **self.settings)
+
+    def defend(self, task: Task) -> Outcome:
+        session, method = task.session(), purifiers.create(self.method, **self.settings)
+        begun, (mean, std), recipe = time.perf_counter(), session.normalization, task.recipe
+        _, images = read_clean(
+            task.clean, size=session.size, limit=None, labelled=method.labelled, hflip=recipe.train.hflip, seed=recipe.seed
+        )
+        found = purify(task.undefended, images, method, mean=mean, std=std, runtime=session.runtime)
+        seconds = {"train": task.plain_seconds, "purify": time.perf_counter() - begun}
+        note = f"{found.status}{'' if found.chosen is None else ': ' + found.chosen}"
+        return Outcome(found.model, seconds, NABPlan.empty(task.source.labels), note=note)

@@ -1,0 +1,160 @@
+"""The cells of a grid: what each is, what it is called, and in which order they run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import groupby
+from typing import Any
+
+from ..methods import check_methods
+from ..schema import Recipe
+from .schema import NONE, AttackRow, DefenceRow, Grid, merged, network_recipe
+
+__all__ = ["Cell", "Setting", "cells_of", "defended_recipe", "find_cells", "grouped", "key_of"]
+
+# The poison is drawn with a seed far from the recipe's, from which a defence draws too: it could not guess by chance.
+POISON_SEED = 1_000_003
+
+
+def key_of(value: Any) -> str:
+    """A short name for a JSON-able value: the same for the same content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One poisoned training set and one start: what all defences of a row are compared on.
+
+    Args:
+        recipe: With the attack, the test set and the seed.
+        clean: How many images are held out of the source and trusted.
+        network, attack, rate, seed: Names of its place in the grid; rate 0 where nothing is poisoned.
+    """
+
+    recipe: Recipe
+    clean: int
+    network: str
+    attack: str
+    rate: float
+    seed: int
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything that determines it."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json", exclude={"name"}),
+            "clean": self.clean,
+            "package": version("nab_defense"),
+        }
+
+    @property
+    def key(self) -> str:
+        return key_of(self.config)
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}-{self.attack}-{100 * self.rate:g}pct-seed{self.seed}"
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One defence in one setting."""
+
+    setting: Setting
+    defence: str
+    row: DefenceRow
+
+    @property
+    def kind(self) -> str:
+        """The registered name of its defence."""
+        return self.row.defence or self.defence
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**self.setting.config, "defence": {"name": self.kind, "params": self.row.params, "recipe": self.row.recipe}}
+
+    @property
+    def key(self) -> str:
+        return key_of(self.config)
+
+    @property
+    def name(self) -> str:
+        """Readable, and unlike every other cell's; the name of its file."""
+        setting = self.setting
+        place = f"{setting.network}-{setting.attack}-{100 * setting.rate:g}pct-{self.defence}-seed{setting.seed}"
+        return f"{place}-{self.key}"
+
+
+def cells_of(grid: Grid, origin: str = "grid") -> list[Cell]:
+    """All cells in the order in which they run: seed 0 of everything comes first, and in it the highest rates.
+
+    Raises:
+        ValueError: Settings that no cell could use; found before anything is trained."""
+    rows = [(name, row or DefenceRow()) for name, row in grid.defences.items()]
+    cells = [Cell(setting, name, row) for setting in _settings(grid, origin) for name, row in rows]
+    names: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.name in names:
+            raise ValueError(f"{origin}: the cell {cell.name} is there twice; drop one of its rates, seeds or rows")
+        names[cell.name] = cell
+    return cells
+
+
+def _settings(grid: Grid, origin: str) -> Iterator[Setting]:
+    attacks = {name: row or AttackRow() for name, row in grid.attacks.items()}
+    most = max(len(row.rates or grid.rates) for row in attacks.values())
+    for seed in grid.seeds:
+        for place in range(most):
+            for network in grid.networks:
+                for name, row in attacks.items():
+                    rates = (0.0,) if (row.name or name) == NONE else row.rates or grid.rates
+                    if place < len(rates):
+                        yield _setting(grid, origin, network, name, row, rates[place], seed)
+
+
+def _setting(grid: Grid, origin: str, network: str, name: str, row: AttackRow, rate: float, seed: int) -> Setting:
+    attack: Any = None
+    if rate:
+        goal = {"target": row.target, "mode": row.mode, "seed": POISON_SEED + seed}
+        attack = {"name": row.name or name, "rate": rate, "params": row.params, **goal}
+    recipe = network_recipe(grid, network, origin=origin, attack=attack, seed=seed)
+    try:
+        check_methods(recipe)
+        if recipe.data.test is None:
+            raise ValueError("data.test is missing: there is nothing to measure on")
+        if recipe.data.truth is not None:
+            raise ValueError("data.truth cannot be used: the grid poisons by itself")
+    except ValueError as error:
+        raise ValueError(f"{origin}: attacks.{name} with networks.{network}: {error}") from None
+    return Setting(recipe, grid.clean, network, name, rate, seed)
+
+
+def defended_recipe(cell: Cell) -> Recipe:
+    """What the cell's defence is told: no attack, no truth, no test set, and not where the images came from, which would
+    lead to all of these."""
+    tree = cell.setting.recipe.model_dump(mode="json")
+    tree["data"] |= {"source": "given", "test": None, "limit": None, "test_limit": None, "truth": None, "options": {}}
+    tree |= {"name": "defence", "attack": None, "baselines": []}
+    return Recipe.model_validate(merged(tree, cell.row.recipe))
+
+
+def find_cells(cells: list[Cell], part: str) -> list[Cell]:
+    """The one cell whose name or key holds this part.
+
+    Raises:
+        ValueError: None, or several."""
+    found = [cell for cell in cells if part in cell.name]
+    if len(found) == 1:
+        return found
+    if not found:
+        raise ValueError(f"no cell of this grid has {part!r} in its name; the first is {cells[0].name}")
+    raise ValueError(f"{len(found)} cells have {part!r} in their names, e.g. {found[0].name} and {found[1].name}; give more")
+
+
+def grouped(cells: list[Cell]) -> list[list[Cell]]:
+    """Cells of one setting together, in their order."""
+    return [list(group) for _, group in groupby(cells, key=lambda cell: id(cell.setting))]

@@ -1,0 +1,98 @@
+"""The figures of a cell: each with its n and interval; what cannot be measured is null, never 0."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..bench.evaluate import Loader
+from ..bench.metrics import defense_effectiveness, detection, hits_at, relabel_accuracy, share
+from ..defences import Outcome
+from ..defended import DefendedModel
+from .case import Case
+
+__all__ = ["WORKS", "attack_works", "figures"]
+
+WORKS = 0.7  # undefended ASR below which an attack has failed by itself
+
+
+def attack_works(twins: dict[str, dict[str, Any]]) -> bool | None:
+    """Whether the undefended network obeys the trigger; None where there is none.
+
+    Args: twins: figures of the undefended network and of the oracle."""
+    asr = twins["undefended"].get("asr")
+    return None if asr is None else bool(asr["value"] >= WORKS)
+
+
+def figures(outcome: Outcome, case: Case, *, detects: bool = True) -> dict[str, Any]:
+    """What came of a defence.
+
+    Args: detects: Compare what it changed with the truth; not for the oracle, which was told."""
+    model, truth = outcome.model, case.truth
+    stamped = isinstance(model, DefendedModel)
+    own = case.measured(model)
+    return {
+        "defended": own,
+        "plain": case.measured(model.model) if isinstance(model, DefendedModel) else None,
+        **compared(own, case.twins.figures),
+        "altered": None if outcome.plan is None else asdict(share(outcome.plan.changed)),
+        "detection": _detection(outcome, case) if detects else None,
+        "relabel_accuracy": _relabelled(outcome, case) if detects else None,
+        "rejects": _rejects(model, case) if stamped else None,  # type: ignore[arg-type]
+        "poisoned": int(truth.poisoned.sum()),
+    }
+
+
+def compared(own: dict[str, Any], twins: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """A defence beside its twins: how much more it obeys than the oracle, what accuracy it lacks, DER, and the oracle's DER."""
+    undefended, oracle = twins["undefended"], twins["oracle"]
+    gap = oracle["acc"]["value"] - own["acc"]["value"]
+    if "asr" not in own:
+        return {"excess_asr": None, "acc_gap": gap, "der": None, "der_ceiling": None}
+    before, best, after = (_pair(figures) for figures in (undefended, oracle, own))
+    return {
+        "excess_asr": after[0] - best[0],
+        "acc_gap": gap,
+        "der": defense_effectiveness(before, after),
+        "der_ceiling": defense_effectiveness(before, best),
+    }
+
+
+def _pair(figures: dict[str, Any]) -> tuple[float, float]:
+    return figures["asr"]["value"], figures["acc"]["value"]
+
+
+def _detection(outcome: Outcome, case: Case) -> dict[str, Any] | None:
+    """How well it told poison from clean; None where it accuses no samples and ranks none."""
+    plan, scores, poisoned = outcome.plan, outcome.scores, case.truth.poisoned
+    if scores is None or plan is None:
+        return None
+    found = detection(plan.suspect, scores, poisoned)
+    rates = {f"tpr_at_{name}": hits_at(scores, poisoned, false_alarms=rate) for name, rate in (("1pct", 0.01), ("01pct", 0.001))}
+    return {**found, **rates}
+
+
+def _relabelled(outcome: Outcome, case: Case) -> dict[str, Any] | None:
+    rate = None if outcome.plan is None else relabel_accuracy(outcome.plan, case.truth.true_labels)
+    return None if rate is None else asdict(rate)
+
+
+def _rejects(model: DefendedModel, case: Case) -> dict[str, Any]:
+    """Share of test images whose class the stamp changes, clean and triggered."""
+    clean, triggered = case.cases.clean, case.cases.triggered
+    return {
+        "clean": _rejected(model, clean, case),
+        "triggered": None if triggered is None else _rejected(model, triggered, case),
+    }
+
+
+def _rejected(model: DefendedModel, loader: Loader, case: Case) -> dict[str, Any]:
+    runtime, found = case.session.runtime, []
+    model.eval()
+    for images, _ in loader:
+        with torch.inference_mode(), runtime.autocast():
+            found.append(model.rejects(runtime.put(images)).cpu())
+    return asdict(share(np.asarray(torch.cat(found))))

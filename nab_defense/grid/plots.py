@@ -1,0 +1,95 @@
+"""Finished cells as pictures: ASR against the ACC gap, ASR by rate, and a heat map of attacks and defences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .schema import NONE
+from .tables import ASR, GAP, Record, Results, measured
+
+__all__ = ["draw"]
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Write the pictures of each network; those without any attack that works are left out.
+
+    Returns: their paths."""
+    drawn = []
+    for network in results.networks:
+        cells = results.at(network=network)
+        if not measured([cell for cell in cells if cell["cell"]["rate"]], ASR):
+            continue
+        for name, make in PICTURES.items():
+            figure = Figure(figsize=(9, 6), layout="constrained")
+            make(figure, results, cells)
+            path = folder / f"{name}_{network}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=120)
+            drawn.append(path)
+    return drawn
+
+
+def _means(cells: list[Record], key: str, value: Any) -> tuple[list[float], list[float]]:
+    chosen = [cell for cell in cells if cell["cell"][key] == value and cell["cell"]["rate"]]
+    return measured(chosen, ASR), measured(chosen, GAP)
+
+
+def _against(figure: Figure, results: Results, cells: list[Record]) -> None:
+    """A dot a cell: the best corner is the lower left one."""
+    axes = figure.subplots()
+    for number, defence in enumerate(results.defences):
+        rates, gaps = _means(cells, "defence", defence)
+        if rates:
+            axes.scatter(gaps, rates, label=defence, marker="osD^vP*X"[number % 8], alpha=0.7)
+    axes.set(xlabel="ACC gap to the oracle", ylabel="ASR", title="every cell whose attack works")
+    axes.legend(fontsize="small")
+
+
+def _by_rate(figure: Figure, results: Results, cells: list[Record]) -> None:
+    """Mean ASR of all attacks that work at a rate; a line a defence."""
+    axes = figure.subplots()
+    for number, defence in enumerate(results.defences):
+        points = []
+        for rate in sorted(rate for rate in results.rates if rate):
+            values, _ = _means([cell for cell in cells if cell["cell"]["rate"] == rate], "defence", defence)
+            if values:
+                points.append((100 * rate, mean(values)))
+        if points:
+            axes.plot(*zip(*points, strict=True), label=defence, marker="osD^vP*X"[number % 8])
+    axes.set(xlabel="poison rate, %", ylabel="mean ASR of the attacks that work", xscale="log")
+    axes.legend(fontsize="small")
+
+
+def _heat(figure: Figure, results: Results, cells: list[Record]) -> None:
+    """Mean ASR by attack and defence; grey where there is nothing."""
+    attacks = [name for name in results.attacks if name != NONE]
+    values = np.full((len(attacks), len(results.defences)), np.nan)
+    for row, attack in enumerate(attacks):
+        for column, defence in enumerate(results.defences):
+            found, _ = _means([cell for cell in cells if cell["cell"]["attack"] == attack], "defence", defence)
+            if found:
+                values[row, column] = mean(found)
+    axes = figure.subplots()
+    axes.set_facecolor("lightgrey")
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="magma_r", aspect="auto")
+    axes.set_xticks(range(len(results.defences)), results.defences, rotation=60, ha="right")
+    axes.set_yticks(range(len(attacks)), attacks)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.5 else "black", fontsize=8
+            )
+    figure.colorbar(image, label="mean ASR over rates and seeds whose attack works")
+
+
+PICTURES: dict[str, Callable[[Figure, Results, list[Record]], None]] = {
+    "asr_against_gap": _against,
+    "asr_by_rate": _by_rate,
+    "heat": _heat,
+}

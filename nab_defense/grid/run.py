@@ -1,0 +1,119 @@
+"""Running a grid: every missing cell once, each written whole, in an order that makes a grid useful before it is done."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import io
+from ..defences import Outcome, defences
+from ..result import provenance
+from .case import Case
+from .cells import Cell, grouped
+from .figures import attack_works, figures
+from .schema import NONE, ORACLE
+
+__all__ = ["ATTACK_FAILED", "DONE", "FAILED", "cell_path", "own_share", "run_cells"]
+
+DONE, ATTACK_FAILED, FAILED = "done", "attack failed", "failed"
+Tell = Callable[[str], None]
+
+
+def cell_path(out: Path, cell: Cell) -> Path:
+    return out / "cells" / f"{cell.name}.json"
+
+
+def own_share(cells: list[Cell]) -> list[Cell]:
+    """This process's part where torchrun started several: whole settings in turn, so that no two train the same twin."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+    return [cell for group in grouped(cells)[rank::world] for cell in group]
+
+
+def run_cells(cells: list[Cell], out: Path, *, tell: Tell) -> list[str]:
+    """Run those that are not there yet.
+
+    A cell that cannot be run (ValueError) is written down as failed with its one line, and the others go on. Where the attack
+    does not work on the undefended network no defence is trained: there is nothing to defend.
+
+    Args:
+        cells: In their order.
+        out: Folder of the grid; gets cells/ and twins/.
+        tell: Called with a line a cell.
+
+    Returns: names of the cells that failed."""
+    io.check_folder(out)
+    missing = [cell for cell in cells if not cell_path(out, cell).exists()]
+    done, failed, begun = len(cells) - len(missing), [], time.perf_counter()
+    if done:
+        tell(f"{done} of {len(cells)} cells are there already")
+    for number, (cell, record) in enumerate(_records(missing, out), start=1):
+        io.save_json(cell_path(out, cell), record)
+        if record["status"] == FAILED:
+            failed.append(cell.name)
+        left = (time.perf_counter() - begun) / number * (len(missing) - number)
+        tell(f"{done + number}/{len(cells)} {cell.name}: {in_short(record)}; {left / 3600:.1f} h left")
+    return failed
+
+
+def _records(cells: list[Cell], out: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    for group in grouped(cells):
+        with tempfile.TemporaryDirectory(prefix="bench_") as work:
+            case: Case | None = None
+            for number, cell in enumerate(group):
+                folder, begun = Path(work) / str(number), time.perf_counter()
+                try:
+                    case = case or Case(cell.setting, out, Path(work))
+                    found = _run(cell, case, folder)
+                except ValueError as error:
+                    found = {"status": FAILED, "error": " ".join(str(error).split())}
+                yield cell, {**_about(cell), **found, "wall_seconds": time.perf_counter() - begun}
+
+
+def _about(cell: Cell) -> dict[str, Any]:
+    setting = cell.setting
+    place = {"network": setting.network, "attack": setting.attack, "rate": setting.rate, "seed": setting.seed}
+    return {"key": cell.key, "cell": {**place, "defence": cell.defence}, "config": cell.config}
+
+
+def _run(cell: Cell, case: Case, folder: Path) -> dict[str, Any]:
+    twins = case.twins
+    works = attack_works(twins.figures)
+    plain = twins.seconds["undefended"]
+    found: dict[str, Any] = {
+        "status": DONE if works is not False else ATTACK_FAILED,
+        **provenance(case.session.runtime),
+        "twins": twins.figures,
+        "plain_seconds": plain,
+    }
+    if works is False and cell.kind not in (NONE, ORACLE):
+        return found
+    if cell.kind == ORACLE:
+        outcome = Outcome(twins.oracle, {"train": twins.seconds["oracle"]}, case.oracle_plan)
+    else:
+        outcome = defences.create(cell.kind, **cell.row.params).defend(case.task(cell, folder))
+    relative = {stage: seconds / plain for stage, seconds in outcome.seconds.items()}
+    return {
+        **found,
+        "figures": figures(outcome, case, detects=cell.kind != ORACLE),
+        "seconds": outcome.seconds,
+        "relative_seconds": {**relative, "total": sum(relative.values())},
+        "note": outcome.note,
+    }
+
+
+def in_short(record: dict[str, Any]) -> str:
+    """What a cell showed, for people who watch."""
+    took = f"{record['wall_seconds']:.0f} s"
+    if record["status"] == FAILED:
+        return f"failed, {took}: {record['error']}"
+    shown = record["figures"]["defended"] if "figures" in record else record["twins"]["undefended"]
+    rates = " ".join(f"{name.upper()} {shown[name]['value']:.3f}" for name in ("acc", "asr") if name in shown)
+    return f"{'the attack failed, ' if record['status'] == ATTACK_FAILED else ''}{rates}, {took}"

@@ -1,0 +1,202 @@
+"""Finished cells as Markdown: what was measured, what failed, and nothing where nothing ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from .. import io
+from .run import ATTACK_FAILED, DONE, FAILED
+from .schema import NONE, ORACLE, Grid
+
+__all__ = ["ASR", "GAP", "Record", "Results", "markdown", "measured", "read_results"]
+
+Record = dict[str, Any]
+Reader = Callable[[Record], float | None]
+
+
+def reach(*keys: str) -> Reader:
+    """Record -> the number at this path, of a rate its value; None where it is missing or null."""
+
+    def read(record: Record) -> float | None:
+        value: Any = record
+        for key in keys:
+            value = None if value is None else value.get(key)
+        return value["value"] if isinstance(value, dict) else value
+
+    return read
+
+
+ASR, GAP = reach("figures", "defended", "asr"), reach("figures", "acc_gap")
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """Finished cells, and the order of their rows and columns.
+
+    Args:
+        records: What the cells' files hold.
+        networks, attacks, rates, defences: Names as they are to be listed; those without any cell too.
+    """
+
+    records: list[Record]
+    networks: Sequence[str]
+    attacks: Sequence[str]
+    rates: Sequence[float]
+    defences: Sequence[str]
+
+    def at(self, **place: Any) -> list[Record]:
+        """The cells of a place in the grid, e.g. network="resnet", rate=.1."""
+        return [record for record in self.records if all(record["cell"][key] == value for key, value in place.items())]
+
+
+def read_results(folder: Path, grid: Grid | None = None) -> Results:
+    """All cells below a folder.
+
+    Args: grid: Gives the order, and the cells that are still empty; None: those that there are, by name.
+
+    Raises:
+        ValueError: There is none."""
+    found = [io.load_json(path) for path in sorted(folder.rglob("*.json"))]
+    records = [value for value in found if isinstance(value, dict) and {"key", "cell", "status"} <= set(value)]
+    if not records:
+        raise ValueError(f"{folder} holds no finished cell; run the grid first, or name its --out")
+    names = {key: list(dict.fromkeys(r["cell"][key] for r in records)) for key in ("network", "attack", "rate", "defence")}
+    if grid is not None:
+        for key, listed in (("network", grid.networks), ("attack", grid.attacks), ("defence", grid.defences)):
+            names[key] = [*listed, *(name for name in names[key] if name not in listed)]
+    return Results(records, names["network"], names["attack"], sorted(names["rate"], reverse=True), names["defence"])
+
+
+def markdown(results: Results) -> str:
+    """Everything that the cells show, as one page."""
+    parts = ["# Benchmark", _counts(results), *_worst(results), "## Attacks", _attacks(results)]
+    for network in results.networks:
+        for rate in results.rates:
+            if results.at(network=network, rate=rate):
+                what = f"{100 * rate:g} % poison" if rate else "harmless data"
+                parts += [f"## {network}, {what}", _table(results, network, rate)]
+    parts += ["## Detection", _details(results, DETECTION), "## Cost and what was changed", _details(results, COST)]
+    return "\n\n".join([*parts, LEGEND]) + "\n"
+
+
+LEGEND = (
+    "ASR / ACC gap: share of triggered test images that get the attacker's class, and the oracle's accuracy less the defence's; "
+    "mean over seeds ± standard deviation, seeds in brackets. *attack failed*: the undefended network obeys the trigger on less "
+    "than 70 % of the images, and there is nothing to defend. *failed*: the defence could not be run. Empty: not run."
+)
+
+
+def _counts(results: Results) -> str:
+    kinds = {kind: sum(r["status"] == kind for r in results.records) for kind in (DONE, ATTACK_FAILED, FAILED)}
+    return f"{len(results.records)} cells: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) + "."
+
+
+def _worst(results: Results) -> list[str]:
+    """A line a defence: where it does worst."""
+    lines = []
+    for defence in results.defences:
+        if defence in (NONE, ORACLE):
+            continue
+        places = []
+        for network in results.networks:
+            for attack in results.attacks:
+                for rate in results.rates:
+                    cells = measured(results.at(network=network, attack=attack, rate=rate, defence=defence), ASR)
+                    if cells:
+                        places.append((mean(cells), f"{attack} at {100 * rate:g} % on {network}", cells))
+        if places:
+            asr, where, cells = max(places)
+            lines.append(f"- {defence}: {where}, ASR {asr:.3f} ({len(cells)}); {len(places)} attacks that work were tried")
+    return ["## Worst attack of each defence", "\n".join(lines)] if lines else []
+
+
+def measured(cells: list[Record], read: Reader) -> list[float]:
+    """Numbers of those cells that count: run, and with an attack that works where there is one."""
+    return [value for value in map(read, (cell for cell in cells if cell["status"] == DONE)) if value is not None]
+
+
+def _spread(values: list[float]) -> str:
+    middle = f"{mean(values):.3f}"
+    return f"{middle} ± {stdev(values):.3f}" if len(values) > 1 else middle
+
+
+def _cell(cells: list[Record]) -> str:
+    """One field: figures of the seeds that count, and what became of the others."""
+    gaps, rates = measured(cells, GAP), measured(cells, ASR)
+    parts = []
+    if gaps:
+        parts.append(f"{_spread(rates) + ' / ' if rates else ''}{_spread(gaps)} ({len(gaps)})")
+    for status in (ATTACK_FAILED, FAILED):
+        count = sum(cell["status"] == status for cell in cells)
+        if count:
+            parts.append(f"*{status}* ({count})")
+    return "; ".join(parts)
+
+
+def _table(results: Results, network: str, rate: float) -> str:
+    rows = []
+    for attack in results.attacks:
+        cells = results.at(network=network, rate=rate, attack=attack)
+        if cells:
+            rows.append([attack, *(_cell([c for c in cells if c["cell"]["defence"] == name]) for name in results.defences)])
+    return _lines(["attack", *results.defences], rows)
+
+
+def _attacks(results: Results) -> str:
+    """Whether each attack works, and how often a clean network names its target anyway."""
+    rows = []
+    for network in results.networks:
+        for attack in results.attacks:
+            for rate in results.rates:
+                cells = {c["cell"]["seed"]: c for c in results.at(network=network, attack=attack, rate=rate) if "twins" in c}
+                if cells:
+                    row = [network, attack, f"{100 * rate:g} %"]
+                    for twin, figure in (("undefended", "acc"), ("undefended", "asr"), ("oracle", "acc"), ("oracle", "asr")):
+                        values = [v for v in map(reach("twins", twin, figure), cells.values()) if v is not None]
+                        row.append(_spread(values) if values else "")
+                    rows.append([*row, str(len(cells))])
+    titles = ["network", "attack", "rate", "ACC undefended", "ASR undefended", "ACC oracle", "ASR oracle (natural rate)", "seeds"]
+    return _lines(titles, rows)
+
+
+DETECTION = {
+    "precision": reach("figures", "detection", "precision"),
+    "recall": reach("figures", "detection", "recall"),
+    "AUROC": reach("figures", "detection", "auroc"),
+    "TPR at 1 % FPR": reach("figures", "detection", "tpr_at_1pct"),
+    "TPR at .1 % FPR": reach("figures", "detection", "tpr_at_01pct"),
+    "relabelled right": reach("figures", "relabel_accuracy"),
+    "rejects, clean": reach("figures", "rejects", "clean"),
+    "rejects, triggered": reach("figures", "rejects", "triggered"),
+}
+COST = {
+    "samples changed": reach("figures", "altered"),
+    "DER": reach("figures", "der"),
+    "DER of the oracle": reach("figures", "der_ceiling"),
+    "excess ASR": reach("figures", "excess_asr"),
+    "ASR*": reach("figures", "defended", "retuned"),
+    "RA": reach("figures", "defended", "ra"),
+    "seconds / plain training": reach("relative_seconds", "total"),
+}
+
+
+def _details(results: Results, columns: dict[str, Reader]) -> str:
+    """A row for each defence and rate: means over all attacks and seeds that count."""
+    rows = []
+    for defence in results.defences:
+        for rate in results.rates:
+            cells = results.at(defence=defence, rate=rate)
+            values = [measured(cells, read) for read in columns.values()]
+            if any(values):
+                shown = [f"{mean(v):.3f} ({len(v)})" if v else "" for v in values]
+                rows.append([defence, f"{100 * rate:g} %", *shown])
+    return _lines(["defence", "rate", *columns], rows)
+
+
+def _lines(titles: list[str], rows: list[list[str]]) -> str:
+    table = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in table)

@@ -1,0 +1,113 @@
+"""Running a grid: paired twins, cells that stay, failures that are written down, and figures that repeat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nab_defense import io
+from nab_defense.grid import cells_of, find_cells, load_grid, run_cells
+from nab_defense.grid import figures as judged
+from nab_defense.grid.case import Case
+from nab_defense.grid.run import cell_path
+from tests.grid.small import RECIPE, small_grid
+
+TIMES = ("seconds", "relative_seconds", "plain_seconds", "wall_seconds", "commit")
+
+
+def run(grid: Path, out: Path, cell: str | None = None) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Records by row of the grid, and the lines that were told."""
+    cells, told = cells_of(load_grid(grid)), []
+    chosen = cells if cell is None else find_cells(cells, cell)
+    run_cells(chosen, out, tell=told.append)
+    return {c.defence: io.load_json(cell_path(out, c)) for c in chosen}, told
+
+
+def lasting(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in TIMES}
+
+
+@pytest.fixture
+def obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take every attack for one that works, so that defences run after one epoch."""
+    monkeypatch.setattr(judged, "WORKS", 0.0)
+
+
+def test_cells_share_their_twins_and_are_run_once(tmp_path: Path, obeyed: None) -> None:
+    defences = {"none": None, "oracle": None, "drop": None, "abl": {"params": {"steps": 2}}}
+    grid = small_grid(tmp_path, defences=defences)
+    found, told = run(grid, tmp_path / "out")
+    assert len(told) == 4 and told[0].startswith("1/4 resnet-badnets-20pct-none-seed0")
+    twins = [record["twins"] for record in found.values()]
+    assert all(twin == twins[0] for twin in twins)
+    assert found["none"]["figures"]["defended"] == twins[0]["undefended"]
+    assert found["oracle"]["figures"]["defended"] == twins[0]["oracle"]
+    assert found["oracle"]["figures"]["excess_asr"] == found["oracle"]["figures"]["acc_gap"] == 0
+    assert found["oracle"]["figures"]["der"] == found["oracle"]["figures"]["der_ceiling"]
+    assert found["none"]["figures"]["der"] == 0.5
+    assert found["oracle"]["figures"]["altered"]["value"] == 0.2 and found["none"]["figures"]["poisoned"] == 40
+    assert found["abl"]["figures"]["altered"]["value"] == 0.01 and found["abl"]["figures"]["rejects"] is None
+    assert found["none"]["relative_seconds"] == {"train": 1, "total": 1}
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
+    _, told = run(grid, tmp_path / "out")
+    assert told == ["4 of 4 cells are there already"]
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
+
+
+def test_a_cell_alone_and_from_scratch_gives_the_same_figures(tmp_path: Path, obeyed: None) -> None:
+    defences = {name: None for name in ("none", "oracle", "nab", "drop")} | {"lga": {"defence": "nab_paper"}}
+    grid = small_grid(tmp_path, defences=defences)
+    whole, _ = run(grid, tmp_path / "whole")
+    for name in ("nab", "lga"):
+        alone, _ = run(grid, tmp_path / f"alone_{name}", cell=f"-{name}-")
+        assert lasting(alone[name]) == lasting(whole[name])
+    assert whole["lga"]["figures"]["plain"] is not None and set(whole["lga"]["figures"]["rejects"]) == {"clean", "triggered"}
+
+
+def test_a_failing_cell_is_written_down_and_the_others_go_on(tmp_path: Path, obeyed: None) -> None:
+    rows = {"bad": {"defence": "purify", "params": {"method": "distill"}}, "none": None}
+    found, told = run(small_grid(tmp_path, defences=rows), tmp_path / "out")
+    assert found["bad"]["status"] == "failed" and "needs 100" in found["bad"]["error"] and "figures" not in found["bad"]
+    assert found["none"]["status"] == "done" and "failed" in told[0]
+    found, _ = run(small_grid(tmp_path, attacks={"sig": None}, rates=[0.5]), tmp_path / "sig")
+    assert {record["status"] for record in found.values()} == {"failed"} and "largest possible" in found["none"]["error"]
+
+
+def test_where_the_attack_fails_nothing_is_defended(tmp_path: Path) -> None:
+    found, _ = run(small_grid(tmp_path, defences={"none": None, "nab": None}), tmp_path / "out")
+    assert found["none"]["twins"]["undefended"]["asr"]["value"] < 0.7  # one epoch
+    assert {record["status"] for record in found.values()} == {"attack failed"}
+    assert "figures" in found["none"] and "figures" not in found["nab"]
+
+
+def test_harmless_data_has_no_asr_and_one_twin(tmp_path: Path) -> None:
+    found, _ = run(small_grid(tmp_path, attacks={"none": None}, defences={"none": None, "drop": None}), tmp_path / "out")
+    figures = found["drop"]["figures"]
+    assert found["drop"]["status"] == "done" and "asr" not in figures["defended"]
+    assert figures["excess_asr"] is figures["der"] is figures["detection"]["auroc"] is None
+    assert found["none"]["twins"]["undefended"] == found["none"]["twins"]["oracle"]
+    assert len(list((tmp_path / "out" / "twins").glob("*.safetensors"))) == 1
+
+
+def test_attacks_that_poison_the_same_images_have_one_oracle(tmp_path: Path) -> None:
+    grid = small_grid(tmp_path, attacks={"badnets": None, "blend": None, "sig": {"rates": [0.05]}}, defences={"oracle": None})
+    cells = cells_of(load_grid(grid))
+    cases = [Case(cell.setting, tmp_path, tmp_path / str(i)) for i, cell in enumerate(cells)]
+    keys = [case._kept_key() for case in cases]
+    assert keys[0] == keys[1] != keys[2]
+    assert not np.array_equal(cases[0].given.pixels(int(cases[0].truth.poisoned.argmax())), cases[1].given.pixels(
+        int(cases[0].truth.poisoned.argmax())))  # fmt: skip
+
+
+def test_trusted_images_are_neither_trained_on_nor_tested(tmp_path: Path) -> None:
+    grid = small_grid(tmp_path, recipe={**RECIPE, "data": {"source": "digits", "test": "digits"}})
+    (cell, _) = cells_of(load_grid(grid))
+    case = Case(cell.setting, tmp_path, tmp_path / "work")
+    images = [
+        {part.pixels(i).tobytes() for i in range(len(part))} for part in (case.given, case.trusted, case.session.test_source)
+    ]
+    assert len(case.trusted) == 40 and len(case.given) + 40 == 1438
+    assert not images[1] & images[0] and not images[1] & images[2]
