@@ -1,0 +1,97 @@
+"""nab bench as a program: a kill loses at most the running cell, ranks share the cells, Ray runs them too."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nab_defense import io
+from nab_defense.cli import main
+from nab_defense.grid import cells_of, load_grid, own_share
+from tests.digits_runs import ROOT
+from tests.grid.small import small_grid
+
+ATTACKS = {"badnets": None, "blend": None, "none": None}
+
+
+def command(grid: Path, out: Path, *extra: str) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / "bench.py"), str(grid), "--out", str(out), *extra]
+
+
+def test_a_kill_loses_at_most_the_running_cell(tmp_path: Path) -> None:
+    grid, out = small_grid(tmp_path, attacks=ATTACKS, seeds=[0, 1]), tmp_path / "out"
+    running = subprocess.Popen(command(grid, out), stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while len(list((out / "cells").glob("*.json"))) < 3 and running.poll() is None:
+        assert time.monotonic() < until, "no cell was finished"
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    left = {path: path.read_bytes() for path in (out / "cells").glob("*.json")}
+    assert 3 <= len(left) < 12
+    assert all(io.load_json(path)["cell"]["seed"] == 0 for path in left)  # whole files, in order
+    assert main(["bench", str(grid), "--out", str(out)]) == 0
+    after = {path: path.read_bytes() for path in (out / "cells").glob("*.json")}
+    assert len(after) == 12 and {path: after[path] for path in left} == left
+
+
+def test_one_cell_and_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid, out = small_grid(tmp_path, attacks=ATTACKS), tmp_path / "out"
+    assert main(["bench", str(grid), "--out", str(out), "--cell", "none-0pct-oracle"]) == 0
+    assert len(list((out / "cells").iterdir())) == 1
+    assert main(["bench", str(grid), "--out", str(out), "--summarize"]) == 0
+    page = (out / "summary" / "tables.md").read_text()
+    assert "1 cells: 1 done" in page and page in capsys.readouterr().out
+    assert main(["bench", str(out), "--summarize", "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "tables.md").exists()
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid, out = small_grid(tmp_path), str(tmp_path / "out")
+    for arguments, says in (
+        ([str(tmp_path / "no.yaml")], "no such file"),
+        ([str(grid), "--cell", "xyz"], "'xyz'"),
+        ([str(grid), "--summarize"], "run the grid first"),
+        ([str(grid), "--workers", "2"], "--launcher ray"),
+    ):
+        assert main(["bench", *arguments, "--out", out]) == 2
+        said = capsys.readouterr().err
+        assert says in said and len(said.splitlines()) == 1
+
+
+def test_ranks_share_whole_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = cells_of(load_grid(small_grid(tmp_path, attacks=ATTACKS)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        parts.append([cell.name for cell in own_share(cells)])
+    assert sorted(parts[0] + parts[1]) == sorted(cell.name for cell in cells)
+    assert [len(part) for part in parts] == [4, 2]
+    assert {name.split("-")[1] for name in parts[0]} == {"badnets", "none"}
+
+
+@pytest.mark.slow
+def test_two_workers_of_ray_run_every_cell(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    grid, out = small_grid(tmp_path, attacks=ATTACKS), tmp_path / "out"
+    told = subprocess.run(
+        command(grid, out, "--launcher", "ray", "--workers", "2"),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stderr
+    assert "6 cells, 0 failed" in told.stdout
+    plain = tmp_path / "plain"
+    assert main(["bench", str(grid), "--out", str(plain)]) == 0
+    names = sorted(path.name for path in (plain / "cells").iterdir())
+    assert names == sorted(path.name for path in (out / "cells").iterdir()) and len(names) == 6
+    for name in names:
+        assert io.load_json(out / "cells" / name)["figures"] == io.load_json(plain / "cells" / name)["figures"]

@@ -1,0 +1,118 @@
+"""No defence is handed truth, test images or the attack: a spy looks at everything that it can reach."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nab_defense.bench.truth import Truth
+from nab_defense.data import Source
+from nab_defense.defences import Outcome, Task, defences
+from nab_defense.grid import cells_of, load_grid, run_cells
+from nab_defense.grid.case import Case
+from nab_defense.schema import Attack, Recipe
+from nab_defense.types import NABPlan
+from tests.grid.small import RECIPE, small_grid
+
+ATTACK = "adap_blend"
+SEEN: list[Task] = []
+
+
+@defences.register("spy")
+@dataclass(frozen=True)
+class Spy:
+    def defend(self, task: Task) -> Outcome:
+        SEEN.append(task)
+        return Outcome(task.undefended, {"train": task.plain_seconds}, NABPlan.empty(task.source.labels))
+
+
+def inside(value: Any, path: str = "task", known: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """Everything that can be reached from a value: fields, items, keys, what functions close over, owners of methods."""
+    known = set() if known is None else known
+    if id(value) in known or isinstance(value, (type, types.ModuleType)):
+        return
+    known.add(id(value))
+    yield path, value
+    parts: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        parts += [(f"[{key!r}]", item) for key, item in value.items()] + [(".key", key) for key in value]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts += [(f"[{index}]", item) for index, item in enumerate(value)]
+    elif isinstance(value, types.FunctionType):
+        parts += [(".closure", cell.cell_contents) for cell in value.__closure__ or ()]
+        parts += [(".default", item) for item in value.__defaults__ or ()]
+    elif isinstance(value, types.MethodType):
+        parts += [(".self", value.__self__)]
+    if isinstance(getattr(value, "__dict__", None), dict):
+        parts += [(f".{name}", item) for name, item in vars(value).items()]
+    for name, part in parts:
+        yield from inside(part, path + name, known)
+
+
+def secrets(task: Any, case: Case) -> list[str]:
+    """Where something lies that no defence may know."""
+    poisoned, true = case.truth.poisoned, case.truth.true_labels
+    masks = [poisoned, true, np.flatnonzero(poisoned), case.truth.cover]
+    tests = {case.session.test_source.pixels(i).tobytes() for i in range(len(case.session.test_source))}
+    found = []
+    for path, value in inside(task):
+        module = type(value).__module__
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().numpy()
+        if isinstance(value, (Truth, Attack, Case)) or module.startswith(("nab_defense.bench", "nab_defense.grid.case")):
+            found.append(f"{path} is a {type(value).__name__}")
+        elif isinstance(value, Recipe) and (value.attack or value.data.test or value.data.truth or value.data.source != "given"):
+            found.append(f"{path} names the attack, the test set or the source")
+        elif isinstance(value, str) and ATTACK in value.lower():
+            found.append(f"{path} names the attack")
+        elif isinstance(value, np.ndarray):
+            if any(value.shape == mask.shape and np.array_equal(value, mask) for mask in masks):
+                found.append(f"{path} is a secret mask")
+            if value.dtype == np.uint8 and value.tobytes() in tests:
+                found.append(f"{path} is a test image")
+    return found
+
+
+@pytest.fixture(scope="module")
+def spied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, Case]:
+    folder = tmp_path_factory.mktemp("grid")
+    path = small_grid(folder, recipe=RECIPE, attacks={ATTACK: None}, defences={"spy": None})
+    cells = cells_of(load_grid(path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nab_defense.grid.figures.WORKS", 0.0)
+        run_cells(cells, folder / "out", tell=lambda line: None)
+    return SEEN[-1], Case(cells[0].setting, folder / "out", folder / "work")
+
+
+def test_a_spy_finds_nothing(spied: tuple[Task, Case]) -> None:
+    task, case = spied
+    assert case.truth.poisoned.any() and case.truth.cover.any()
+    assert np.array_equal(task.source.labels, case.session.source.labels)  # the images of this very case
+    assert secrets(task, case) == []
+    assert secrets(task.session(), case) == []  # what the defences work with
+    paths = [path for path, _ in inside(task)]
+    assert len(paths) > 500 and any("source.load.pixels" in path for path in paths)  # the spy did look
+
+
+def test_the_spy_finds_what_is_hidden(spied: tuple[Task, Case]) -> None:
+    task, case = spied
+    test = case.session.test_source
+    hidden: list[Any] = [
+        case.truth, lambda: case, {"a": [case.truth.poisoned.copy()]}, case.session.recipe, case.session.source,
+        f"runs/{ATTACK}", test.load, torch.from_numpy(case.truth.true_labels.copy()), case.measured,
+    ]  # fmt: skip
+    for secret in hidden:
+        assert secrets((task, secret), case), secret
+
+
+def test_names_of_images_say_nothing(spied: tuple[Task, Case]) -> None:
+    task, _ = spied
+    for source in (task.source, task.clean):
+        assert isinstance(source, Source) and source.ids == tuple(f"{i:06d}" for i in range(len(source)))
+        assert not source.irregular

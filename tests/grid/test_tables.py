@@ -1,0 +1,56 @@
+"""Tables and plots of made-up cells: means, marks, gaps that stay empty, and the worst attack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nab_defense import io
+from nab_defense.grid import draw, load_grid, markdown, read_results
+from tests.grid.small import small_grid
+
+
+def write(folder: Path, attack: str, defence: str, seed: int, asr: float | None, gap: float = 0.0, **more: Any) -> None:
+    rate = {"value": 0.9, "n": 10, "low": 0.8, "high": 1.0}
+    rates = {"acc": rate} | ({} if asr is None else {"asr": {**rate, "value": asr}})
+    place = {"network": "resnet", "attack": attack, "rate": 0.0 if attack == "none" else 0.2, "seed": seed, "defence": defence}
+    figures = {"defended": rates, "acc_gap": gap, "detection": None, "rejects": None, "der": None}
+    twins = {"undefended": rates, "oracle": rates}
+    record = {"key": f"{attack}{defence}{seed}", "cell": place, "status": "done", "twins": twins, "figures": figures, **more}
+    io.save_json(folder / "cells" / f"{attack}-{defence}-{seed}.json", record)
+
+
+def rows(page: str, start: str) -> list[list[str]]:
+    return [[field.strip() for field in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith(f"| {start} |")]
+
+
+def test_means_marks_and_empty_cells(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for seed, asr in enumerate((0.1, 0.3)):
+        write(out, "badnets", "drop", seed, asr, gap=0.01)
+        write(out, "blend", "drop", seed, 0.05)
+        write(out, "none", "drop", seed, None, gap=0.02)
+    write(out, "wanet", "drop", 0, 0.99, status="attack failed")
+    write(out, "sig", "drop", 0, 0.9, status="failed", error="no")
+    attacks = {name: None for name in ("none", "badnets", "blend", "wanet", "sig", "bpp")}
+    grid = load_grid(small_grid(tmp_path, attacks=attacks, defences={"drop": None, "nab": None}))
+    results = read_results(out, grid)
+    page = markdown(results)
+    table = {row[0]: row for name in attacks for row in rows(page, name) if len(row) == 3}
+    assert table["badnets"] == ["badnets", "0.200 ± 0.141 / 0.010 ± 0.000 (2)", ""]  # nab was not run
+    assert table["none"] == ["none", "0.020 ± 0.000 (2)", ""]
+    assert table["wanet"][1] == "*attack failed* (1)" and table["sig"][1] == "*failed* (1)"
+    assert "bpp" not in table  # nothing of it was run
+    assert "- drop: badnets at 20 % on resnet, ASR 0.200 (2); 2 attacks that work were tried" in page
+    assert "8 cells: 6 done, 1 attack failed, 1 failed." in page
+    pictures = draw(results, tmp_path / "summary")
+    assert [path.name for path in pictures] == ["asr_against_gap_resnet.png", "asr_by_rate_resnet.png", "heat_resnet.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_a_folder_without_cells_is_refused(tmp_path: Path) -> None:
+    io.save_json(tmp_path / "result.json", {"models": {}})
+    with pytest.raises(ValueError, match="no finished cell"):
+        read_results(tmp_path)
