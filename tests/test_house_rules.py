@@ -25,8 +25,9 @@ LAYERS = [
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 METHODS = {"detectors", "relabel", "purify", "bench.attacks", "defences"}  # one method a file: siblings share base.py alone
 ORDERED = [
-    "schema", "recipe", "methods", "loaders", "session", "look", "repair", "result", "pipeline", "defences", "speed", "grid", "cli"
-]  # fmt: skip
+    *("schema", "recipe", "methods", "loaders", "session", "look", "repair", "result", "pipeline"),
+    *("defences", "speed", "grid", "cli"),
+]
 BELOW = {own: {room for room in LAYER if LAYER[room] == 0 or LAYER[room] < LAYER[own]} for own in LAYER}
 BELOW |= {own: BELOW[own] | set(ORDERED[:place]) for place, own in enumerate(ORDERED)}
 BELOW["plan"] |= {"select"}  # a plan is made of a selection

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from itertools import groupby
 from typing import Any
@@ -16,6 +17,7 @@ from .schema import NONE, AttackRow, DefenceRow, Grid, merged, network_recipe
 
 __all__ = ["Cell", "Setting", "cells_of", "defended_recipe", "find_cells", "grouped", "key_of"]
 
+VERSION = version("nab_defense")
 # The poison is drawn with a seed far from the recipe's, from which a defence draws too: it could not guess by chance.
 POISON_SEED = 1_000_003
 
@@ -42,16 +44,16 @@ class Setting:
     rate: float
     seed: int
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         """Everything that determines it."""
         return {
             "recipe": self.recipe.model_dump(mode="json", exclude={"name"}),
             "clean": self.clean,
-            "package": version("nab_defense"),
+            "package": VERSION,
         }
 
-    @property
+    @cached_property
     def key(self) -> str:
         return key_of(self.config)
 
@@ -73,11 +75,11 @@ class Cell:
         """The registered name of its defence."""
         return self.row.defence or self.defence
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         return {**self.setting.config, "defence": {"name": self.kind, "params": self.row.params, "recipe": self.row.recipe}}
 
-    @property
+    @cached_property
     def key(self) -> str:
         return key_of(self.config)
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from nab_defense.checkpoint import Network
 from nab_defense.grid import cells_of, find_cells, load_grid
 from nab_defense.grid.cells import defended_recipe
+from tests.digits_runs import ROOT
 from tests.grid.small import RECIPE, small_grid
 
 
@@ -70,3 +73,21 @@ def test_a_defence_is_told_nothing_of_attack_or_test(tmp_path: Path) -> None:
     assert told.attack is None and told.data.test is None and told.data.truth is None and told.data.source == "given"
     assert told.stamp.seed == 7 and told.train == whole.train and told.model == whole.model and told.seed == whole.seed
     assert told.data.mean == whole.data.mean
+
+
+GRIDS = sorted((ROOT / "recipes" / "bench").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_grids_that_ship(path: Path) -> None:
+    grid = load_grid(path)
+    cells = cells_of(grid, str(path))
+    assert f"python tools/bench.py recipes/bench/{path.name}" in path.read_text()
+    assert len({cell.key for cell in cells}) == len(cells) and {"none", "oracle", "nab"} <= set(grid.defences)
+    assert len(grid.attacks) > 10 and len(grid.seeds) >= 3
+    for network in grid.networks:
+        model = next(cell.setting.recipe for cell in cells if cell.setting.network == network).model
+        with torch.device("meta"):  # shapes without the work
+            built = Network(model.name, 10, model.in_chans, model.small_stem, False, dict(model.kwargs)).build().eval()
+            size = cells[0].setting.recipe.data.size or 8
+            assert built(torch.zeros(1, model.in_chans, size, size)).shape == (1, 10)
