@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from . import ranks
 from .content import Batches, beyond_content
 from .plan import clean_label_groups, relabelled
 from .runtime import Runtime
@@ -83,12 +84,13 @@ def measure(model: nn.Module, plain: nn.Module, batches: Batches, plan: NABPlan,
 def _predicted(model: nn.Module, batches: Batches, mask: NDArray[np.bool_], runtime: Runtime) -> NDArray[np.int64]:
     """The model's labels of the images in the mask."""
     model.eval()
-    found = [torch.zeros(0, dtype=torch.int64)]
+    found = []
     for images, chosen in _with_mask(batches, mask):
+        found.append(torch.zeros(0, dtype=torch.int64))
         if chosen.any():
             with runtime.autocast():
-                found.append(model(runtime.put(images[chosen])).argmax(1).cpu())
-    return torch.cat(found).numpy()
+                found[-1] = model(runtime.put(images[chosen])).argmax(1).cpu()
+    return torch.cat(ranks.in_order(found)).numpy()
 
 
 def _per_class(obeyed: NDArray[np.bool_], labels: NDArray[np.int64]) -> float | None:
@@ -128,15 +130,15 @@ def imprint(
             before += int((model(picked).argmax(1) == label).sum())
             after += int((model(picked + pattern.to(picked)).argmax(1) == label).sum())
         count += len(picked)
+    before, after, count = map(int, ranks.total(before, after, count))
     return (after - before) / max(1, count)
 
 
 def _with_mask(batches: Batches, mask: NDArray[np.bool_]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, their part of the mask) batch by batch, on the CPU."""
-    flags, first = torch.from_numpy(mask.copy()), 0
-    for images, _ in batches:
+    """(images, their part of the mask) batch by batch, on the CPU; of several ranks each has its own batches."""
+    flags = torch.from_numpy(mask.copy())
+    for first, images, _ in ranks.deal(batches):
         yield images.cpu(), flags[first : first + len(images)]
-        first += len(images)
 
 
 def judge(

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from . import ranks
 from .runtime import Runtime
 
 __all__ = ["Batches", "beyond_content", "label_by_content", "weighted_images"]
@@ -23,7 +24,7 @@ CLEAN_LABEL = 0.5  # of the rate at which the rest of the class is given its lab
 
 
 def weighted_images(batches: Batches, weights: NDArray[np.float64]) -> Tensor:
-    """Weighted sums of images, in one pass.
+    """Weighted sums of images, in one pass; by every rank for itself, as the order in which they are added shows in the sums.
 
     Args:
         batches: (images (B, C, H, W), labels) of N images in order.
@@ -128,13 +129,11 @@ def _probabilities(
     """(N, K) softmax of the images, less what image i shares with its group member[i]."""
     model.eval()
     found: list[Tensor] = []
-    first = 0
-    for images, _ in batches:
+    for first, images, _ in ranks.deal(batches):
         images = images.cpu()
         if shared is not None and member is not None:
             images = images - shared[member[first : first + len(images)]]
-        first += len(images)
         with runtime.autocast():
             found.append(model(runtime.put(images)).float().softmax(1).cpu())
-    chances: NDArray[np.float32] = torch.cat(found).numpy()
+    chances: NDArray[np.float32] = torch.cat(ranks.in_order(found)).numpy()
     return chances

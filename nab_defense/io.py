@@ -20,6 +20,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from . import ranks
+
 __all__ = [
     "cache_folder", "check_folder", "load_array", "load_arrays", "load_csv", "load_json", "load_state", "load_tensors",
     "load_weights", "load_yaml", "save_array", "save_arrays", "save_csv", "save_json", "save_state", "save_tensors", "save_text",
@@ -28,7 +30,13 @@ __all__ = [
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that readers see the old one or the new one, never half of it."""
+    """Write a file so that readers see the old one or the new one, never half of it; of several ranks one does, and all wait."""
+    if ranks.leads():
+        _replace(path, write)
+    ranks.wait()
+
+
+def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import ranks
 from .data import ResidentLoader, Source, Store, build_loader, build_transform
 from .dataset import NABDataset
 from .runtime import Runtime
 from .stamp import Stamp
 from .types import NABPlan
 
-__all__ = ["Loaders"]
+__all__ = ["Loaders", "Ordered"]
 
 
 class Loaders:
@@ -35,8 +40,17 @@ class Loaders:
         self.hflip, self.stamp, self.runtime = hflip, stamp, runtime
         self.store = Store(size, runtime.torch_device)
 
-    def __call__(self, source: Source, augment: str, batch_size: int, *, training: bool, plan: NABPlan | None = None) -> Any:
-        """Batches of a source.
+    def __call__(
+        self,
+        source: Source,
+        augment: str,
+        batch_size: int,
+        *,
+        training: bool,
+        plan: NABPlan | None = None,
+        split: bool = False,
+    ) -> Any:
+        """Batches of a source; of several ranks, batches in order can be dealt out, see Ordered.
 
         Args:
             source: What to read.
@@ -44,12 +58,24 @@ class Loaders:
             batch_size: Images a batch.
             training: Shuffle, and drop the incomplete last batch.
             plan: What training changes; None: nothing.
+            split: Of several ranks, give each its part of every training batch.
 
         Raises:
-            ValueError: The plan was made for another source.
+            ValueError: The plan was made for another source, or the batches are too small to be split.
         """
+        if split:
+            ranks.check_batch(min(batch_size, len(source) if plan is None else int(plan.keep.sum())))
+        made = self._made(source, augment, batch_size, training, plan, split)
+        if training or ranks.count() == 1:
+            return made
+        return Ordered(
+            made, len(source), batch_size, lambda rows: self._made(source.subset(rows), augment, batch_size, False, None, False)
+        )
+
+    def _made(self, source: Source, augment: str, batch_size: int, training: bool, plan: NABPlan | None, split: bool) -> Any:
         given: dict[str, Any] = {
-            "batch_size": batch_size, "mean": self.mean, "std": self.std, "runtime": self.runtime, "training": training
+            "batch_size": batch_size, "mean": self.mean, "std": self.std, "runtime": self.runtime,
+            "training": training, "split": split,
         }  # fmt: skip
         found = self.store.find(source, augment)
         if found is not None:
@@ -59,3 +85,30 @@ class Loaders:
         if plan is not None:
             view = NABDataset(view, plan, self.stamp, mean=self.mean, std=self.std)
         return build_loader(view, transform, size=self.size, **given)
+
+
+class Ordered:
+    """The batches of a source in order, which can be dealt out to ranks.
+
+    Args:
+        whole: All of them.
+        samples: Images in the source.
+        batch_size: Images in each batch but the last.
+        make: Places in the source -> batches of these images.
+    """
+
+    def __init__(self, whole: Any, samples: int, batch_size: int, make: Callable[[NDArray[np.int64]], Any]) -> None:
+        self.whole, self.samples, self.batch_size, self.make = whole, samples, batch_size, make
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.whole)
+
+    def dealt(self, rank: int, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Every count-th batch, with the place where it begins; the images of the others are not read."""
+        places = np.arange(self.samples)
+        own = places[places // self.batch_size % count == rank]
+        for index, (images, labels) in enumerate(self.make(own) if len(own) else ()):
+            yield int(own[index * self.batch_size]), images, labels

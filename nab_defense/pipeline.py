@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from . import checkpoint, io
+from . import checkpoint, io, ranks
 from .bench.evaluate import evaluate
 from .check import Verdict, judge, judge_again, measure
 from .defended import DefendedModel
@@ -173,12 +173,10 @@ def _first(session: Session) -> tuple[Finding, nn.Module]:
 def _remembered(session: Session, name: str, make: Callable[[], Finding]) -> Finding:
     """The finding that an interrupted run of this recipe left under this name, or a new one."""
     path = session.stages / f"{name}.npz"
-    if session.resume and path.exists():
-        finding = load_finding(path)
-        finding.plan.check_matches(len(session.source), session.source.fingerprint)
-        return finding
-    finding = make()
-    save_finding(path, finding)
+    if not ranks.same(session.resume and path.exists()):
+        save_finding(path, make())
+    finding = load_finding(path)  # also a new one: of several ranks, all go on with what the first one found
+    finding.plan.check_matches(len(session.source), session.source.fingerprint)
     return finding
 
 
@@ -194,6 +192,7 @@ def train(session: Session, plan: NABPlan, arm: str) -> nn.Module:
         train=session.schedule,
         state=state,
         resume=session.resume,
+        split=True,
         title=arm,
     )
     return network

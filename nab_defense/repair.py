@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from . import checkpoint, io
+from . import checkpoint, io, ranks
 from .clean import CleanSet
 from .data import Source, build_transform
 from .plan import relabelled
@@ -109,22 +109,29 @@ def _settings(session: Session, stage: PurifyStage) -> dict[str, Any]:
 def repair(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABPlan) -> Repair:
     """Purify the model that is to be shipped, or take up what an interrupted run of this recipe left of that.
 
+    Of several ranks the first does it alone, from a few images; the others read what it leaves.
+
     Args:
         trusted: What to repair with.
         shipped: The model, with its stamp where it has one; it is not changed.
         plan: What training changed; the relabelled show whether a candidate still obeys their old labels.
     """
     told, weights = session.stages / "purified.json", session.stages / "purified.safetensors"
-    if session.resume and told.exists():
-        left = Repair(shipped, io.load_json(told))
-        if left.record["data"]["fingerprint"] == trusted.fingerprint:
-            return Repair(session.runtime.place(checkpoint.load(weights)), left.record) if left.accepted else left
-    made = _repaired(session, trusted, shipped, plan)
-    if made.accepted:
-        mean, std = session.normalization
-        checkpoint.save(weights, made.model, session.network(), mean=mean, std=std)
-    io.save_json(told, made.record)
-    return made
+
+    def leave() -> None:
+        if session.resume and told.exists() and io.load_json(told)["data"]["fingerprint"] == trusted.fingerprint:
+            return
+        made = _repaired(session, trusted, shipped, plan)
+        if made.accepted:
+            mean, std = session.normalization
+            checkpoint.save(weights, made.model, session.network(), mean=mean, std=std)
+        io.save_json(told, made.record)
+
+    ranks.on_first(leave)
+    record = io.load_json(told)
+    if record["status"] != ACCEPTED:
+        return Repair(shipped, record)
+    return Repair(session.runtime.place(checkpoint.load(weights)), record)
 
 
 def _repaired(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABPlan) -> Repair:

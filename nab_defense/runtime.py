@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import ranks
+
 __all__ = ["Runtime", "fixed_seed", "keep_freed_memory"]
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -58,12 +60,13 @@ class Runtime:
     """Execution settings, decided once and passed down.
 
     Args:
-        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...; of several ranks each takes a GPU of its own.
         precision: "auto" (bfloat16 where the hardware has it), "bfloat16" or "float32".
         channels_last: Keep images and convolutions in NHWC order.
         compile: Use torch.compile.
         workers: Loader processes; 0 loads in the training process. Small images, which are held on the device, need none.
         threads: Processor threads for torch; None: all cores. Tiny networks run best on one.
+        sync_bn: Of several ranks, have BatchNorm take the images of all of them; on GPUs only.
         seed: Seed of everything random.
     """
 
@@ -73,6 +76,7 @@ class Runtime:
     compile: bool = False
     workers: int = 0
     threads: int | None = None
+    sync_bn: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,14 +88,24 @@ class Runtime:
             raise ValueError(f"device {self.device!r} is not a device; use auto, cpu or cuda") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {self.device!r} asked for, but this machine shows no CUDA device; use device=cpu")
+        if ranks.count() > 1:
+            self._check_ranks(device)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device {self.device!r} asked for, but this machine has {torch.cuda.device_count()}; use cuda:0")
 
+    def _check_ranks(self, device: torch.device) -> None:
+        if device.type == "cuda" and self.device not in ("auto", "cuda"):
+            raise ValueError(f"device {self.device!r} is one, for {ranks.count()} ranks; use cuda, of which each takes its own")
+        if device.type == "cuda" and ranks.beside() > torch.cuda.device_count():
+            have = f"{ranks.beside()} ranks on a machine with {torch.cuda.device_count()} GPU"
+            raise ValueError(f"{have}: start as many ranks as there are, or use runtime.device=cpu")
+        if device.type == "cpu" and self.sync_bn:
+            raise ValueError("sync_bn needs GPUs, torch has no such BatchNorm for the CPU; leave out runtime.sync_bn")
+
     @property
     def torch_device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        return torch.device("cuda", ranks.local()) if kind == "cuda" and ranks.count() > 1 else torch.device(kind)
 
     @property
     def amp_dtype(self) -> torch.dtype:
@@ -122,8 +136,8 @@ class Runtime:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def hardware(self) -> str:
-        """One line for reports: processor or GPU, threads, precision."""
-        dtype = str(self.amp_dtype).removeprefix("torch.")
+        """One line for reports: processor or GPU, threads, precision, ranks."""
+        dtype = str(self.amp_dtype).removeprefix("torch.") + (f", {ranks.count()} ranks" if ranks.count() > 1 else "")
         if self.torch_device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.torch_device)}, {dtype}"
         return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {dtype}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from . import ranks
 from .io import cache_folder
 from .runtime import Runtime
 
@@ -59,7 +60,8 @@ def features_and_logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
 
 @torch.inference_mode()
 def scan_model(model: nn.Module, loader: Batches, labels: NDArray[np.int64], *, runtime: Runtime, fingerprint: str = "") -> Scan:
-    """One pass of a network, in eval mode, over a loader that goes through a source in order.
+    """One pass of a network, in eval mode, over a loader that goes through a source in order. Of several ranks, each computes
+    some of the batches.
 
     Args:
         model: A timm network.
@@ -75,17 +77,14 @@ def scan_model(model: nn.Module, loader: Batches, labels: NDArray[np.int64], *, 
     model.eval()
     losses, seen, first = np.empty(size, dtype=np.float32), np.empty(size, dtype=np.int64), 0
     features = logits = np.empty((0, 0), dtype=np.float32)
-    for images, targets in loader:
-        with runtime.autocast():
-            batch_features, batch_logits = features_and_logits(model, runtime.put(images))
+    for batch_features, batch_logits, targets in _batch_by_batch(model, loader, runtime):
         if first == 0:
             features, logits = (_rows(size, part.shape[1]) for part in (batch_features, batch_logits))
         rows = slice(first, first + len(targets))
         first = rows.stop
         if first > size:
             break
-        seen[rows], logits[rows] = targets.cpu().numpy(), batch_logits.float().cpu().numpy()
-        features[rows] = batch_features.float().cpu().numpy()
+        seen[rows], logits[rows], features[rows] = targets.numpy(), batch_logits.numpy(), batch_features.numpy()
     model.train(training)
     if first != size or not np.array_equal(seen, labels):
         raise ValueError("the loader does not give the source's samples in order; use one without shuffling and with all samples")
@@ -94,6 +93,22 @@ def scan_model(model: nn.Module, loader: Batches, labels: NDArray[np.int64], *, 
         found = F.cross_entropy(torch.from_numpy(logits[rows]), torch.from_numpy(seen[rows]), reduction="none")
         losses[rows] = found.numpy()
     return Scan(labels, losses, logits, features, fingerprint)
+
+
+def _batch_by_batch(model: nn.Module, loader: Batches, runtime: Runtime) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Features, logits and labels of all batches, in order, on the CPU; of several ranks each computes some."""
+
+    def dealt() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for _, images, targets in ranks.deal(loader):
+            with runtime.autocast():
+                features, logits = features_and_logits(model, runtime.put(images))
+            yield features.float().cpu(), logits.float().cpu(), targets.cpu()
+
+    if ranks.count() == 1:
+        yield from dealt()
+        return
+    own = list(dealt())
+    yield from zip(*(ranks.in_order([batch[part] for batch in own]) for part in range(3)), strict=True)
 
 
 def _rows(size: int, width: int) -> NDArray[np.float32]:

@@ -155,6 +155,7 @@ class Run(Section):
     compile: bool = False
     workers: int = Field(0, ge=0)
     threads: Positive | None = None
+    sync_bn: bool = False
 
 
 class Recipe(Section):

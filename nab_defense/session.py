@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from . import io
+from . import io, ranks
 from .bench.attacks import Attack as PaintedAttack
 from .bench.attacks import attacks
 from .bench.evaluate import Cases
@@ -73,11 +73,16 @@ class Session:
         self.runtime = Runtime(**run.model_dump(), seed=recipe.seed)
         self.stamp = Stamp(**recipe.stamp.model_dump())
         self.schedule = train_config(recipe.train)
+        ranks.check_batch(self.schedule.batch_size)
 
     def claim(self) -> dict[str, Any] | None:
         """Take the folder. What an earlier run shipped there stays until this one has all of its own.
 
         Returns: The result, where the run to resume was finished."""
+        self.source  # noqa: B018  # read by all ranks, since what follows is done by one
+        return ranks.on_first(self._claim)
+
+    def _claim(self) -> dict[str, Any] | None:
         if self.resume and self.record.exists():
             if self.finished.exists() and (self.out / "model.safetensors").exists():
                 result: dict[str, Any] = io.load_json(self.out / "result.json")
@@ -252,8 +257,8 @@ class Session:
         return self.loaders(source, "none", self.recipe.scan.batch_size, training=True)
 
     def train_loader(self, source: Source, plan: NABPlan) -> Any:
-        """Shuffled, augmented batches as a plan wants them."""
-        return self.loaders(source, self.recipe.train.augment, self.schedule.batch_size, training=True, plan=plan)
+        """Shuffled, augmented batches as a plan wants them; of several ranks each gets its part of every batch."""
+        return self.loaders(source, self.recipe.train.augment, self.schedule.batch_size, training=True, plan=plan, split=True)
 
     def relabel_loader(self, labels: NDArray[np.int64], keep: NDArray[np.bool_], training: bool) -> Any:
         """Batches of the training images under other labels, for a relabeler that trains."""

@@ -18,7 +18,8 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import io
+from . import io, ranks
+from .parallel import Replica
 from .registry import nearest
 from .runtime import Runtime, fixed_seed
 
@@ -94,6 +95,7 @@ def fit(
     after_epoch: Callable[[nn.Module, int], bool] | None = None,
     state: Path | None = None,
     resume: bool = False,
+    split: bool = False,
     title: str = "train",
 ) -> list[dict[str, float]]:
     """Train a network in place.
@@ -110,6 +112,8 @@ def fit(
         after_epoch: Called with the network and the number of finished epochs; true ends training.
         state: File that holds the training state after each epoch.
         resume: Go on from `state` where it exists.
+        split: Of several ranks, each gets its part of every batch from its loader, and the mean is over the whole batch; batches
+            are of one size. Otherwise they train alike, on whole batches, and end with rank 0's weights.
         title: Names the progress bar.
 
     Returns:
@@ -133,26 +137,31 @@ def fit(
     scheduler = _scheduler(optimizer, train, updates)
     ema = ModelEmaV3(model, decay=train.model_ema_decay, use_warmup=True) if train.model_ema else None
     settings = {"train": asdict(train), "seed": runtime.seed, "steps": steps}
-    history = _restore(state, settings, model, optimizer, ema) if resume and state and state.exists() else []
-    forward = torch.compile(model) if runtime.compile else model
+    found = ranks.same(bool(resume and state and state.exists()))
+    history = _restore(state, settings, model, optimizer, ema) if state and found else []
+    replica = Replica(model, runtime, split=split)
     with tqdm(
-        total=train.epochs * steps, initial=len(history) * steps, desc=title, unit="batch", disable=None, leave=False
-    ) as bar:
+        total=train.epochs * steps, initial=len(history) * steps, desc=title, unit="batch", leave=False,
+        disable=None if ranks.leads() else True,
+    ) as bar:  # fmt: skip
         for epoch in range(len(history), train.epochs):
             fixed_seed(runtime.seed, epoch)
             model.train()
             optimizer.zero_grad()
-            meter = _Meter(title, f"epoch {epoch + 1}/{train.epochs}", runtime, bar)
+            meter = _Meter(title, f"epoch {epoch + 1}/{train.epochs}", replica, bar)
             for step, (images, labels) in enumerate(loader):
-                update = epoch * updates + step // accum
+                if step == 0:
+                    replica.begin(epoch, len(labels))
+                update, last = epoch * updates + step // accum, (step + 1) % accum == 0 or step + 1 == steps
                 if scheduler is not None and step % accum == 0:
                     scheduler.step_update(update)
-                with runtime.autocast():
-                    logits = forward(runtime.put(images))
-                labels = labels.to(logits.device)
-                value = loss(logits.float(), labels)
-                (value / min(accum, steps - step // accum * accum)).backward()
-                if (step + 1) % accum == 0 or step + 1 == steps:
+                with replica.holding(not last):
+                    with runtime.autocast():
+                        logits = replica.forward(runtime.put(images))
+                    labels = labels.to(logits.device)
+                    value = loss(logits.float(), labels)
+                    (value / (min(accum, steps - step // accum * accum) / replica.weight(len(labels)))).backward()
+                if last:
                     if train.clip_grad is not None:
                         dispatch_clip_grad(model.parameters(), train.clip_grad)
                     optimizer.step()
@@ -162,10 +171,11 @@ def fit(
                 meter.add(value, logits, labels)
                 if step % CHECK_EVERY == 0 or step + 1 == steps:
                     meter.read(f"lower lr (now {train.lr}) or set clip_grad")
+            replica.settle(model, *([] if ema is None else [ema.module]))
             history.append({"epoch": epoch + 1, **meter.record(), "lr": optimizer.param_groups[0]["lr"]})
             if state is not None:
                 io.save_state(state, _packed(settings, model, optimizer, ema, history))
-            if after_epoch is not None and after_epoch(model, epoch + 1):
+            if after_epoch is not None and ranks.same(bool(after_epoch(model, epoch + 1))):
                 break
     if ema is not None:
         model.load_state_dict(ema.module.state_dict())
@@ -175,9 +185,9 @@ def fit(
 class _Meter:
     """Loss and accuracy of one epoch, summed on the device so that a step never waits for it."""
 
-    def __init__(self, title: str, where: str, runtime: Runtime, bar: Any) -> None:
-        self.title, self.where, self.bar = title, where, bar
-        self.total, self.correct = torch.zeros(2, device=runtime.torch_device).unbind()
+    def __init__(self, title: str, where: str, replica: Replica, bar: Any) -> None:
+        self.title, self.where, self.replica, self.bar = title, where, replica, bar
+        self.total, self.correct = torch.zeros(2, device=replica.runtime.torch_device).unbind()
         self.steps, self.count, self.loss, self.accuracy = 0, 0, 0.0, 0.0
         self.started = time.perf_counter()
 
@@ -190,10 +200,11 @@ class _Meter:
 
     def read(self, remedy: str) -> None:
         """Fetch the sums, show them, and refuse a loss that is not finite."""
-        self.loss, self.accuracy = float(self.total) / self.count, float(self.correct) / self.count
+        total, correct, count = self.replica.total(float(self.total), float(self.correct), self.count)
+        self.loss, self.accuracy = total / count, correct / count
         if not math.isfinite(self.loss):
             raise ValueError(f"{self.title}: the loss is {self.loss} in {self.where}, step {self.steps}; {remedy}")
-        rate = self.count / max(time.perf_counter() - self.started, 1e-9)
+        rate = count / max(time.perf_counter() - self.started, 1e-9)
         self.bar.set_postfix_str(f"{self.where} loss {self.loss:.3f} acc {self.accuracy:.3f} {rate:.0f} img/s", refresh=False)
 
     def record(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "nab_defense"
 LAYERS = [
-    {"types", "registry", "stamp", "io", "runtime", "clean", "neighbors", "principal"},
+    {"types", "registry", "stamp", "io", "runtime", "clean", "neighbors", "principal", "ranks", "parallel"},
     {"data", "scan", "content", "dataset", "defended", "train", "sites", "universal"},
     {"detectors", "relabel", "purify", "select", "plan", "replay"},
     {"checkpoint", "check", "bench", "report"},
@@ -31,7 +31,7 @@ ORDERED = [
 BELOW = {own: {room for room in LAYER if LAYER[room] == 0 or LAYER[room] < LAYER[own]} for own in LAYER}
 BELOW |= {own: BELOW[own] | set(ORDERED[:place]) for place, own in enumerate(ORDERED)}
 BELOW["plan"] |= {"select"}  # a plan is made of a selection
-TIMM_ROOMS = {"data", "train", "checkpoint", "pipeline", "speed"}
+TIMM_ROOMS = {"data", "train", "parallel", "checkpoint", "pipeline", "speed"}
 MAX_LINES = 300
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal"}
 SAFE_YAML = {"safe_load", "safe_load_all", "safe_dump", "safe_dump_all", "YAMLError"}

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .. import ranks
 from ..runtime import Runtime
 from ..types import EvalResult
 from .metrics import share
@@ -51,20 +52,24 @@ class Cases:
 def predict(model: nn.Module, loader: Loader, runtime: Runtime) -> NDArray[np.int64]:
     """The predicted class of every image, (N,) int64, in the loader's order.
 
-    The model must be on the runtime's device. It runs in eval mode; every module then gets its own mode back.
+    The model must be on the runtime's device. It runs in eval mode; every module then gets its own mode back. Of several ranks,
+    each computes some of the batches.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     predicted: list[Tensor] = []
     try:
         with torch.inference_mode(), runtime.autocast():
-            for images, _ in loader:
+            for _, images, _ in ranks.deal(loader):
                 predicted.append(model(runtime.put(images)).argmax(dim=1))
     finally:
         for module, mode in modes:
             module.training = mode
     # One transfer at the end: fetching each batch would make a GPU wait for it.
-    return torch.cat(predicted).cpu().numpy() if predicted else np.zeros(0, dtype=np.int64)
+    sizes = [len(part) for part in predicted]
+    own = torch.cat(predicted).cpu().split(sizes) if predicted else []
+    found = ranks.in_order(own)
+    return torch.cat(found).numpy() if found else np.zeros(0, dtype=np.int64)
 
 
 def evaluate(model: nn.Module, cases: Cases, runtime: Runtime) -> EvalResult:

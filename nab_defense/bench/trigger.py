@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .. import ranks
 from ..data.sources import Source
 from ..io import cache_folder, load_tensors, save_tensors
 from ..runtime import Runtime
@@ -47,15 +48,19 @@ def prepared(attack: Attack, source: Source, *, target: int | None, seed: int, r
     runtime = runtime or Runtime()
     parts = [source.fingerprint, repr(attack), str(target), str(seed), runtime.torch_device.type, _code()]
     cached = cache_folder("triggers") / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.safetensors"
-    if cached.exists():
-        return attack.taught(load_tensors(cached)[0])
-    log.info("%s learns its trigger", type(attack).__name__)
-    lesson = _lesson(source, target=target, seed=seed, runtime=runtime)
-    with exact(slopes=True):
-        tensors = attack.learn(lesson)
-    if tensors:
-        save_tensors(cached, tensors, {})
-    return attack.taught(tensors)
+
+    def learned() -> bool:
+        if cached.exists():
+            return True
+        log.info("%s learns its trigger", type(attack).__name__)
+        lesson = _lesson(source, target=target, seed=seed, runtime=runtime)
+        with exact(slopes=True):
+            tensors = attack.learn(lesson)
+        if tensors:
+            save_tensors(cached, tensors, {})
+        return bool(tensors)
+
+    return attack.taught(load_tensors(cached)[0] if ranks.on_first(learned) else {})
 
 
 def save_trigger(path: Path, attack: Attack | None, *, target: int | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from .. import ranks
 from ..registry import nearest
 from .common import guarded
 
@@ -19,6 +20,7 @@ COMMANDS = {
     "poison": "write a poisoned image folder, to try a defense blind",
     "speed": "measure what the parts cost on this machine",
 }
+FIRST_ALONE = {"purify", "poison"}  # what a single rank does while others wait
 USAGE = """usage: nab COMMAND ...
 
 {commands}
@@ -45,4 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join(COMMANDS)
         print(f"error: no command {argv[0]!r}; known: {known}{nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
-    return guarded(lambda arguments: int(import_module(f".{argv[0]}", __name__).main(arguments)), argv[1:])
+
+    def command(arguments: list[str]) -> int:
+        work = import_module(f".{argv[0]}", __name__).main
+        return int(ranks.on_first(lambda: work(arguments)) if argv[0] in FIRST_ALONE else work(arguments))
+
+    return guarded(command, argv[1:])

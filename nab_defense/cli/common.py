@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from .. import io
+from .. import io, ranks
 from ..registry import nearest
 from ..runtime import keep_freed_memory
+from .ranked import AGAIN, EXIT_LOST, LOST, one_voice, tell
 
 __all__ = ["EXIT_INPUT", "EXIT_UNPROTECTED", "Parser", "check_out", "data_settings", "guarded"]
 
@@ -45,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, epilog=f"examples:\n{lines}", formatter_class=shape)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_INPUT, f"error: {message}; see {self.prog} --help\n")
+        self.exit(EXIT_INPUT, f"error: {message}; see {self.prog} --help\n" if ranks.speaks() else None)
 
 
 def check_out(out: Path) -> None:
@@ -80,23 +81,49 @@ def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look at the network at run time
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     keep_freed_memory()
-    logging.basicConfig(level=logging.INFO if sys.stderr.isatty() else logging.WARNING, format="%(message)s")
+    with ranks.joined():
+        logging.basicConfig(level=_level(), format="%(message)s")
+        return _attempt(command, argv)
+
+
+def _level() -> int:
+    if not ranks.leads():
+        return logging.CRITICAL
+    return logging.INFO if sys.stderr.isatty() else logging.WARNING
+
+
+def _attempt(command: Callable[[list[str]], int], argv: list[str]) -> int:
     try:
-        return command(argv)
-    except ValueError as error:
-        message = str(error)
+        with one_voice():
+            status = command(argv)
+        ranks.wait()  # torchrun ends all ranks as soon as one has ended with another status than 0
+        return status
+    except KeyboardInterrupt:
+        tell(f"stopped; {AGAIN}")
+        return 130
+    except Exception as error:
+        found = _in_words(error)
+        if found is not None:
+            tell(f"error: {' '.join(found[0].split())}")
+            return found[1]
+        if ranks.speaks():
+            raise
+        return EXIT_LOST
+
+
+def _in_words(error: Exception) -> tuple[str, int] | None:
+    """What to tell the user, and the exit status; None for what is a fault of ours."""
+    message = str(error)
+    if isinstance(error, ValueError):
         if "Original Traceback" in message:  # from a loader's process, which sends its whole traceback
             message = message.strip().splitlines()[-1].removeprefix("ValueError: ")
-    except (OSError, RuntimeError) as error:
-        cause = _disk_error(error)
-        if cause is None:
-            raise
-        message = f"{cause.filename or 'the output'}: {DISK[cause.errno or 0]}. Finished files are intact"
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with --resume, where it has that option", file=sys.stderr)
-        return 130
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_INPUT
+        return message, EXIT_INPUT
+    if ranks.lost(error):
+        return LOST, EXIT_LOST
+    cause = _disk_error(error) if isinstance(error, OSError | RuntimeError) else None
+    if cause is None:
+        return None
+    return f"{cause.filename or 'the output'}: {DISK[cause.errno or 0]}. Finished files are intact", EXIT_INPUT
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .. import ranks
 from ..pipeline import run
 from ..recipe import load_recipe
 from ..result import summarize
@@ -16,6 +17,7 @@ EXAMPLES = [
     "nab train recipes/imagefolder.yaml data.source=path/to/train data.test=path/to/val model.name=convnext_tiny",
     "nab train recipes/cifar10_cpu.yaml seed=1 attack=blend attack.params.alpha=0.1 train.epochs=20 --out runs/blend",
     "nab train recipes/cifar10_cpu.yaml --resume",
+    "torchrun --nproc-per-node 2 tools/train.py recipes/cifar10_cpu.yaml",
 ]
 
 
@@ -28,6 +30,6 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     recipe = load_recipe(args.recipe, args.overrides)
     out = args.out or Path("runs") / recipe.name
-    result = run(recipe, out, resume=args.resume)
+    result = run(recipe, out, resume=args.resume or ranks.restarted())
     print("\n".join([*summarize(result), f"written to {out}"]))
     return 0 if result["verdict"]["protected"] else EXIT_UNPROTECTED

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .. import ranks
 from ..clean import crop_flip
 from ..runtime import Runtime
 from ..stamp import Stamp
@@ -24,14 +25,15 @@ FLOAT_BITS = 24  # of a draw that torch.rand makes a float32 of
 Draws = tuple[Tensor, Tensor, Tensor]
 
 
-def draw_crop_flip(count: int, *, pad: int, hflip: float) -> Draws:
-    """Draw crops and flips from torch's generator: top and left (count,) int64 in 0..2 * pad, flip (count,) bool.
+def draw_crop_flip(count: int, *, pad: int, hflip: float, generator: torch.Generator | None = None) -> Draws:
+    """Draw crops and flips: top and left (count,) int64 in 0..2 * pad, flip (count,) bool; from torch's own generator by default.
 
     Up to a padding of 7 px these are the draws of torchvision's RandomCrop and RandomHorizontalFlip, image by image: each takes
     one number of 32 bits, which randint reduces by a remainder and rand by its last 24 bits. So a range that is a multiple of
     both serves all three in one call. From 8 px on randint takes more bits, and only the distribution is theirs."""
     spans = 2 * pad + 1
-    raw = torch.randint(spans << FLOAT_BITS, (count, 3 if pad else 1))  # RandomCrop draws nothing where there is nothing to crop
+    # RandomCrop draws nothing where there is nothing to crop.
+    raw = torch.randint(spans << FLOAT_BITS, (count, 3 if pad else 1), generator=generator)
     flip = (raw[:, -1] % (1 << FLOAT_BITS)).float() / (1 << FLOAT_BITS) < hflip
     top, left = (raw[:, :2] % spans).unbind(1) if pad else torch.zeros(2, count, dtype=torch.int64).unbind()
     return top, left, flip
@@ -53,6 +55,7 @@ class ResidentLoader:
         runtime: Device and memory format.
         training: Shuffle, and drop the incomplete last batch (BatchNorm fails on a batch of one).
         hflip: Probability of a flip in crop_flip.
+        split: Of several ranks, give each its part of every batch: of the order and the draws of a single process.
         stamp: What the plan paints.
         plan: What training changes; None: nothing.
 
@@ -73,6 +76,7 @@ class ResidentLoader:
         runtime: Runtime,
         training: bool = False,
         hflip: float = 0.5,
+        split: bool = False,
         stamp: Stamp,
         plan: NABPlan | None = None,
     ) -> None:
@@ -81,7 +85,7 @@ class ResidentLoader:
         if not np.array_equal(plan.labels, source.labels):
             raise ValueError("the plan saw other labels than the data set has now; scan again")
         kept = np.flatnonzero(plan.keep)
-        self.held, self.runtime, self.hflip = held, runtime, hflip
+        self.held, self.runtime, self.hflip, self.split = held, runtime, hflip, split and ranks.count() > 1
         self.pad = crop_padding(held.size) if augment == "crop_flip" else None
         device = runtime.torch_device
         self.rows = torch.from_numpy(rows[kept]).to(device)
@@ -101,8 +105,16 @@ class ResidentLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         ahead: tuple[Tensor, Draws | None] | None = None
+        generator: torch.Generator | None = None
         for picks in self.order:
-            drawn = picks, None if self.pad is None else draw_crop_flip(len(picks), pad=self.pad, hflip=self.hflip)
+            if self.split and generator is None:
+                # Goes on as torch's own does after the order, and stays alike on all ranks when units are dropped there.
+                generator = torch.Generator().set_state(torch.get_rng_state())
+            drawn: tuple[Tensor, Draws | None] = picks, None
+            if self.pad is not None:
+                drawn = picks, draw_crop_flip(len(picks), pad=self.pad, hflip=self.hflip, generator=generator)
+            if self.split:
+                drawn = _part(*drawn)
             # One batch ahead, as timm's prefetcher is: a network that drops units draws from the same generator.
             if ahead is not None:
                 yield self._batch(*ahead)
@@ -123,3 +135,9 @@ class ResidentLoader:
             images = torch.where(self.stamped[picks], self.patch.paint(images), images)
         # The layout comes last: with the channels innermost the same arithmetic takes twice as long.
         return self.runtime.put(images.float().sub_(self.mean).div_(self.std)), self.labels[picks]
+
+
+def _part(picks: Tensor, draws: Draws | None) -> tuple[Tensor, Draws | None]:
+    """This rank's part of a batch that was drawn."""
+    own = ranks.part(len(picks))
+    return picks[own], None if draws is None else (draws[0][own], draws[1][own], draws[2][own])

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import ranks
 from .sources import Chosen, Loader, Source
 from .transforms import RESIZED, resized
 
@@ -80,7 +81,7 @@ class Store:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.device = size, device
-        self.free = int(SHARE * _free_memory(device))
+        self.free = int(SHARE * _free_memory(device)) // (1 if device.type == "cuda" else ranks.beside())
         self._held: dict[Loader, list[Held]] = {}
         self._told: set[str] = set()
 
