@@ -21,7 +21,7 @@ from tests.distributed import laws
 
 PATIENCE = 240  # seconds
 SMALL = "model.kwargs.channels=[8,16,16,32]"
-QUICK = {**BLEND, "train": {"epochs": 2}}
+LONG = {**BLEND, "train": {"epochs": 30}}  # long enough to be cut short
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -101,6 +101,11 @@ def test_ordered_passes_give_the_bits_of_one_process(told: Path) -> None:
         assert all(np.array_equal(a.numpy(), b) for a, b in zip(found, expected, strict=True))
 
 
+def exit_status(out: Path) -> int:
+    """What torchrun makes of the end of a run: 1 also where the run says that the model is not protected."""
+    return 0 if io.load_json(out / "result.json")["verdict"]["protected"] else 1
+
+
 def same_findings(one: Path, two: Path) -> None:
     assert (one / "suspects.csv").read_bytes() == (two / "suspects.csv").read_bytes()
     first, second = (io.load_arrays(folder / "plan.npz") for folder in (one, two))
@@ -111,7 +116,7 @@ def same_findings(one: Path, two: Path) -> None:
 
 @pytest.mark.slow
 def test_training_a_killed_rank_and_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = write_recipe(tmp_path, **{**QUICK, "train": {"epochs": 60}})
+    recipe = write_recipe(tmp_path, **LONG)
     out = tmp_path / "two"
     process = start(ROOT / "tools" / "train.py", recipe, "--out", out)
     wait_for(out / "stages" / "defended.state", process)
@@ -120,9 +125,9 @@ def test_training_a_killed_rank_and_going_on(tmp_path: Path, capsys: pytest.Capt
     assert status == 1 and not output and len(said(errors)) == 1
     assert "another rank" in said(errors)[0] and "--resume" in said(errors)[0]
     left = len(io.load_state(out / "stages" / "defended.state")["history"])
-    assert 1 <= left < 60 and not (out / "model.safetensors").exists()
+    assert 1 <= left < 30 and not (out / "model.safetensors").exists()
     status, output, errors = ended(start(ROOT / "tools" / "train.py", recipe, "--resume", "--out", out))
-    assert status == 0 and not said(errors), errors
+    assert status == exit_status(out) and not said(errors), errors
     assert "Warning" not in errors
     assert output.count("written to") == 1 and "defended, stamped" in output
     assert {path.name for path in out.iterdir()} == {
@@ -161,11 +166,13 @@ def test_purify_gives_what_one_process_gives(blend_run: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_torchrun_starts_lost_ranks_again(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, **{**QUICK, "train": {"epochs": 60}})
+    recipe = write_recipe(tmp_path, **LONG)
     out = tmp_path / "out"
     process = start(ROOT / "tools" / "train.py", recipe, "--out", out, options=("--max-restarts", "1"))
     wait_for(out / "stages" / "defended.state", process)
     kill_a_rank(process, 0)
+    left = len(io.load_state(out / "stages" / "defended.state")["history"])
     status, output, errors = ended(process)
-    assert status == 0 and output.count("written to") == 1, errors
-    assert len(io.load_state(out / "stages" / "defended.state")["history"]) == 60
+    assert status == exit_status(out) and "written to" in output, errors
+    assert 1 <= left < 30 and len(said(errors)) == 1
+    assert len(io.load_state(out / "stages" / "defended.state")["history"]) == 30
