@@ -51,14 +51,16 @@ def joined() -> Iterator[None]:
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    store, number, size = next(dist.rendezvous("env://"))
+    found, number, size = next(dist.rendezvous("env://"))
+    # What ranks that torchrun started before left there, such as their addresses, is not for these.
+    store, own = (dist.PrefixStore(f"start {_starts()}", one) for one in (found, found.clone()))
     place = int(os.environ["LOCAL_RANK"])
     if on_gpu := place < torch.cuda.device_count():
         torch.cuda.set_device(place)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=PATIENCE)
     # A connection of its own: the group's is taken while somebody waits at it.
-    _here = _Here(number, size, place, int(os.environ["LOCAL_WORLD_SIZE"]), store.clone())
+    _here = _Here(number, size, place, int(os.environ["LOCAL_WORLD_SIZE"]), own)
     try:
         yield
     finally:
@@ -93,7 +95,11 @@ def leads() -> bool:
 
 def restarted() -> bool:
     """Whether torchrun started this program again after a rank was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _starts() > 0
+
+
+def _starts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def speaks() -> bool:
