@@ -20,7 +20,8 @@ COMMANDS = {
     "poison": "write a poisoned image folder, to try a defense blind",
     "speed": "measure what the parts cost on this machine",
 }
-FIRST_ALONE = {"purify", "poison"}  # what a single rank does while others wait
+FIRST_ALONE = {"purify", "poison", "speed"}  # what a single rank does while others wait
+APART = {"bench"}  # where every rank has cells of its own, and none waits for another
 USAGE = """usage: nab COMMAND ...
 
 {commands}
@@ -52,4 +53,4 @@ def main(argv: list[str] | None = None) -> int:
         work = import_module(f".{argv[0]}", __name__).main
         return int(ranks.on_first(lambda: work(arguments)) if argv[0] in FIRST_ALONE else work(arguments))
 
-    return guarded(command, argv[1:])
+    return guarded(command, argv[1:], apart=argv[0] in APART)

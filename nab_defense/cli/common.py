@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -76,12 +77,14 @@ def data_settings(items: list[str], takes: tuple[str, ...]) -> tuple[list[str], 
     return ours, [item for item in items if item not in ours]
 
 
-def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Run a command; the user's mistakes become one line and exit status 2."""
+def guarded(command: Callable[[list[str]], int], argv: list[str], *, apart: bool = False) -> int:
+    """Run a command; the user's mistakes become one line and exit status 2.
+
+    Args: apart: Processes that torchrun starts do not join each other."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look at the network at run time
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     keep_freed_memory()
-    with ranks.joined():
+    with nullcontext() if apart else ranks.joined():
         logging.basicConfig(level=_level(), format="%(message)s")
         return _attempt(command, argv)
 
