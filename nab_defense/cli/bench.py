@@ -14,7 +14,7 @@ __all__ = ["main"]
 EXAMPLES = [
     "nab bench recipes/bench/digits.yaml",
     "nab bench recipes/bench/cpu.yaml --out runs/bench_cpu",
-    "nab bench recipes/bench/digits.yaml --cell blend-10pct-nab-seed0",
+    "nab bench recipes/bench/digits.yaml --cell resnet-blend-10pct-nab-seed0",
     "nab bench recipes/bench/cpu.yaml --summarize",
     "nab bench recipes/bench/cpu.yaml --launcher ray --workers 2",
     "nab bench results/bench --summarize --out runs/summary",

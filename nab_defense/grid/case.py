@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from .. import io
@@ -155,11 +154,7 @@ def _input(recipe: Recipe) -> dict[str, Any]:
 
 def _content(source: Source) -> str:
     """Hash of all pixels and labels, in order."""
-    digest = hashlib.sha256(_bytes(source.labels))
+    digest = hashlib.sha256(source.labels.tobytes())
     for index in range(len(source)):
         digest.update(source.pixels(index).tobytes())
     return digest.hexdigest()
-
-
-def _bytes(labels: NDArray[np.int64]) -> bytes:
-    return labels.tobytes()

@@ -31,18 +31,17 @@ def figures(outcome: Outcome, case: Case, *, detects: bool = True) -> dict[str, 
     """What came of a defence.
 
     Args: detects: Compare what it changed with the truth; not for the oracle, which was told."""
-    model, truth = outcome.model, case.truth
-    stamped = isinstance(model, DefendedModel)
-    own = case.measured(model)
+    own = case.measured(outcome.model)
+    stamped = outcome.model if isinstance(outcome.model, DefendedModel) else None
     return {
         "defended": own,
-        "plain": case.measured(model.model) if isinstance(model, DefendedModel) else None,
+        "plain": None if stamped is None else case.measured(stamped.model),
         **compared(own, case.twins.figures),
         "altered": None if outcome.plan is None else asdict(share(outcome.plan.changed)),
         "detection": _detection(outcome, case) if detects else None,
         "relabel_accuracy": _relabelled(outcome, case) if detects else None,
-        "rejects": _rejects(model, case) if stamped else None,  # type: ignore[arg-type]
-        "poisoned": int(truth.poisoned.sum()),
+        "rejects": None if stamped is None else _rejects(stamped, case),
+        "poisoned": int(case.truth.poisoned.sum()),
     }
 
 
