@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from .. import io
-from ..grid import Cell, Grid, cells_of, draw, find_cells, load_grid, markdown, own_share, read_results, run_cells, run_on_ray
+from ..grid import Grid, cells_of, draw, find_cells, load_grid, markdown, own_share, read_results, run_cells
 from .common import Parser
 
 __all__ = ["main"]
@@ -16,7 +15,6 @@ EXAMPLES = [
     "nab bench recipes/bench/cpu.yaml --out runs/bench_cpu",
     "nab bench recipes/bench/digits.yaml --cell resnet-blend-10pct-nab-seed0",
     "nab bench recipes/bench/cpu.yaml --summarize",
-    "nab bench recipes/bench/cpu.yaml --launcher ray --workers 2",
     "nab bench results/bench --summarize --out runs/summary",
 ]
 
@@ -27,11 +25,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results; default runs/bench_<grid name>")
     parser.add_argument("--cell", metavar="KEY", help="run this cell alone, with what it needs: its key, or a part of its name")
     parser.add_argument("--summarize", action="store_true", help="write tables and plots of what is finished, and run nothing")
-    parser.add_argument("--launcher", choices=("here", "ray"), default="here", help="ray: spread over a Ray cluster")
-    parser.add_argument("--workers", type=int, metavar="N", help="with --launcher ray: so many on this machine")
     args = parser.parse_args(argv)
-    if args.workers is not None and (args.launcher != "ray" or args.workers < 1):
-        raise ValueError(f"--workers={args.workers}: at least 1, and with --launcher ray")
     if args.summarize and Path(args.grid).is_dir():
         return _summarize(Path(args.grid), None, args.out)
     grid = load_grid(args.grid)
@@ -40,18 +34,9 @@ def main(argv: list[str]) -> int:
         return _summarize(out, grid, None)
     cells = cells_of(grid, str(args.grid))
     cells = own_share(cells) if args.cell is None else find_cells(cells, args.cell)
-    failed = _run(args, cells, out)
+    failed = run_cells(cells, out, tell=lambda line: print(line, flush=True))
     print(f"{len(cells)} cells, {len(failed)} failed; written to {out}")
     return 0
-
-
-def _run(args: argparse.Namespace, cells: list[Cell], out: Path) -> list[str]:
-    def tell(line: str) -> None:
-        print(line, flush=True)
-
-    if args.launcher == "ray":
-        return run_on_ray(Path(args.grid), cells, out, workers=args.workers, tell=tell)
-    return run_cells(cells, out, tell=tell)
 
 
 def _summarize(cells: Path, grid: Grid | None, out: Path | None) -> int:

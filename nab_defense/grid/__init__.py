@@ -4,10 +4,8 @@ from .cells import Cell, cells_of, find_cells
 from .plots import draw
 from .run import own_share, run_cells
 from .schema import Grid, load_grid
-from .spread import run_on_ray
 from .tables import markdown, read_results
 
 __all__ = [
     "Cell", "Grid", "cells_of", "draw", "find_cells", "load_grid", "markdown", "own_share", "read_results", "run_cells",
-    "run_on_ray",
 ]  # fmt: skip

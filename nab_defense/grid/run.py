@@ -19,7 +19,7 @@ from .cells import Cell, grouped
 from .figures import attack_works, figures
 from .schema import NONE, ORACLE
 
-__all__ = ["ATTACK_FAILED", "DONE", "FAILED", "Tell", "cell_path", "own_share", "run_cells"]
+__all__ = ["ATTACK_FAILED", "DONE", "FAILED", "cell_path", "own_share", "run_cells"]
 
 DONE, ATTACK_FAILED, FAILED = "done", "attack failed", "failed"
 Tell = Callable[[str], None]

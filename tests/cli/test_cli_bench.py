@@ -1,8 +1,7 @@
-"""nab bench as a program: a kill loses at most the running cell, ranks share the cells, Ray runs them too."""
+"""nab bench as a program: a kill loses at most the running cell, ranks share the cells."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -58,7 +57,6 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([str(tmp_path / "no.yaml")], "no such file"),
         ([str(grid), "--cell", "xyz"], "'xyz'"),
         ([str(grid), "--summarize"], "run the grid first"),
-        ([str(grid), "--workers", "2"], "--launcher ray"),
     ):
         assert main(["bench", *arguments, "--out", out]) == 2
         said = capsys.readouterr().err
@@ -75,23 +73,3 @@ def test_ranks_share_whole_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sorted(parts[0] + parts[1]) == sorted(cell.name for cell in cells)
     assert [len(part) for part in parts] == [4, 2]
     assert {name.split("-")[1] for name in parts[0]} == {"badnets", "none"}
-
-
-@pytest.mark.slow
-def test_two_workers_of_ray_run_every_cell(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    grid, out = small_grid(tmp_path, attacks=ATTACKS), tmp_path / "out"
-    told = subprocess.run(
-        command(grid, out, "--launcher", "ray", "--workers", "2"),
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert told.returncode == 0, told.stderr
-    assert "6 cells, 0 failed" in told.stdout
-    plain = tmp_path / "plain"
-    assert main(["bench", str(grid), "--out", str(plain)]) == 0
-    names = sorted(path.name for path in (plain / "cells").iterdir())
-    assert names == sorted(path.name for path in (out / "cells").iterdir()) and len(names) == 6
-    for name in names:
-        assert io.load_json(out / "cells" / name)["figures"] == io.load_json(plain / "cells" / name)["figures"]
