@@ -16,16 +16,17 @@ from .runtime import Runtime
 __all__ = ["PROBE_BATCH", "Pool", "Universal", "boxed", "climbed", "likely_classes", "pool_of", "projected", "started"]
 
 PACE = 0.2  # of the radius, a step of a spread change
-STRIDE = 0.2  # of the pixel range, a step of a patch
+STRIDE, MOMENTUM = 0.2, 0.9  # of the pixel range, the first step of a patch; how much of its course it keeps
 START, START_IMAGES, START_SHARE = 4, 32, 0.5  # first steps of each, and the share of the radius they stay in
-FURTHER = 20  # steps of a patch that goes on from another network's; in as many a spread change turns any network
+FURTHER = 40  # steps of a patch that goes on from another network's; in as many a spread change turns any network
+SEARCH, CLIMBS, CLIMB_IMAGES = 6, 6, 16  # draws of one search for a patch's pattern, steps at each draw, on so many images
 TURNS, DOUBLINGS = 0.5, 2  # the radius doubles, so often at most, until one spread change turns this share of images
 EASY = 0.5  # of the largest excess: changes with less are not suspicious
 FLOOR, SHARPNESS = 0.05, 4.0  # a change is drawn in proportion to this power of the share of images it turns
 PLACES, NOISE = 4, 0.2  # that a patch tries; standard deviation, of the pixel range
 PROBE_BATCH, PROBE_CLASSES = 48, 10
 SMALLEST_PATCH = 3  # pixels
-TIRED, RETRY = 0.15, 4  # a patch that turns fewer looks for another place, every so many draws
+TIRED = 0.15  # a patch that turns fewer when its search ends begins another one where it was found
 
 
 def boxed(pixels: Tensor) -> Tensor:
@@ -62,6 +63,8 @@ class Universal:
         radius: Largest L2 norm of what is added; None: a patch.
         edge: Of the patch, in pixels.
         mask: (1, H, W), 1 where the patch is; None: it has no place yet.
+        found: (C, H, W), the change as it was made; None: it is not yet.
+        course: (C, H, W), sum of a patch's late slopes; 0: it took no step yet.
         rate: Share of images of other classes that it turned of late, in [0, 1].
         excess: By how much it turned more, when it was made, than the changes of its kind toward other classes usually do.
     """
@@ -74,6 +77,8 @@ class Universal:
     rate: float = 0.0
     excess: float = 0.0
     drawn: int = 0
+    found: Tensor | None = None
+    course: Tensor | float = 0.0
 
     def painted(self, images: Tensor, change: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [0, 1] with the change, or with another one like it; differentiable by it."""
@@ -85,19 +90,36 @@ class Universal:
     def climb(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:
         """One step toward the class, on images of other classes; the network in eval mode.
 
-        Args: strength: Share of the radius, in (0, 1]; a patch has none."""
-        tired = self.drawn > 0 and self.drawn % RETRY == 0 and self.rate < TIRED
-        if self.radius is None and (self.mask is None or tired):
+        Args: strength: Share of the radius, or of a patch's first step, in (0, 1]."""
+        if self.radius is None and self.mask is None:
             self._settle(network, images, runtime)
         change = self.change.detach().requires_grad_(True)
         with runtime.autocast():
             likely = network(self.painted(images, change)).float().log_softmax(1)[:, self.wanted].mean()
         (slope,) = torch.autograd.grad(likely, change)
         if self.radius is None:
-            self.change = (self.change + STRIDE * slope.sign()).clamp(0, 1)
+            # Short steps in the end, and a course: what is left of a patch trigger is a narrow peak, which long ones step across.
+            self.course = MOMENTUM * self.course + slope / slope.abs().mean().clamp_min(1e-12)
+            self.change = (self.change + strength * STRIDE * self.course.sign()).clamp(0, 1)
         else:
             radius = strength * self.radius
             self.change = climbed(self.change, slope, step=PACE * radius, radius=radius)
+
+    def follow(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:
+        """Climb on a network that is trained against this change, when it is drawn: one step, or some of a patch's search.
+
+        A patch keeps its place. A search that ends with few images turned is followed by one from the pattern that turned the
+        original network, from where what the training left of a backdoor is found again.
+
+        Args: strength: Share of the radius, in (0, 1]."""
+        if self.radius is not None:
+            self.climb(network, images, strength=strength, runtime=runtime)
+            return
+        turn = (self.drawn - 1) % SEARCH
+        if turn == 0 and self.rate < TIRED and self.found is not None:
+            self.change, self.course = self.found, 0.0
+        for step in range(CLIMBS):
+            self.climb(network, images[:CLIMB_IMAGES], strength=1 - (turn + step / CLIMBS) / SEARCH, runtime=runtime)
 
     def _settle(self, network: nn.Module, images: Tensor, runtime: Runtime) -> None:
         """Find a place for the patch: of those that promise the most, the one that keeps its promise.
@@ -131,12 +153,13 @@ def started(
             found = images[network(images).argmax(1) != one.wanted]
         return (found if len(found) else images)[:START_IMAGES]
 
-    fresh = replace(one, rate=0.0, drawn=0)
+    fresh = replace(one, rate=0.0, drawn=0, course=0.0)
     if anew:
         fresh.change, fresh.mask = torch.zeros_like(one.change), None
-    for _ in range(START if anew or one.radius is not None else FURTHER):
-        fresh.climb(network, others(), strength=START_SHARE, runtime=runtime)
-    images = others()
+    steps = START if anew or one.radius is not None else FURTHER
+    for step in range(steps):
+        fresh.climb(network, others(), strength=1 - step / steps if one.radius is None else START_SHARE, runtime=runtime)
+    fresh.found, images = fresh.change, others()
     with torch.no_grad(), runtime.autocast():
         fresh.rate = float((network(fresh.painted(images)).argmax(1) == one.wanted).float().mean())
     return fresh

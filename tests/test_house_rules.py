@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -14,20 +14,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "nab_defense"
-LAYERS = [
+LAYERS: list[Collection[str]] = [
     {"types", "registry", "stamp", "io", "runtime", "clean", "neighbors", "principal", "ranks", "parallel"},
     {"data", "scan", "content", "dataset", "defended", "train", "sites", "universal"},
     {"detectors", "relabel", "purify", "select", "plan", "replay"},
     {"checkpoint", "check", "bench", "report"},
-    {"schema", "recipe", "methods", "loaders", "session", "look", "repair", "result", "pipeline", "defences"},
-    {"speed", "grid", "cli"},
+    ["schema", "recipe", "methods", "loaders", "session", "look", "repair", "result", "pipeline", "defences"],
+    ["speed", "grid", "cli"],
 ]
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 METHODS = {"detectors", "relabel", "purify", "bench.attacks", "defences"}  # one method a file: siblings share base.py alone
-ORDERED = [
-    *("schema", "recipe", "methods", "loaders", "session", "look", "repair", "result", "pipeline"),
-    *("defences", "speed", "grid", "cli"),
-]
+ORDERED = [*LAYERS[4], *LAYERS[5]]  # within these layers, too, only what comes before may be imported
 BELOW = {own: {room for room in LAYER if LAYER[room] == 0 or LAYER[room] < LAYER[own]} for own in LAYER}
 BELOW |= {own: BELOW[own] | set(ORDERED[:place]) for place, own in enumerate(ORDERED)}
 BELOW["plan"] |= {"select"}  # a plan is made of a selection

@@ -249,5 +249,5 @@ def _attacked(how: Hardening, network: Pixels, teacher: Pixels, clean: CleanSet,
         part = images[: batch.count][batch.others()]
         if len(part):
             strength = max(LEAST_STRENGTH, left)
-            batch.one.climb(network.eval(), part, strength=strength, runtime=runtime)
+            batch.one.follow(network.eval(), part, strength=strength, runtime=runtime)
         yield batch
