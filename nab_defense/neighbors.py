@@ -34,7 +34,7 @@ def neighbors(
 
     Up to `exact_work` every query is compared with every row. Above, an inverted file [Jegou et al. 2011, TPAMI 33(1)] of
     4 sqrt(N) lists, taught on 64 rows a list, holds the rows as 8-bit codes, a quarter of their size; the 96 lists nearest to a
-    query give 2 k candidates, which are compared exactly. `nab speed knn` and `growth` measure the recall. Product codes of a
+    query give 2 k candidates, which are compared exactly. `nab bench --speed knn growth` measures the recall. Product codes of a
     quarter of a byte a value lost a tenth of the neighbors at the same number of lists, so the larger codes are used.
 
     Args:

@@ -18,9 +18,8 @@ COMMANDS = {
     "evaluate": "measure a saved model",
     "bench": "compare defences on many attacks",
     "poison": "write a poisoned image folder, to try a defense blind",
-    "speed": "measure what the parts cost on this machine",
 }
-FIRST_ALONE = {"purify", "poison", "speed"}  # what a single rank does while others wait
+FIRST_ALONE = {"purify", "poison"}  # what a single rank does while others wait
 APART = {"bench"}  # where every rank has cells of its own, and none waits for another
 USAGE = """usage: nab COMMAND ...
 
@@ -33,7 +32,7 @@ examples:
   nab evaluate runs/quickstart_digits --data digits --attack blend alpha=0.3
   nab bench recipes/bench/digits.yaml
   nab poison digits --attack badnets --rate 0.1 --target 0 --out poisoned/digits
-  nab speed kmeans knn
+  nab bench --speed kmeans knn
 
 nab COMMAND --help tells more. Exit status: 0 done, 2 wrong input (one line says what), 3 finished but not protected."""
 

@@ -1,11 +1,13 @@
-"""nab bench GRID.yaml"""
+"""nab bench GRID.yaml, and nab bench --speed [NAME ...]"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .. import io
 from ..grid import Grid, cells_of, draw, find_cells, load_grid, markdown, own_share, read_results, run_cells
+from ..speed import BENCHMARKS, run_speed
 from .common import Parser
 
 __all__ = ["main"]
@@ -16,16 +18,25 @@ EXAMPLES = [
     "nab bench recipes/bench/digits.yaml --cell resnet-blend-10pct-nab-seed0",
     "nab bench recipes/bench/cpu.yaml --summarize",
     "nab bench results/bench --summarize --out runs/summary",
+    "nab bench --speed training kmeans",
 ]
 
 
 def main(argv: list[str]) -> int:
     parser = Parser("nab bench", "Compare defences: every cell of a grid once. One that was stopped goes on.", EXAMPLES)
-    parser.add_argument("grid", help="a YAML file; those in recipes/bench/ are examples. With --summarize also a folder of cells")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results; default runs/bench_<grid name>")
+    what = "a YAML file; those in recipes/bench/ are examples. With --summarize also a folder of cells"
+    parser.add_argument("grid", nargs="?", help=what)
+    where = "folder for the results; default runs/bench_<grid name>, of --speed runs/speed"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=where)
     parser.add_argument("--cell", metavar="KEY", help="run this cell alone, with what it needs: its key, or a part of its name")
     parser.add_argument("--summarize", action="store_true", help="write tables and plots of what is finished, and run nothing")
+    speed = f"instead: what the parts cost on this machine, each beside what it replaces or wraps; of {', '.join(BENCHMARKS)}"
+    parser.add_argument("--speed", nargs="*", metavar="NAME", help=f"{speed}; default all, half an hour on two idle cores")
     args = parser.parse_args(argv)
+    if (args.speed is None) == (args.grid is None):
+        parser.error("give either a grid or --speed")
+    if args.speed is not None:
+        return _speed(args.out or Path("runs") / "speed", args.speed)
     if args.summarize and Path(args.grid).is_dir():
         return _summarize(Path(args.grid), None, args.out)
     grid = load_grid(args.grid)
@@ -49,3 +60,23 @@ def _summarize(cells: Path, grid: Grid | None, out: Path | None) -> int:
     print(page)
     print(f"written to {folder}: tables.md, {', '.join(path.name for path in drawn)}")
     return 0
+
+
+def _speed(out: Path, names: list[str]) -> int:
+    for name, result in run_speed(out, names).items():
+        print("\n".join(_ratios(name, result)))
+    print(f"written to {out}")
+    return 0
+
+
+def _ratios(where: str, value: Any) -> list[str]:
+    """Every ratio in a result, with its place."""
+    if isinstance(value, list):
+        return [line for place, one in enumerate(value) for line in _ratios(f"{where}[{place}]", one)]
+    if not isinstance(value, dict):
+        return []
+    lines = [line for key, one in value.items() for line in _ratios(f"{where}.{key}", one)]
+    if "ratio" in value:
+        ratio = value["ratio"]
+        lines.append(f"{where:30} {value['of']:24} {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})")
+    return lines

@@ -116,7 +116,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_command_writes_one_file_a_benchmark(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["speed", "knn", "kmeans", "--out", str(tmp_path)]) == 0
+    assert main(["bench", "--speed", "knn", "kmeans", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"speed_knn.json", "speed_kmeans.json"}
     result = json.loads((tmp_path / "speed_knn.json").read_text())
     assert result["name"] == "knn" and {"hardware", "versions", "commit", "load", "runs"} <= set(result)

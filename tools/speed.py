@@ -1,6 +1,0 @@
-import sys
-
-from nab_defense.cli import main
-
-if __name__ == "__main__":  # loader workers import this file again where they are spawned
-    raise SystemExit(main(["speed", *sys.argv[1:]]))
