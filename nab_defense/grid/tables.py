@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from .. import io
+from .cells import cells_of
 from .run import ATTACK_FAILED, DONE, FAILED
 from .schema import NONE, ORACLE, Grid
 
@@ -56,14 +57,25 @@ class Results:
 def read_results(folder: Path, grid: Grid | None = None) -> Results:
     """All cells below a folder.
 
-    Args: grid: Gives the order, and the cells that are still empty; None: those that there are, by name.
+    Args: grid: Gives the order, and the cells that are still empty; cells of other settings are left out. None: those that there
+        are, by name.
 
     Raises:
-        ValueError: There is none."""
+        ValueError: There is none, or one place has two, of other settings each."""
     found = [io.load_json(path) for path in sorted(folder.rglob("*.json"))]
     records = [value for value in found if isinstance(value, dict) and {"key", "cell", "status"} <= set(value)]
+    if grid is not None:
+        keys = {cell.key for cell in cells_of(grid)}
+        records = [record for record in records if record["key"] in keys]
     if not records:
-        raise ValueError(f"{folder} holds no finished cell; run the grid first, or name its --out")
+        whose = " of this grid" * (grid is not None)
+        raise ValueError(f"{folder} holds no finished cell{whose}; run the grid first, or name its --out")
+    first: dict[tuple[str, ...], str] = {}
+    for record in records:
+        place = tuple(map(str, record["cell"].values()))
+        if first.setdefault(place, record["key"]) != record["key"]:
+            what = f"{folder} holds {first[place]} and {record['key']} for {' '.join(place)}"
+            raise ValueError(f"{what}, made by other settings each: delete one, or name the grid's YAML")
     names = {key: list(dict.fromkeys(r["cell"][key] for r in records)) for key in ("network", "attack", "rate", "defence")}
     if grid is not None:
         for key, listed in (("network", grid.networks), ("attack", grid.attacks), ("defence", grid.defences)):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nab_defense import io
-from nab_defense.grid import draw, load_grid, markdown, read_results
+from nab_defense.grid import cells_of, draw, load_grid, markdown, read_results
 from tests.grid.small import small_grid
 
 
@@ -28,14 +28,16 @@ def rows(page: str, start: str) -> list[list[str]]:
 
 def test_means_marks_and_empty_cells(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for seed, asr in enumerate((0.1, 0.3)):
-        write(out, "badnets", "drop", seed, asr, gap=0.01)
-        write(out, "blend", "drop", seed, 0.05)
-        write(out, "none", "drop", seed, None, gap=0.02)
-    write(out, "wanet", "drop", 0, 0.99, status="attack failed")
-    write(out, "sig", "drop", 0, 0.9, status="failed", error="no")
     attacks = {name: None for name in ("none", "badnets", "blend", "wanet", "sig", "bpp")}
-    grid = load_grid(small_grid(tmp_path, attacks=attacks, defences={"drop": None, "nab": None}))
+    grid = load_grid(small_grid(tmp_path, attacks=attacks, defences={"drop": None, "nab": None}, seeds=[0, 1]))
+    keys = {(cell.setting.attack, cell.setting.seed): cell.key for cell in cells_of(grid) if cell.defence == "drop"}
+    for seed, asr in enumerate((0.1, 0.3)):
+        write(out, "badnets", "drop", seed, asr, gap=0.01, key=keys["badnets", seed])
+        write(out, "blend", "drop", seed, 0.05, key=keys["blend", seed])
+        write(out, "none", "drop", seed, None, gap=0.02, key=keys["none", seed])
+    write(out, "wanet", "drop", 0, 0.99, status="attack failed", key=keys["wanet", 0])
+    write(out, "sig", "drop", 0, 0.9, status="failed", error="no", key=keys["sig", 0])
+    write(out, "bpp", "drop", 0, 0.9, key="of other settings")
     results = read_results(out, grid)
     page = markdown(results)
     table = {row[0]: row for name in attacks for row in rows(page, name) if len(row) == 3}
@@ -48,6 +50,13 @@ def test_means_marks_and_empty_cells(tmp_path: Path) -> None:
     pictures = draw(results, tmp_path / "summary")
     assert [path.name for path in pictures] == ["asr_against_gap_resnet.png", "asr_by_rate_resnet.png", "heat_resnet.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_two_cells_in_one_place_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "badnets", "drop", 0, 0.1)
+    write(tmp_path / "older", "badnets", "drop", 0, 0.9, key="older")
+    with pytest.raises(ValueError, match=r"holds badnetsdrop0 and older for resnet badnets 0\.2 0 drop, made by other settings"):
+        read_results(tmp_path)
 
 
 def test_a_folder_without_cells_is_refused(tmp_path: Path) -> None:
