@@ -15,7 +15,7 @@ from .. import io
 from ..defences import Outcome, defences
 from ..result import provenance
 from .case import Case
-from .cells import Cell, grouped
+from .cells import Cell, Setting, grouped
 from .figures import attack_works, figures
 from .schema import NONE, ORACLE
 
@@ -66,15 +66,35 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell) -> list[str]:
 def _records(cells: list[Cell], out: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
     for group in grouped(cells):
         with tempfile.TemporaryDirectory(prefix="bench_") as work:
-            case: Case | None = None
+            begun = time.perf_counter()
+            case = _opened(group[0].setting, out, Path(work))
             for number, cell in enumerate(group):
-                folder, begun = Path(work) / str(number), time.perf_counter()
-                try:
-                    case = case or Case(cell.setting, out, Path(work))
-                    found = _run(cell, case, folder)
-                except ValueError as error:
-                    found = {"status": FAILED, "error": " ".join(str(error).split())}
+                found = _found(cell, case, Path(work) / str(number))
                 yield cell, {**_about(cell), **found, "wall_seconds": time.perf_counter() - begun}
+                begun = time.perf_counter()
+
+
+def _opened(setting: Setting, out: Path, work: Path) -> Case | dict[str, Any]:
+    """The case with its twins; or how it fails, as all its cells then do: it is tried once."""
+    try:
+        case = Case(setting, out, work)
+        case.twins  # noqa: B018  # trained here
+    except ValueError as error:
+        return _failed(error)
+    return case
+
+
+def _found(cell: Cell, case: Case | dict[str, Any], folder: Path) -> dict[str, Any]:
+    if isinstance(case, dict):
+        return case
+    try:
+        return _run(cell, case, folder)
+    except ValueError as error:
+        return _failed(error)
+
+
+def _failed(error: ValueError) -> dict[str, Any]:
+    return {"status": FAILED, "error": " ".join(str(error).split())}
 
 
 def _about(cell: Cell) -> dict[str, Any]:

@@ -76,6 +76,18 @@ def test_a_failing_cell_is_written_down_and_the_others_go_on(tmp_path: Path, obe
     assert {record["status"] for record in found.values()} == {"failed"} and "largest possible" in found["none"]["error"]
 
 
+def test_a_setting_that_cannot_be_made_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def refuse(case: Case, plan: object, arm: str) -> None:
+        tried.append(arm)
+        raise ValueError("the loss is nan")
+
+    monkeypatch.setattr("nab_defense.grid.case.train", refuse)
+    found, _ = run(small_grid(tmp_path, defences={"none": None, "oracle": None, "drop": None}), tmp_path / "out")
+    assert [record["error"] for record in found.values()] == ["the loss is nan"] * 3 and tried == ["twin"]
+
+
 def test_where_the_attack_fails_nothing_is_defended(tmp_path: Path) -> None:
     found, _ = run(small_grid(tmp_path, defences={"none": None, "nab": None}), tmp_path / "out")
     assert found["none"]["twins"]["undefended"]["asr"]["value"] < 0.7  # one epoch
