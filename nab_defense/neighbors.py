@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import faiss
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import kmeans_plusplus
 from sklearn.preprocessing import normalize
 
-__all__ = ["EXACT_WORK", "cluster", "neighbors"]
+__all__ = ["EXACT_WORK", "cluster", "neighbors", "threads"]
 
 Rows = NDArray[np.float32]
 Found = tuple[slice, Rows, NDArray[np.int64]]
@@ -27,9 +28,7 @@ TRIALS = 20  # of which it keeps the best at each step; scikit-learn's 2 + log k
 ONE_THREAD = 1e8  # points x centers x dims
 
 
-def neighbors(
-    queries: Rows, rows: Rows, k: int, *, exact_work: float = EXACT_WORK
-) -> Iterator[tuple[slice, Rows, NDArray[np.int64]]]:
+def neighbors(queries: Rows, rows: Rows, k: int, *, exact_work: float = EXACT_WORK) -> Iterator[Found]:
     """The k rows of largest cosine similarity to each query, block by block, so that memory does not grow with the queries.
 
     Up to `exact_work` every query is compared with every row. Above, an inverted file [Jegou et al. 2011, TPAMI 33(1)] of
@@ -106,11 +105,18 @@ def cluster(points: Rows, k: int, *, seed: int, restarts: int = 0) -> Rows:
     kmeans = faiss.Kmeans(
         dims, k, niter=ITERATIONS, nredo=max(restarts, 1), seed=seed, max_points_per_centroid=each, min_points_per_centroid=1
     )
-    threads = faiss.omp_get_max_threads()
-    if min(size, each * k) * k * dims < ONE_THREAD:  # on a busy machine threads would wait for each other at each tiny step
-        faiss.omp_set_num_threads(1)
-    try:
+    # On a busy machine threads would wait for each other at each tiny step.
+    with threads(1) if min(size, each * k) * k * dims < ONE_THREAD else nullcontext():
         kmeans.train(points, init_centroids=start)
-    finally:
-        faiss.omp_set_num_threads(threads)
     return np.asarray(kmeans.centroids)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Have faiss use so many threads, for a while."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

@@ -8,6 +8,7 @@ import platform
 import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from . import ranks
 
-__all__ = ["Runtime", "fixed_seed", "keep_freed_memory"]
+__all__ = ["Runtime", "fixed_seed", "keep_freed_memory", "told_bytes"]
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 LARGEST = 2**30  # bytes; a tensor above it is mapped for itself, as before
@@ -40,6 +41,15 @@ def keep_freed_memory() -> None:
         return
     mallopt(MMAP_THRESHOLD, LARGEST)
     mallopt(TRIM_THRESHOLD, 2**31 - 1)
+
+
+def told_bytes(file: str, key: str) -> int | None:
+    """What Linux says of memory under a key of /proc/<file>, in bytes; None on other systems."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc", file).read_text(encoding="ascii").splitlines())
+        return 1024 * int(lines[key].split()[0])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _cpu_has_bfloat16() -> bool:

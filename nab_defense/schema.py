@@ -179,6 +179,11 @@ class Recipe(Section):
     runtime: Run = Run()
     baselines: tuple[Literal["undefended", "oracle"], ...] = ()
 
+    @property
+    def attack_seed(self) -> int:
+        """What the attacker draws with: the attack's own seed, or the recipe's."""
+        return self.seed if self.attack is None or self.attack.seed is None else self.attack.seed
+
     @field_validator("attack", mode="before")
     @classmethod
     def _short_attack(cls, value: Any) -> Any:

@@ -141,7 +141,7 @@ class Session:
             truth = read_truth(Path(path), self.whole_source).subset([number[name] for name in source.ids])
         if attack is None or not attack.poison:
             return source, truth
-        target, seed = _target(attack), self.recipe.seed if attack.seed is None else attack.seed
+        target, seed = _target(attack), self.recipe.attack_seed
         return poison_source(source, self.attack, rate=attack.rate, target=target, mode=attack.mode, seed=seed)
 
     @cached_property
@@ -154,8 +154,7 @@ class Session:
             return load_trigger(Path(attack.trigger), made, target=target)
         if not attack.poison:
             return made
-        seed = self.recipe.seed if attack.seed is None else attack.seed
-        return prepared(made, self.clean_source, target=target, seed=seed, runtime=self.runtime)
+        return prepared(made, self.clean_source, target=target, seed=self.recipe.attack_seed, runtime=self.runtime)
 
     @property
     def source(self) -> Source:

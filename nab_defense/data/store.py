@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ranks
+from ..runtime import told_bytes
 from .sources import Chosen, Loader, Source
 from .transforms import RESIZED, resized
 
@@ -129,8 +129,5 @@ def _free_memory(device: torch.device) -> int:
     """Bytes; what the system could give without swapping, its file cache included."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, ValueError, KeyError):  # not Linux
-        return ASSUMED
+    told = told_bytes("meminfo", "MemAvailable")
+    return ASSUMED if told is None else told

@@ -15,6 +15,8 @@ from .tables import ASR, GAP, Record, Results, measured
 
 __all__ = ["draw"]
 
+MARKERS = "osD^vP*X"
+
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """Write the pictures of each network; those without any attack that works are left out.
@@ -46,7 +48,7 @@ def _against(figure: Figure, results: Results, cells: list[Record]) -> None:
     for number, defence in enumerate(results.defences):
         rates, gaps = _means(cells, "defence", defence)
         if rates:
-            axes.scatter(gaps, rates, label=defence, marker="osD^vP*X"[number % 8], alpha=0.7)
+            axes.scatter(gaps, rates, label=defence, marker=MARKERS[number % len(MARKERS)], alpha=0.7)
     axes.set(xlabel="ACC gap to the oracle", ylabel="ASR", title="every cell whose attack works")
     axes.legend(fontsize="small")
 
@@ -61,7 +63,7 @@ def _by_rate(figure: Figure, results: Results, cells: list[Record]) -> None:
             if values:
                 points.append((100 * rate, mean(values)))
         if points:
-            axes.plot(*zip(*points, strict=True), label=defence, marker="osD^vP*X"[number % 8])
+            axes.plot(*zip(*points, strict=True), label=defence, marker=MARKERS[number % len(MARKERS)])
     axes.set(xlabel="poison rate, %", ylabel="mean ASR of the attacks that work", xscale="log")
     axes.legend(fontsize="small")
 

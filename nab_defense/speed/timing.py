@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime import told_bytes
+
 __all__ = ["peak_memory", "seconds", "side_by_side", "spread"]
 
 Task = Callable[[], object]
@@ -67,8 +69,5 @@ def _reset_peak() -> float:
 
 
 def _peak() -> float:
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-        return int(lines["VmHWM"].split()[0]) / 1024
-    except (OSError, KeyError, ValueError):  # not Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    told = told_bytes("self/status", "VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if told is None else told / 2**20

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from ..detectors import detectors
 from ..neighbors import cluster, neighbors
+from ..neighbors import threads as allowed_threads
 from ..scan import Scan
 from .timing import peak_memory, seconds, side_by_side
 
@@ -50,17 +50,6 @@ def clustered(rows: int, dims: int, *, groups: int, seed: int = 0, out: Rows | N
     return points, group
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count)
-    try:
-        with threadpool_limits(count):
-            yield
-    finally:
-        faiss.omp_set_num_threads(before)
-
-
 def kmeans(
     *, rows: int = 200_000, dims: int = 384, centers: Sequence[int] = (10, 100), threads: Sequence[int] = (1, 2), repeats: int = 1
 ) -> dict[str, Any]:
@@ -77,7 +66,7 @@ def kmeans(
             inertia["ours"] = float(faiss.knn(points, cluster(points, count, seed=0), 1)[0].sum(dtype=np.float64))
 
         for number in threads:
-            with _threads(number):
+            with allowed_threads(number), threadpool_limits(number):
                 times = side_by_side(("scikit-learn", theirs), ("ours", ours), repeats=repeats, warm=False)
             of = inertia["ours"] / inertia["scikit-learn"]
             found.append({"centers": count, "threads": number, **times, "inertia": dict(inertia), "inertia_ratio": of})
