@@ -18,7 +18,7 @@ from .plan import Finding, make_plan, paper_plan
 from .relabel import relabelers
 from .replay import fit_once, scan_key
 from .scan import EarlyScan, Scan, scan_model
-from .select import Selection, expand, settled, take_fraction
+from .select import JUDGES, Selection, clear, confirmed, expand, judged, settled, take_fraction
 from .session import Session
 from .train import TrainConfig
 from .types import SuspectReport
@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
     """Scan the training source, rank, select, relabel, plan. Sees images and given labels only.
 
+    The scan ends early where two passes accuse alike and what each group shares is a trigger beyond doubt. A network that is
+    pushed up and down by the scan's loss obeys a trigger at one pass and not at the next, and a young one takes any pattern for
+    a class, so the verdict on a group in doubt is that of the last passes of the whole scan.
+
     Args:
         session: The run.
         kept: Keep the scan's training for other runs, and take it from an earlier one that was alike.
@@ -42,22 +46,27 @@ def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
         return accuse(session, scan, network), network
     detector = detectors.create(recipe.scan.detector, **recipe.scan.params)
     found: list[tuple[SuspectReport, Selection]] = []
+    tried: list[dict[int, float]] = []
 
-    def watch(seen: Scan) -> bool:
+    def watch(seen: Scan, network: nn.Module) -> bool:
         last = found[-1][1] if found else None
         report = detector.detect(seen)
         selection = expand(report, seen, fraction=recipe.fraction, previous=last)
         found.append((report, selection))
         log.info("scan %d: %d suspects", seen.epoch, selection.suspect.sum())
-        return last is not None and settled(last, selection)
+        stands = last is not None and settled(last, selection)
+        if stands or seen.epoch > recipe.scan.epochs - JUDGES:
+            tried.append(_imprints(session, network, selection.suspect))
+        return stands and clear(tried[-1])
 
     scan, network = _scan(session, watch, kept)
-    return _finding(session, scan, *found[-1], network, network), network
+    report, selection = found[-1]
+    return _finding(session, scan, report, confirmed(selection, scan.labels, judged(tried)), network), network
 
 
 def scan_whole(session: Session, *, kept: bool = False) -> tuple[Scan, nn.Module]:
     """All epochs of the scan, as the paper's rule has it; no detector has a say in it. `kept` as in look."""
-    return _scan(session, lambda seen: False, kept)
+    return _scan(session, lambda seen, network: False, kept)
 
 
 def accuse(session: Session, scan: Scan, network: nn.Module) -> Finding:
@@ -65,34 +74,40 @@ def accuse(session: Session, scan: Scan, network: nn.Module) -> Finding:
 
     Args: network: The scan's."""
     report = detectors.create(session.recipe.scan.detector, **session.recipe.scan.params).detect(scan)
-    return _finding(session, scan, report, take_fraction(report, session.recipe.fraction), network, network)
+    return _finding(session, scan, report, take_fraction(report, session.recipe.fraction), network)
 
 
-def look_again(session: Session, trained: nn.Module, scanner: nn.Module) -> Finding:
-    """The same with the network that ordinary training made.
+def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before: Finding) -> Finding:
+    """The same with the network that training made, among the samples that are not suspect yet.
 
-    Poison that the scan's short training does not learn faster than content (few samples, subtle triggers) is invisible to it,
-    but once learned it stands apart in the trained network's features.
+    Poison that the scan's short training does not learn faster than content (few samples, subtle triggers, a second trigger) is
+    invisible to it, but once learned it stands apart in the trained network's features.
 
     Args:
-        trained: Trained on everything, with all triggers in it.
-        scanner: The scan's network, in which nothing was found: it goes by content, and names the suspects."""
-    source, recipe = session.source, session.recipe
+        trained: Trained under the plan so far, with all triggers in it that are not in the plan.
+        scanner: The scan's network, which has not learned these: it goes by content, and names the suspects.
+        before: What was found so far; its suspects stay.
+
+    Returns: what is found now in all; the same suspects where nothing new stands apart."""
+    source, recipe, known = session.source, session.recipe, before.plan.suspect
     detector = detectors.create(recipe.scan.detector, **recipe.scan.params)
     scan = scan_model(trained, session.ordered(source), source.labels, runtime=session.runtime, fingerprint=source.fingerprint)
     report = detector.detect(scan)
-    selection = expand(report, scan, fraction=recipe.fraction, trained=True)
-    log.info("second look: %d suspects", selection.suspect.sum())
-    return _finding(session, scan, report, selection, trained, scanner)
+    selection = expand(report, scan, fraction=recipe.fraction, previous=Selection(known, before.selection.doubt), trained=True)
+    imprints = _imprints(session, trained, selection.suspect & ~known)
+    selection = confirmed(selection, scan.labels, imprints, known=known)
+    log.info("look again: %d suspects more", (selection.suspect & ~known).sum())
+    examined = {group.label for group in selection.groups}
+    first = [
+        group for group in before.selection.groups if (known & (scan.labels == group.label)).any() or group.label not in examined
+    ]
+    selection = dataclasses.replace(selection, groups=(*first, *selection.groups))
+    return _finding(session, scan, report, selection, scanner)
 
 
-def _finding(
-    session: Session, scan: Scan, report: SuspectReport, selection: Selection, network: nn.Module, namer: nn.Module
-) -> Finding:
-    """From suspects to a plan; `network` knows the triggers, `namer` labels the suspects."""
+def _finding(session: Session, scan: Scan, report: SuspectReport, selection: Selection, namer: nn.Module) -> Finding:
+    """From suspects to a plan; `namer` labels the suspects."""
     recipe = session.recipe
-    if recipe.rule == "expand":
-        selection = _confirmed(session, selection, scan, network)
     proposed, confidence = _relabel(session, scan, namer, selection.suspect)
     if recipe.rule == "paper":
         return Finding(report, selection, paper_plan(scan, selection.suspect, proposed), confidence)
@@ -103,7 +118,7 @@ def _finding(
     return Finding(report, selection, plan, confidence)
 
 
-def _scan(session: Session, watch: Callable[[Scan], bool], kept: bool) -> tuple[Scan, nn.Module]:
+def _scan(session: Session, watch: Callable[[Scan, nn.Module], bool], kept: bool) -> tuple[Scan, nn.Module]:
     source, stage = session.source, session.recipe.scan
     network = session.build()
     settings = TrainConfig(
@@ -112,7 +127,7 @@ def _scan(session: Session, watch: Callable[[Scan], bool], kept: bool) -> tuple[
     )  # fmt: skip
     loss = lga_loss(stage.gamma, stage.form)
     runtime, batches, mark = session.runtime, session.ordered(source), source.fingerprint
-    passes = EarlyScan(batches, source.labels, look=watch, runtime=runtime, fingerprint=mark)
+    passes = EarlyScan(batches, source.labels, look=lambda seen: watch(seen, network), runtime=runtime, fingerprint=mark)
     key = None
     if kept:
         facts = {"size": session.size, "pixels": session.normalization, "built": dataclasses.asdict(session.network())}
@@ -124,19 +139,14 @@ def _scan(session: Session, watch: Callable[[Scan], bool], kept: bool) -> tuple[
     return passes.last, network
 
 
-def _confirmed(session: Session, selection: Selection, scan: Scan, network: nn.Module) -> Selection:
-    """Try what each group shares on other images, and let go those that share no trigger."""
-    suspect, doubt, groups = selection.suspect.copy(), selection.doubt.copy(), []
-    for group in selection.groups:
-        members = scan.labels == group.label
-        if (suspect & members).any():
-            rise = imprint(network, session.ordered(session.source), scan.labels, suspect & members, runtime=session.runtime)
-            log.info("class %d: %d suspects, imprint %.2f", group.label, (suspect & members).sum(), rise)
-            group = dataclasses.replace(group, imprint=rise)
-            if group.acquitted:
-                suspect[members], doubt[members] = False, 0
-        groups.append(group)
-    return Selection(suspect, doubt, tuple(groups))
+def _imprints(session: Session, network: nn.Module, suspect: NDArray[np.bool_]) -> dict[int, float]:
+    """What the suspects of each label share, tried on other images (see check.imprint): label -> share that it turns."""
+    labels, tried = session.source.labels, {}
+    for label in np.unique(labels[suspect]).tolist():
+        group = suspect & (labels == label)
+        tried[label] = imprint(network, session.ordered(session.source), labels, group, runtime=session.runtime)
+        log.info("class %d: %d suspects, imprint %.2f", label, group.sum(), tried[label])
+    return tried
 
 
 def _relabel(

@@ -6,9 +6,11 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from . import checkpoint, io, ranks
@@ -28,6 +30,7 @@ from .types import EvalResult, NABPlan
 __all__ = ["Clock", "defend", "protect", "run", "train"]
 
 log = logging.getLogger(__name__)
+AGAIN = 2  # looks with a trained network; each that finds something costs a training
 
 
 def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def protect(
     first: Callable[[], tuple[Finding, nn.Module]],
     fitted: Callable[[NABPlan, str], nn.Module],
 ) -> tuple[Finding, nn.Module, nn.Module | None]:
-    """Look and train; where nothing was found, look again with the trained network, and train anew if that finds something.
+    """Look and train; look again with the trained network, and train anew if that finds something more.
 
     Args:
         first: Gives the first look and the scan's network.
@@ -133,10 +136,15 @@ def protect(
     log.info("%d suspects", finding.plan.suspect.sum())
     network = clock("train", lambda: fitted(finding.plan, "defended"))
     untouched = None if finding.plan.changed.any() else network
-    if session.recipe.rule == "expand" and not finding.plan.suspect.any():
-        finding = clock("scan", lambda: _remembered(session, "again", lambda: look_again(session, network, scanner)))
-        if finding.plan.changed.any():
-            network = clock("train", lambda: fitted(finding.plan, "retrained"))
+    if session.recipe.rule != "expand":
+        return finding, network, untouched
+    for turn in range(AGAIN):
+        make = partial(look_again, session, network, scanner, finding)
+        found = clock("scan", partial(_remembered, session, f"again{turn}", make))
+        if np.array_equal(found.plan.suspect, finding.plan.suspect):
+            break
+        finding = found
+        network = clock("train", partial(fitted, found.plan, f"retrained{turn}"))
     return finding, network, untouched
 
 

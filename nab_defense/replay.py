@@ -82,11 +82,11 @@ def fit_once(
     kept, done, settled = _Kept(folder), 0, False
     while done < train.epochs and not settled and (seen := kept.read(done + 1, passes)) is not None:
         done, passes.last = done + 1, seen
+        network.load_state_dict(io.load_state(kept.state(done))["model"])  # who looks may ask the network, too
         settled = passes.look(seen)
     if done:
         log.info("scan: epochs 1 to %d from the cache, %s", done, kept.folder)
     if settled or done == train.epochs:
-        network.load_state_dict(io.load_state(kept.state(done))["model"])
         return
     current = kept.folder / f"{os.getpid()}.state"
     if done:

@@ -17,13 +17,18 @@ from sklearn.preprocessing import StandardScaler
 from .scan import Scan
 from .types import SuspectReport
 
-__all__ = ["Group", "Selection", "expand", "settled", "split_in_two", "take_fraction", "too_few"]
+__all__ = [
+    "JUDGES", "Group", "Selection", "clear", "confirmed", "expand", "judged", "settled", "split_in_two", "take_fraction",
+    "too_few",
+]  # fmt: skip
 
 MIN_SEPARATION = 2.0  # Ashman's D: below it a mixture of two normals does not separate [Ashman et al. 1994]
 MIN_VALLEY = 0.25  # the density between the groups must fall this far below the lower of its peaks
 MIN_LEAD = 0.8  # share of pairs in which a suspect has a lower loss than a sample of another class that is named right
 MIN_SEEDS = 20
 MIN_IMPRINT = 0.5  # share of other images that what a group shares must turn to be called a trigger
+CLEAR_IMPRINT = 0.75  # at this share no later pass need be asked
+JUDGES = 3  # passes at the end of a scan that judge a group in doubt
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 SETTLED = 0.98  # overlap of two passes, intersection over union
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -119,7 +124,7 @@ def expand(
         report: Any detector's.
         scan: What it looked at.
         fraction: Share of samples taken as seeds, in (0, 1).
-        previous: What an earlier pass of the same network showed.
+        previous: What an earlier pass of the same network showed; with `trained`, suspects that are known and left aside.
         trained: The network was trained to the end, where all losses are low: start from the more suspicious half of each class
             that falls in two by itself, not from seeds, and accuse it only if it is learned better than the other classes.
     """
@@ -130,7 +135,7 @@ def expand(
     counts = np.bincount(scan.labels[seeds], minlength=scan.num_classes)
     suspect, doubt, groups = previous.suspect.copy(), previous.doubt.copy(), []
     for label in range(scan.num_classes):
-        members = scan.labels == label
+        members = (scan.labels == label) & ~(previous.suspect & trained)
         start = _half(features, members, report.scores) if trained else seeds & members
         starts = [start, previous.suspect & members]
         grown = [_grow(features, members, start, scan.losses, right & ~members) for start in starts if start.sum() >= MIN_SEEDS]
@@ -199,3 +204,37 @@ def settled(before: Selection, after: Selection) -> bool:
     """Whether two passes accuse (nearly) the same samples, and any at all."""
     either = before.suspect | after.suspect
     return bool(either.any() and (before.suspect & after.suspect).sum() >= SETTLED * either.sum())
+
+
+def confirmed(
+    selection: Selection, labels: NDArray[np.int64], imprints: dict[int, float], *, known: NDArray[np.bool_] | None = None
+) -> Selection:
+    """Let go the groups that share no trigger.
+
+    Args:
+        selection: What stands apart.
+        labels: (N,) as given.
+        imprints: Of each label with suspects, the share of other images that they turn.
+        known: (N,) bool, suspects that stay whatever their label's imprint."""
+    suspect, doubt, groups = selection.suspect.copy(), selection.doubt.copy(), []
+    for group in selection.groups:
+        group = dataclasses.replace(group, imprint=imprints.get(group.label))
+        if group.acquitted:
+            members = (labels == group.label) & ~(np.zeros_like(suspect) if known is None else known)
+            suspect[members], doubt[members] = False, 0
+        groups.append(group)
+    return Selection(suspect, doubt, tuple(groups))
+
+
+def clear(imprints: dict[int, float]) -> bool:
+    """Whether there are groups, and all of them share a trigger beyond doubt."""
+    return min(imprints.values(), default=0.0) >= CLEAR_IMPRINT
+
+
+def judged(tried: list[dict[int, float]]) -> dict[int, float]:
+    """One imprint for each label from those of several passes: the last pass's if it is clear, else the median of the last ones.
+
+    Args: tried: Pass by pass, at least one; label -> imprint."""
+    if clear(tried[-1]):
+        return tried[-1]
+    return {label: float(np.median([seen[label] for seen in tried[-JUDGES:] if label in seen])) for label in tried[-1]}

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from nab_defense import io
-from nab_defense.look import _confirmed
+from nab_defense.look import _imprints
 from nab_defense.pipeline import run
 from nab_defense.recipe import load_recipe
 from nab_defense.scan import scan_model
-from nab_defense.select import Group, Selection
+from nab_defense.select import Group, Selection, clear, confirmed, judged
 from nab_defense.session import Session
 from tests.digits_runs import ROOT, write_recipe
 
@@ -24,17 +24,35 @@ def test_a_group_that_shares_no_trigger_is_acquitted(tmp_path: Path) -> None:
     scan = scan_model(network, session.ordered(source), source.labels, runtime=session.runtime)
     half = (scan.labels == 3) & (np.arange(len(scan)) % 2 == 0)
     group = Group(3, 5, 4.0, 0.9, int(half.sum()), 0.99)
-    judged = _confirmed(session, Selection(half, half.astype(np.float32), (group,)), scan, network)
-    assert not judged.suspect.any() and not judged.doubt.any()
-    assert judged.groups[0].imprint == pytest.approx(0, abs=0.1) and judged.groups[0].distinct
-    assert judged.groups[0].acquitted and not group.acquitted
+    rises = _imprints(session, network, half)
+    spared = confirmed(Selection(half, half.astype(np.float32), (group,)), scan.labels, rises)
+    assert not spared.suspect.any() and not spared.doubt.any()
+    assert spared.groups[0].imprint == rises[3] == pytest.approx(0, abs=0.1) and spared.groups[0].distinct
+    assert spared.groups[0].acquitted and not group.acquitted
+
+
+def test_what_is_known_stays_when_more_of_its_class_is_let_go() -> None:
+    labels, known = np.array([3, 3, 3, 1]), np.array([True, False, False, False])
+    seen = Selection(
+        np.array([True, True, False, False]), np.array([1, 0.9, 0.1, 0], np.float32), (Group(3, 0, 4.0, 0.9, 30, 0.9),)
+    )
+    assert confirmed(seen, labels, {3: 0.4}, known=known).suspect.tolist() == [True, False, False, False]
+    assert confirmed(seen, labels, {3: 0.6}, known=known).suspect.tolist() == [True, True, False, False]
+    assert confirmed(seen, labels, {3: 0.4}).suspect.sum() == 0
+
+
+def test_a_group_in_doubt_is_judged_by_the_last_passes() -> None:
+    assert clear({0: 0.75, 4: 0.9}) and not clear({0: 0.9, 4: 0.74}) and not clear({})
+    assert judged([{0: 0.1}, {0: 0.2}, {0: 0.8}]) == {0: 0.8}
+    assert judged([{0: 0.9}, {0: 0.1}, {0: 0.6, 4: 0.3}, {0: 0.7, 4: 0.9}, {0: 0.2, 4: 0.6}]) == {0: 0.6, 4: 0.6}
+    assert judged([{0: 0.9}, {}]) == {}
 
 
 @pytest.mark.slow
 def test_poison_that_is_learned_late_is_found_in_the_trained_network(tmp_path: Path) -> None:
     recipe = load_recipe(ROOT / "recipes" / "quickstart_digits.yaml", BADNETS)
     result = run(recipe, tmp_path / "run")
-    assert (tmp_path / "run" / "stages" / "again.npz").exists()
+    assert (tmp_path / "run" / "stages" / "again0.npz").exists()
     models, found = result["models"], result["detection"]
     assert models["undefended"]["asr"]["value"] > 0.9 > 0.1 > models["defended"]["asr"]["value"]
     assert found["precision"] > 0.95 and found["recall"] > 0.95 and result["verdict"]["protected"]
@@ -42,7 +60,7 @@ def test_poison_that_is_learned_late_is_found_in_the_trained_network(tmp_path: P
     # A finished run resumes to itself; one that lost its last stages repeats them to the same weights.
     first = io.load_tensors(tmp_path / "run" / "model.safetensors")[0]
     (tmp_path / "run" / "stages" / "finished.json").unlink()
-    (tmp_path / "run" / "stages" / "retrained.state").unlink()
+    (tmp_path / "run" / "stages" / "retrained0.state").unlink()
     run(recipe, tmp_path / "run", resume=True)
     again = io.load_tensors(tmp_path / "run" / "model.safetensors")[0]
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
