@@ -1,4 +1,4 @@
-"""Looking at the data: with a network trained for it, and again with the one that was to be shipped."""
+"""Looking at the data with a network trained for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .session import Session
 from .train import TrainConfig
 from .types import SuspectReport
 
-__all__ = ["accuse", "look", "look_again", "scan_whole"]
+__all__ = ["accuse", "imprints", "look", "make_finding", "scan_whole"]
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +56,12 @@ def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
         log.info("scan %d: %d suspects", seen.epoch, selection.suspect.sum())
         stands = last is not None and settled(last, selection)
         if stands or seen.epoch > recipe.scan.epochs - JUDGES:
-            tried.append(_imprints(session, network, selection.suspect))
+            tried.append(imprints(session, network, selection.suspect))
         return stands and clear(tried[-1])
 
     scan, network = _scan(session, watch, kept)
     report, selection = found[-1]
-    return _finding(session, scan, report, confirmed(selection, scan.labels, judged(tried)), network), network
+    return make_finding(session, scan, report, confirmed(selection, scan.labels, judged(tried)), network), network
 
 
 def scan_whole(session: Session, *, kept: bool = False) -> tuple[Scan, nn.Module]:
@@ -74,38 +74,10 @@ def accuse(session: Session, scan: Scan, network: nn.Module) -> Finding:
 
     Args: network: The scan's."""
     report = detectors.create(session.recipe.scan.detector, **session.recipe.scan.params).detect(scan)
-    return _finding(session, scan, report, take_fraction(report, session.recipe.fraction), network)
+    return make_finding(session, scan, report, take_fraction(report, session.recipe.fraction), network)
 
 
-def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before: Finding) -> Finding:
-    """The same with the network that training made, among the samples that are not suspect yet.
-
-    Poison that the scan's short training does not learn faster than content (few samples, subtle triggers, a second trigger) is
-    invisible to it, but once learned it stands apart in the trained network's features.
-
-    Args:
-        trained: Trained under the plan so far, with all triggers in it that are not in the plan.
-        scanner: The scan's network, which has not learned these: it goes by content, and names the suspects.
-        before: What was found so far; its suspects stay.
-
-    Returns: what is found now in all; the same suspects where nothing new stands apart."""
-    source, recipe, known = session.source, session.recipe, before.plan.suspect
-    detector = detectors.create(recipe.scan.detector, **recipe.scan.params)
-    scan = scan_model(trained, session.ordered(source), source.labels, runtime=session.runtime, fingerprint=source.fingerprint)
-    report = detector.detect(scan)
-    selection = expand(report, scan, fraction=recipe.fraction, previous=Selection(known, before.selection.doubt), trained=True)
-    imprints = _imprints(session, trained, selection.suspect & ~known)
-    selection = confirmed(selection, scan.labels, imprints, known=known)
-    log.info("look again: %d suspects more", (selection.suspect & ~known).sum())
-    examined = {group.label for group in selection.groups}
-    first = [
-        group for group in before.selection.groups if (known & (scan.labels == group.label)).any() or group.label not in examined
-    ]
-    selection = dataclasses.replace(selection, groups=(*first, *selection.groups))
-    return _finding(session, scan, report, selection, scanner)
-
-
-def _finding(session: Session, scan: Scan, report: SuspectReport, selection: Selection, namer: nn.Module) -> Finding:
+def make_finding(session: Session, scan: Scan, report: SuspectReport, selection: Selection, namer: nn.Module) -> Finding:
     """From suspects to a plan; `namer` labels the suspects."""
     recipe = session.recipe
     proposed, confidence = _relabel(session, scan, namer, selection.suspect)
@@ -139,7 +111,7 @@ def _scan(session: Session, watch: Callable[[Scan, nn.Module], bool], kept: bool
     return passes.last, network
 
 
-def _imprints(session: Session, network: nn.Module, suspect: NDArray[np.bool_]) -> dict[int, float]:
+def imprints(session: Session, network: nn.Module, suspect: NDArray[np.bool_]) -> dict[int, float]:
     """What the suspects of each label share, tried on other images (see check.imprint): label -> share that it turns."""
     labels, tried = session.source.labels, {}
     for label in np.unique(labels[suspect]).tolist():

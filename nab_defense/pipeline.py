@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from . import checkpoint, io, ranks
+from .again import look_again
 from .bench.evaluate import evaluate
 from .check import Verdict, judge, judge_again, measure
 from .defended import DefendedModel
-from .look import look, look_again
+from .look import look
 from .plan import Finding, load_finding, save_finding
 from .repair import Trusted, repair, trusted_images
 from .result import describe, save_suspects
@@ -139,13 +141,21 @@ def protect(
     if session.recipe.rule != "expand":
         return finding, network, untouched
     for turn in range(AGAIN):
-        make = partial(look_again, session, network, scanner, finding)
+        without = partial(_without, fitted, finding.plan, f"again{turn}")
+        make = partial(look_again, session, network, scanner, finding, without=without)
         found = clock("scan", partial(_remembered, session, f"again{turn}", make))
         if np.array_equal(found.plan.suspect, finding.plan.suspect):
             break
         finding = found
         network = clock("train", partial(fitted, found.plan, f"retrained{turn}"))
     return finding, network, untouched
+
+
+def _without(
+    fitted: Callable[[NABPlan, str], nn.Module], plan: NABPlan, turn: str, absent: NDArray[np.bool_], part: str
+) -> nn.Module:
+    """A network trained on the rest as it came."""
+    return fitted(dataclasses.replace(NABPlan.empty(plan.labels), keep=~absent), f"{turn}_without_{part}")
 
 
 def _repaired(

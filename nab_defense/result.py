@@ -19,6 +19,7 @@ from .check import Verdict
 from .data import Source
 from .plan import Finding
 from .runtime import Runtime
+from .select import Group
 from .session import Session
 from .types import EvalResult, NABPlan
 
@@ -89,13 +90,17 @@ def _commit() -> str:
         return ""
 
 
+def _evidence(group: Group) -> str:
+    shape = f"separation {group.separation:.1f}, valley {group.valley:.2f}"
+    if group.foreign:
+        return f"{shape}; unseen, {100 * (group.named or 0):.0f} % of it gets this label, spread of the others {group.spread:.2f}"
+    return f"{shape}, imprint {group.imprint or 0:.2f}"
+
+
 def save_suspects(path: Path, finding: Finding, source: Source) -> None:
     """suspects.csv: a row for each suspected or changed sample, suspects first, the most suspicious on top."""
     plan, scores = finding.plan, finding.report.scores
-    evidence = {
-        group.label: f"separation {group.separation:.1f}, valley {group.valley:.2f}, imprint {group.imprint or 0:.2f}"
-        for group in finding.selection.groups
-    }
+    evidence = {group.label: _evidence(group) for group in finding.selection.groups}
     chosen = np.flatnonzero(plan.suspect | plan.changed)
     rows = []
     for i in chosen[np.lexsort((-scores[chosen], ~plan.suspect[chosen]))]:

@@ -18,8 +18,8 @@ from .scan import Scan
 from .types import SuspectReport
 
 __all__ = [
-    "JUDGES", "Group", "Selection", "clear", "confirmed", "expand", "judged", "settled", "split_in_two", "take_fraction",
-    "too_few",
+    "JUDGES", "Group", "Selection", "clear", "confirmed", "expand", "judged", "settled", "smaller_halves", "split_in_two",
+    "take_fraction", "too_few",
 ]  # fmt: skip
 
 MIN_SEPARATION = 2.0  # Ashman's D: below it a mixture of two normals does not separate [Ashman et al. 1994]
@@ -29,6 +29,9 @@ MIN_SEEDS = 20
 MIN_IMPRINT = 0.5  # share of other images that what a group shares must turn to be called a trigger
 CLEAR_IMPRINT = 0.75  # at this share no later pass need be asked
 JUDGES = 3  # passes at the end of a scan that judge a group in doubt
+MAX_NAMED = 0.25  # of a group that is not what its label says: share named so by a network that never saw it
+MIN_SURE = 0.2  # that network must be about as sure of it as of ordinary images; of a style it never saw it is not
+MIN_SPREAD = 0.85  # the names it gets, as mixed as content is (entropies); a style resembles one or two classes
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 SETTLED = 0.98  # overlap of two passes, intersection over union
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -47,6 +50,7 @@ class Group:
         lead: How surely a sample of the group has a lower loss than one of another class that the network names right (AUROC),
             in [0, 1].
         imprint: Share of other images that what the group shares turns to its class (see check.imprint); None: not tried.
+        named, sure, spread: What a network that never saw the group makes of it (see naming.naming); None: not tried.
     """
 
     label: int
@@ -56,6 +60,9 @@ class Group:
     size: int
     lead: float
     imprint: float | None = None
+    named: float | None = None
+    sure: float | None = None
+    spread: float | None = None
 
     @property
     def distinct(self) -> bool:
@@ -64,7 +71,14 @@ class Group:
     @property
     def acquitted(self) -> bool:
         """It stood apart and shares no trigger: a class may fall in two by itself, or because half of its labels are wrong."""
-        return self.imprint is not None and self.imprint < MIN_IMPRINT
+        return self.imprint is not None and self.imprint < MIN_IMPRINT and not self.foreign
+
+    @property
+    def foreign(self) -> bool:
+        """Its images show what other classes show, many of them: labels that no content explains."""
+        if self.named is None or self.sure is None or self.spread is None:
+            return False
+        return self.named < MAX_NAMED and self.sure > MIN_SURE and self.spread > MIN_SPREAD
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,20 +165,45 @@ def expand(
 
 
 def _half(features: NDArray[np.float32], members: NDArray[np.bool_], scores: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """The more suspicious half of a class that falls in two along its top singular direction [Tran et al. 2018]; else nobody.
+    """The more suspicious half of a class that falls in two; else nobody.
 
     On CIFAR-10 the classes of clean data stay one hump (valley below .1), and backdoored ones have a valley of .2 to 1 once
     the network obeys the trigger."""
     half = np.zeros_like(members)
-    if members.sum() < 2 * MIN_SEEDS:
-        return half
-    centred = features[members] - features[members].mean(0)
-    direction = np.linalg.svd(centred, full_matrices=False)[2][0]
-    likely, separation, valley = split_in_two(centred @ direction)
+    likely, separation, valley = _in_two(features, members)
     if separation > MIN_SEPARATION and valley > MIN_VALLEY:
         upper, inside = likely > 0.5, scores[members]
         half[members] = upper if roc_auc_score(upper, inside) > 0.5 else ~upper
     return half
+
+
+def _in_two(features: NDArray[np.float32], members: NDArray[np.bool_]) -> tuple[NDArray[np.float64], float, float]:
+    """split_in_two of a class along its top singular direction [Tran et al. 2018]; separation 0 where it is too small."""
+    if members.sum() < 2 * MIN_SEEDS:
+        return np.zeros(int(members.sum())), 0.0, 0.0
+    centred = features[members] - features[members].mean(0)
+    return split_in_two(centred @ np.linalg.svd(centred, full_matrices=False)[2][0])
+
+
+def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[tuple[Group, NDArray[np.float64]]]:
+    """Classes that fall in two in a trained network's features, for whatever reason.
+
+    Args:
+        scan: What a trained network saw.
+        aside: (N,) bool, samples that are left aside.
+
+    Returns: of each such class a group, its smaller part, and for each sample of it (N,) the probability of being in that."""
+    found = []
+    for label in range(scan.num_classes):
+        members = (scan.labels == label) & ~aside
+        likely, separation, valley = _in_two(scan.features, members)
+        likely = likely if (likely > 0.5).mean() <= 0.5 else 1 - likely
+        group = Group(label, 0, separation, valley, int((likely > 0.5).sum()), 0.0)
+        if group.distinct:
+            everyone = np.zeros(len(scan))
+            everyone[members] = likely
+            found.append((group, everyone))
+    return found
 
 
 def _grow(

@@ -17,9 +17,9 @@ PACKAGE = "nab_defense"
 LAYERS: list[Collection[str]] = [
     {"types", "registry", "stamp", "io", "runtime", "clean", "neighbors", "principal", "ranks", "parallel"},
     {"data", "scan", "content", "dataset", "defended", "train", "sites", "universal"},
-    {"detectors", "relabel", "purify", "select", "plan", "replay"},
+    {"detectors", "relabel", "purify", "select", "naming", "plan", "replay"},
     {"checkpoint", "check", "bench", "report"},
-    ["schema", "recipe", "methods", "loaders", "session", "look", "repair", "result", "pipeline", "defences"],
+    ["schema", "recipe", "methods", "loaders", "session", "look", "again", "repair", "result", "pipeline", "defences"],
     ["speed", "grid", "cli"],
 ]
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nab_defense import io
-from nab_defense.look import _imprints
+from nab_defense.look import imprints
 from nab_defense.pipeline import run
 from nab_defense.recipe import load_recipe
 from nab_defense.scan import scan_model
@@ -24,7 +24,7 @@ def test_a_group_that_shares_no_trigger_is_acquitted(tmp_path: Path) -> None:
     scan = scan_model(network, session.ordered(source), source.labels, runtime=session.runtime)
     half = (scan.labels == 3) & (np.arange(len(scan)) % 2 == 0)
     group = Group(3, 5, 4.0, 0.9, int(half.sum()), 0.99)
-    rises = _imprints(session, network, half)
+    rises = imprints(session, network, half)
     spared = confirmed(Selection(half, half.astype(np.float32), (group,)), scan.labels, rises)
     assert not spared.suspect.any() and not spared.doubt.any()
     assert spared.groups[0].imprint == rises[3] == pytest.approx(0, abs=0.1) and spared.groups[0].distinct

@@ -1,0 +1,102 @@
+"""Looking at the data again, with the network that was to be shipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from .detectors import detectors
+from .look import imprints, make_finding
+from .naming import control, naming
+from .plan import Finding
+from .scan import Scan, scan_model
+from .select import Group, Selection, confirmed, expand, smaller_halves
+from .session import Session
+
+__all__ = ["Without", "look_again"]
+
+log = logging.getLogger(__name__)
+BALANCED = 0.4  # share of a class above which its smaller part may as well be the clean one
+Without = Callable[[NDArray[np.bool_], str], nn.Module]
+
+
+def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before: Finding, *, without: Without) -> Finding:
+    """As look, with the network that training made, among the samples that are not suspect yet.
+
+    Poison that the scan's short training does not learn faster than content (few samples, subtle triggers, a second trigger) is
+    invisible to it, but once learned it stands apart in the trained network's features. A trigger that is the same in all
+    images shows in what they share. For others the part of a class that stands apart is left out of one more training, and
+    accused where that network finds the content of many other classes in it (see naming.naming).
+
+    Args:
+        session: The run.
+        trained: Trained under the plan so far, with all triggers in it that are not in the plan.
+        scanner: The scan's network, which has not learned these: it goes by content, and names the suspects.
+        before: What was found so far; its suspects stay.
+        without: (mask (N,), which part) -> a network trained without these samples; called only where a class falls in two.
+
+    Returns: what is found now in all; the same suspects where nothing new stands apart."""
+    recipe, known = session.recipe, before.plan.suspect
+    scan = _read(session, trained)
+    report = detectors.create(recipe.scan.detector, **recipe.scan.params).detect(scan)
+    selection = expand(report, scan, fraction=recipe.fraction, previous=Selection(known, before.selection.doubt), trained=True)
+    selection = confirmed(selection, scan.labels, imprints(session, trained, selection.suspect & ~known), known=known)
+    cleared = [group.label for group in before.selection.groups if group.named is not None and not group.foreign]
+    fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
+    selection, namer = _named(session, scan, selection, {*cleared, *fresh}, without)
+    log.info("look again: %d suspects more", (selection.suspect & ~known).sum())
+    examined = {group.label for group in selection.groups}
+    stay = [g for g in before.selection.groups if (known & (scan.labels == g.label)).any() or g.label not in examined]
+    selection = dataclasses.replace(selection, groups=(*stay, *selection.groups))
+    return make_finding(session, scan, report, selection, namer or scanner)
+
+
+def _named(
+    session: Session, scan: Scan, selection: Selection, spared: set[int], without: Without
+) -> tuple[Selection, nn.Module | None]:
+    """Accuse parts of classes by the names that they get where they are left out: the smaller part of each class, then the
+    larger one where the two are nearly alike. Labels in `spared` are not examined.
+
+    Returns: the selection, and a network that never saw the accused; None where nobody is accused by this."""
+    namer = None
+    parts = [part for part in smaller_halves(scan, selection.suspect) if part[0].label not in spared]
+    for name in ("smaller", "larger"):
+        if not parts:
+            break
+        absent = np.any([selection.suspect, *(likely > 0.5 for _, likely in parts)], axis=0)
+        others = control(absent, session.recipe.seed)
+        network = without(absent | others, name)
+        logits, rest = _read(session, network).logits, []
+        for group, likely in parts:
+            seen = naming(logits, scan.labels, likely > 0.5, others)
+            group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=seen.spread)
+            log.info("class %d, %s part, %d samples: %s", group.label, name, group.size, seen)
+            members = (scan.labels == group.label) & ~selection.suspect
+            if group.foreign:
+                namer = network
+            elif group.size > BALANCED * members.sum():
+                larger = int(members.sum()) - group.size
+                rest.append((dataclasses.replace(group, size=larger), np.where(members, 1 - likely, 0)))
+            selection = _with(selection, group, likely)
+        parts = rest
+    return selection, namer
+
+
+def _with(selection: Selection, group: Group, likely: NDArray[np.float64]) -> Selection:
+    """The selection with a group that was examined by its names: accused where it is foreign, and on record."""
+    old = next((other for other in selection.groups if other.label == group.label), group)
+    groups = (*(other for other in selection.groups if other is not old), dataclasses.replace(group, imprint=old.imprint))
+    if not group.foreign:
+        return dataclasses.replace(selection, groups=groups)
+    doubt = np.maximum(selection.doubt, likely).astype(np.float32)
+    return Selection(selection.suspect | (likely > 0.5), doubt, groups)
+
+
+def _read(session: Session, network: nn.Module) -> Scan:
+    source = session.source
+    return scan_model(network, session.ordered(source), source.labels, runtime=session.runtime, fingerprint=source.fingerprint)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nab_defense import again
+from nab_defense.again import _named
+from nab_defense.pipeline import run
+from nab_defense.recipe import load_recipe
+from nab_defense.scan import Scan
+from nab_defense.select import Selection
+from tests.digits_runs import ROOT
+
+LABELS = np.repeat(np.arange(4), 100)
+NOBODY = Selection(np.zeros(400, bool), np.zeros(400, np.float32))
+
+
+def scan(upper: int, logits: np.ndarray | None = None) -> Scan:
+    """Class 0 falls in two, its first `upper` samples and the others; the other classes are one hump."""
+    features = np.random.default_rng(0).standard_normal((400, 2)).astype(np.float32)
+    features[:upper, 0] += 20
+    table = np.zeros((400, 4), np.float32) if logits is None else logits
+    return Scan(LABELS, np.zeros(400, np.float32), table, features)
+
+
+class Networks:
+    """Stands for networks trained without a part of class 0: what each names the first and the other samples of that class."""
+
+    def __init__(self, upper: int, monkeypatch: pytest.MonkeyPatch, **names: tuple[list[int], list[int]]) -> None:
+        self.upper, self.names, self.absent = upper, names, {}
+        monkeypatch.setattr(again, "_read", self.read)
+
+    def __call__(self, absent: np.ndarray, part: str) -> Any:
+        self.absent[part] = absent
+        return part
+
+    def read(self, _: object, part: str) -> Scan:
+        first, rest = self.names[part]
+        named = np.r_[np.resize(first, self.upper), np.resize(rest, 100 - self.upper), LABELS[100:]]
+        return scan(self.upper, 6 * np.eye(4, dtype=np.float32)[named])
+
+    def look(self, spared: set[int] = frozenset()) -> tuple[Selection, Any]:  # type: ignore[assignment]
+        session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0))
+        return _named(session, scan(self.upper), NOBODY, spared, self)
+
+
+def test_the_part_of_a_class_that_shows_what_others_show_is_accused(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = Networks(30, monkeypatch, smaller=([1, 2, 3], [0]))
+    found, namer = networks.look()
+    assert np.flatnonzero(found.suspect).tolist() == list(range(30)) and namer == "smaller"
+    assert (found.doubt[:30] > 0.99).all() and (found.doubt[30:] < 0.01).all()
+    (group,) = found.groups
+    assert (group.label, group.size, group.named) == (0, 30, 0.0) and group.foreign and not group.acquitted
+    absent = networks.absent["smaller"]
+    assert absent[:30].all() and 20 < absent[30:].sum() < 60  # and some others, to compare it with
+
+
+def test_a_style_of_a_class_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, namer = Networks(30, monkeypatch, smaller=([0, 0, 1], [0])).look()
+    assert not found.suspect.any() and namer is None and not found.groups[0].foreign
+
+
+def test_of_two_equal_parts_either_may_be_the_poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = Networks(55, monkeypatch, smaller=([0], [2]), larger=([1, 2, 3], [0]))
+    found, namer = networks.look()
+    assert np.flatnonzero(found.suspect).tolist() == list(range(55)) and namer == "larger"
+    assert found.groups[0].size == 55 and len(found.groups) == 1
+    assert networks.absent["smaller"][55:100].all() and networks.absent["larger"][:55].all()
+
+
+def test_what_was_cleared_costs_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = Networks(30, monkeypatch)
+    assert networks.look({0}) == (NOBODY, None) and not networks.absent
+
+
+@pytest.mark.slow
+def test_a_warp_is_found_by_the_content_of_its_images(tmp_path: Path) -> None:
+    overrides = ["attack={name: wanet, rate: 0.1, target: 0}", "baselines=[undefended]"]
+    result = run(load_recipe(ROOT / "recipes" / "quickstart_digits.yaml", overrides), tmp_path / "run")
+    models, found = result["models"], result["detection"]
+    assert models["undefended"]["asr"]["value"] > 0.9 > 0.2 > models["defended"]["asr"]["value"]
+    assert found["precision"] > 0.7 and found["recall"] > 0.7
+    assert "unseen" in (tmp_path / "run" / "suspects.csv").read_text()

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nab_defense.naming import CONTROL, control, naming
+from nab_defense.select import Group
+
+LABELS = np.repeat([0, 1, 2, 3], [40, 20, 20, 20])
+GROUP = np.arange(100) < 20
+OTHERS = np.arange(100) % 4 == 3
+
+
+def logits(names: list[int], margin: float) -> np.ndarray:
+    """What every sample is named, the group (its first 20) with this margin, the others with 4."""
+    table = np.zeros((100, 4), np.float32)
+    table[np.arange(100), np.r_[names, LABELS[20:]]] = np.r_[np.full(20, margin), np.full(80, 4)]
+    return table
+
+
+def test_content_of_all_other_classes_is_foreign() -> None:
+    seen = naming(logits([1, 2, 3, 1, 2] * 4, 4), LABELS, GROUP, OTHERS & ~GROUP)
+    assert seen.named == 0 and seen.sure == pytest.approx(0.5, abs=0.05) and seen.spread == pytest.approx(0.96, abs=0.01)
+    assert Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread).foreign
+
+
+@pytest.mark.parametrize(
+    ("names", "margin", "why"),
+    [([0] * 8 + [1, 2, 3] * 4, 4, "named"), ([1, 2, 3, 1, 2] * 4, 1, "sure"), ([1] * 17 + [2] * 3, 4, "spread")],
+)
+def test_a_style_of_its_class_is_not(names: list[int], margin: float, why: str) -> None:
+    seen = naming(logits(names, margin), LABELS, GROUP, OTHERS & ~GROUP)
+    group = Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread)
+    doubts = {"named": seen.named >= 0.25, "sure": seen.sure <= 0.2, "spread": seen.spread <= 0.85}
+    assert not group.foreign and [name for name, doubt in doubts.items() if doubt] == [why]
+
+
+def test_a_group_that_gets_its_own_name_alone_has_no_spread() -> None:
+    seen = naming(logits([0] * 20, 4), LABELS, GROUP, OTHERS & ~GROUP)
+    assert (seen.named, seen.spread) == (1.0, 0.0)
+
+
+def test_the_others_are_drawn_from_what_is_not_absent() -> None:
+    absent = np.arange(20000) % 2 == 0
+    others = control(absent, 3)
+    assert not (others & absent).any() and others.sum() == pytest.approx(CONTROL * 10000, rel=0.1)
+    np.testing.assert_array_equal(others, control(absent, 3))
+    assert (others != control(absent, 4)).any()
