@@ -21,6 +21,7 @@ from .session import Session
 __all__ = ["Without", "look_again"]
 
 log = logging.getLogger(__name__)
+LEARNED = 0.5  # share of images that it must name as labelled: a network that learned little takes any pattern for a class
 BALANCED = 0.4  # share of a class above which its smaller part may as well be the clean one
 Without = Callable[[NDArray[np.bool_], str], nn.Module]
 
@@ -40,20 +41,27 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
         before: What was found so far; its suspects stay.
         without: (mask (N,), which part) -> a network trained without these samples; called only where a class falls in two.
 
-    Returns: what is found now in all; the same suspects where nothing new stands apart."""
+    Returns: what is found now in all; where nothing new stands apart, or the network learned too little to tell, what was found
+    before, with what was examined."""
     recipe, known = session.recipe, before.plan.suspect
     scan = _read(session, trained)
+    if (scan.logits.argmax(1) == scan.labels)[~known].mean() < LEARNED:
+        log.info("no second look: the trained network names less than half of the images as they are labelled")
+        return before
     report = detectors.create(recipe.scan.detector, **recipe.scan.params).detect(scan)
     selection = expand(report, scan, fraction=recipe.fraction, previous=Selection(known, before.selection.doubt), trained=True)
     selection = confirmed(selection, scan.labels, imprints(session, trained, selection.suspect & ~known), known=known)
     cleared = [group.label for group in before.selection.groups if group.named is not None and not group.foreign]
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
     selection, namer = _named(session, scan, selection, {*cleared, *fresh}, without)
-    log.info("look again: %d suspects more", (selection.suspect & ~known).sum())
+    new = selection.suspect & ~known
+    log.info("look again: %d suspects more", new.sum())
     examined = {group.label for group in selection.groups}
     stay = [g for g in before.selection.groups if (known & (scan.labels == g.label)).any() or g.label not in examined]
-    selection = dataclasses.replace(selection, groups=(*stay, *selection.groups))
-    return make_finding(session, scan, report, selection, namer or scanner)
+    groups = (*stay, *selection.groups)
+    if not new.any():
+        return dataclasses.replace(before, selection=dataclasses.replace(before.selection, groups=groups))
+    return make_finding(session, scan, report, dataclasses.replace(selection, groups=groups), namer or scanner)
 
 
 def _named(

@@ -144,9 +144,10 @@ def protect(
         without = partial(_without, fitted, finding.plan, f"again{turn}")
         make = partial(look_again, session, network, scanner, finding, without=without)
         found = clock("scan", partial(_remembered, session, f"again{turn}", make))
-        if np.array_equal(found.plan.suspect, finding.plan.suspect):
-            break
+        more = (found.plan.suspect & ~finding.plan.suspect).any()
         finding = found
+        if not more:
+            break
         network = clock("train", partial(fitted, found.plan, f"retrained{turn}"))
     return finding, network, untouched
 
