@@ -31,8 +31,10 @@ class Naming:
 
 
 def control(absent: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
-    """(N,) bool: samples outside `absent` (N,) that are to be left out with it, to compare it with."""
-    return ~absent & (np.random.default_rng([seed, 2]).random(len(absent)) < CONTROL)
+    """(N,) bool: samples outside `absent` (N,), one at least, that are to be left out with it, to compare it with."""
+    others, rest = np.zeros_like(absent), np.flatnonzero(~absent)
+    others[np.random.default_rng([seed, 2]).choice(rest, size=max(1, round(CONTROL * len(rest))), replace=False)] = True
+    return others
 
 
 def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArray[np.bool_], others: NDArray[np.bool_]) -> Naming:
@@ -40,7 +42,8 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
 
     Dirty-label poison, whatever its trigger, shows what other classes show: without its given label to learn, it is named
     after its content, as surely as other images are and as many-sidedly. A part of a class that stands apart by itself (a way
-    of writing a digit) keeps its class's name, or resembles one or two others, and the network is at a loss with it.
+    of writing a digit) keeps its class's name, or resembles one or two others, and the network is at a loss with it. Where there
+    are two classes alone, names cannot spread.
 
     Args:
         logits: (N, K) of a network trained without `group` and `others`.
