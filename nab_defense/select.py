@@ -29,9 +29,10 @@ MIN_SEEDS = 20
 MIN_IMPRINT = 0.5  # share of other images that what a group shares must turn to be called a trigger
 CLEAR_IMPRINT = 0.75  # at this share no later pass need be asked
 JUDGES = 3  # passes at the end of a scan that judge a group in doubt
+SOME_VALLEY = 0.1  # enough of one to look closer
 MAX_NAMED = 0.25  # of a group that is not what its label says: share named so by a network that never saw it
 MIN_SURE = 0.2  # that network must be about as sure of it as of ordinary images; of a style it never saw it is not
-MIN_SPREAD = 0.85  # the names it gets, as mixed as content is (entropies); a style resembles one or two classes
+MIN_SPREAD = 0.8  # the names it gets, as mixed as content is (entropies); a style resembles one or two classes
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 SETTLED = 0.98  # overlap of two passes, intersection over union
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -186,7 +187,7 @@ def _in_two(features: NDArray[np.float32], members: NDArray[np.bool_]) -> tuple[
 
 
 def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[tuple[Group, NDArray[np.float64]]]:
-    """Classes that fall in two in a trained network's features, for whatever reason.
+    """Classes that fall in two in a trained network's features, for whatever reason and however faintly.
 
     Args:
         scan: What a trained network saw.
@@ -199,7 +200,7 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[tuple[Group, ND
         likely, separation, valley = _in_two(scan.features, members)
         likely = likely if (likely > 0.5).mean() <= 0.5 else 1 - likely
         group = Group(label, 0, separation, valley, int((likely > 0.5).sum()), 0.0)
-        if group.distinct:
+        if separation > MIN_SEPARATION and valley > SOME_VALLEY and group.size >= MIN_SEEDS:
             everyone = np.zeros(len(scan))
             everyone[members] = likely
             found.append((group, everyone))
