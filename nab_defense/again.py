@@ -23,6 +23,7 @@ __all__ = ["Without", "look_again"]
 log = logging.getLogger(__name__)
 LEARNED = 0.5  # share of images that it must name as labelled: a network that learned little takes any pattern for a class
 BALANCED = 0.4  # share of a class above which its smaller part may as well be the clean one
+DOUBT = 0.02  # left out is what belongs to the part with this probability: the rest of the poison would teach its trigger
 Without = Callable[[NDArray[np.bool_], str], nn.Module]
 
 
@@ -76,7 +77,7 @@ def _named(
     for name in ("smaller", "larger"):
         if not parts:
             break
-        absent = np.any([selection.suspect, *(likely > 0.5 for _, likely in parts)], axis=0)
+        absent = np.any([selection.suspect, *(likely > DOUBT for _, likely in parts)], axis=0)
         others = control(absent, session.recipe.seed)
         network = without(absent | others, name)
         logits, rest = _read(session, network).logits, []
