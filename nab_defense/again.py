@@ -62,7 +62,8 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     groups = (*stay, *selection.groups)
     if not new.any():
         return dataclasses.replace(before, selection=dataclasses.replace(before.selection, groups=groups))
-    return make_finding(session, scan, report, dataclasses.replace(selection, groups=groups), namer or scanner)
+    selection = dataclasses.replace(selection, groups=groups)
+    return make_finding(session, scan, report, selection, namer or scanner, unseen=namer is not None)
 
 
 def _named(

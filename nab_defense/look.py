@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .check import imprint
+from .content import label_by_content
 from .detectors import detectors
 from .detectors.lga import lga_loss
 from .plan import Finding, make_plan, paper_plan
 from .relabel import relabelers
+from .relabel.base import merge
 from .replay import fit_once, scan_key
 from .scan import EarlyScan, Scan, scan_model
 from .select import JUDGES, Selection, clear, confirmed, expand, judged, settled, take_fraction
@@ -77,10 +79,12 @@ def accuse(session: Session, scan: Scan, network: nn.Module) -> Finding:
     return make_finding(session, scan, report, take_fraction(report, session.recipe.fraction), network)
 
 
-def make_finding(session: Session, scan: Scan, report: SuspectReport, selection: Selection, namer: nn.Module) -> Finding:
-    """From suspects to a plan; `namer` labels the suspects."""
+def make_finding(
+    session: Session, scan: Scan, report: SuspectReport, selection: Selection, namer: nn.Module, *, unseen: bool = False
+) -> Finding:
+    """From suspects to a plan; `namer` labels the suspects. `unseen`: it was trained without them, and has nothing to forget."""
     recipe = session.recipe
-    proposed, confidence = _relabel(session, scan, namer, selection.suspect)
+    proposed, confidence = _relabel(session, scan, namer, selection.suspect, unseen)
     if recipe.rule == "paper":
         return Finding(report, selection, paper_plan(scan, selection.suspect, proposed), confidence)
     plan = make_plan(
@@ -122,12 +126,18 @@ def imprints(session: Session, network: nn.Module, suspect: NDArray[np.bool_]) -
 
 
 def _relabel(
-    session: Session, scan: Scan, network: nn.Module, suspect: NDArray[np.bool_]
+    session: Session, scan: Scan, network: nn.Module, suspect: NDArray[np.bool_], unseen: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    stage = session.recipe.relabel
+    stage, labels = session.recipe.relabel, scan.labels
     if not suspect.any():
         return scan.labels, np.ones(len(scan), dtype=np.float32)
     knobs: dict[str, Any] = dict(stage.params)
+    if stage.name == "unlearned" and unseen:
+
+        def plain(keep: NDArray[np.bool_]) -> Any:
+            return session.relabel_loader(labels, keep, False)
+
+        return merge(scan, suspect, *label_by_content(network, plain, labels, suspect, runtime=session.runtime))
     if stage.name == "unlearned":
         knobs |= {"model": network, "loaders": session.relabel_loader, "runtime": session.runtime}
     else:
