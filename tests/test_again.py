@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +8,8 @@ import pytest
 
 from nab_defense import again
 from nab_defense.again import _named
-from nab_defense.pipeline import run
-from nab_defense.recipe import load_recipe
 from nab_defense.scan import Scan
 from nab_defense.select import Selection
-from tests.digits_runs import ROOT
 
 LABELS = np.repeat(np.arange(4), 100)
 NOBODY = Selection(np.zeros(400, bool), np.zeros(400, np.float32))
@@ -75,13 +71,3 @@ def test_of_two_equal_parts_either_may_be_the_poison(monkeypatch: pytest.MonkeyP
 def test_what_was_cleared_costs_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     networks = Networks(30, monkeypatch)
     assert networks.look({0}) == (NOBODY, None) and not networks.absent
-
-
-@pytest.mark.slow
-def test_a_warp_is_found_by_the_content_of_its_images(tmp_path: Path) -> None:
-    overrides = ["attack={name: wanet, rate: 0.1, target: 0}", "baselines=[undefended]"]
-    result = run(load_recipe(ROOT / "recipes" / "quickstart_digits.yaml", overrides), tmp_path / "run")
-    models, found = result["models"], result["detection"]
-    assert models["undefended"]["asr"]["value"] > 0.9 > 0.2 > models["defended"]["asr"]["value"]
-    assert found["precision"] > 0.7 and found["recall"] > 0.7
-    assert "unseen" in (tmp_path / "run" / "suspects.csv").read_text()
