@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .check import imprint
-from .content import label_by_content
 from .detectors import detectors
 from .detectors.lga import lga_loss
 from .plan import Finding, make_plan, paper_plan
 from .relabel import relabelers
-from .relabel.base import merge
 from .replay import fit_once, scan_key
 from .scan import EarlyScan, Scan, scan_model
 from .select import JUDGES, Selection, clear, confirmed, expand, judged, settled, take_fraction
@@ -128,18 +126,12 @@ def imprints(session: Session, network: nn.Module, suspect: NDArray[np.bool_]) -
 def _relabel(
     session: Session, scan: Scan, network: nn.Module, suspect: NDArray[np.bool_], unseen: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    stage, labels = session.recipe.relabel, scan.labels
+    stage = session.recipe.relabel
     if not suspect.any():
         return scan.labels, np.ones(len(scan), dtype=np.float32)
     knobs: dict[str, Any] = dict(stage.params)
-    if stage.name == "unlearned" and unseen:
-
-        def plain(keep: NDArray[np.bool_]) -> Any:
-            return session.relabel_loader(labels, keep, False)
-
-        return merge(scan, suspect, *label_by_content(network, plain, labels, suspect, runtime=session.runtime))
     if stage.name == "unlearned":
-        knobs |= {"model": network, "loaders": session.relabel_loader, "runtime": session.runtime}
+        knobs |= {"model": network, "loaders": session.relabel_loader, "runtime": session.runtime, "unseen": unseen}
     else:
         encoder = network if stage.encoder is None else session.build(stage.encoder)
         scan = scan_model(

@@ -16,7 +16,7 @@ __all__ = ["check_methods"]
 
 # What the pipeline hands a relabeler; these stand for it where only the recipe's own settings are checked.
 HANDED: dict[str, dict[str, Any]] = {
-    "unlearned": {"model": None, "loaders": None, "runtime": None},
+    "unlearned": {"model": None, "loaders": None, "runtime": None, "unseen": False},
     "trusted": {"features": np.zeros((1, 1), np.float32), "labels": np.zeros(1, np.int64)},
 }
 

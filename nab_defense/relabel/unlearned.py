@@ -53,6 +53,7 @@ class Unlearned:
         runtime: Device, precision, seed.
         epochs: Epochs on the rest after the one of unlearning.
         lr: Of both phases; SGD with momentum .9, the learning rate falling to zero in the second.
+        unseen: The model was trained without the suspects: it has nothing to forget, and names them as it is.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class Unlearned:
     runtime: Runtime
     epochs: int = 4
     lr: float = 0.05
+    unseen: bool = False
 
     def __post_init__(self) -> None:
         self._phase(self.epochs, "cosine")  # refuses settings that cannot be, before anything is scanned
@@ -71,14 +73,19 @@ class Unlearned:
         """See Relabeler; confidence is the network's probability of the proposed label."""
         if not suspect.any():
             return merge(scan, suspect, np.zeros(0, np.int64), np.zeros(0, np.float32))
+        model = self.model if self.unseen else self._without_trigger(scan, suspect)
+
+        def plain(keep: NDArray[np.bool_]) -> Any:
+            return self.loaders(scan.labels, keep, False)
+
+        return merge(scan, suspect, *label_by_content(model, plain, scan.labels, suspect, runtime=self.runtime))
+
+    def _without_trigger(self, scan: Scan, suspect: NDArray[np.bool_]) -> nn.Module:
+        """A copy that forgot the suspects."""
         trusted_rows(scan, suspect)  # refuses to go on where a class has no sample left
         model, everything = copy.deepcopy(self.model), np.ones(len(scan), dtype=bool)
         marked = self.loaders(scan.labels + scan.num_classes * suspect, everything, True)
         forget, recover = self._phase(1, "none"), self._phase(self.epochs, "cosine")
         fit(model, marked, runtime=self.runtime, train=forget, loss=unlearning_loss, title="unlearn")
         fit(model, self.loaders(scan.labels, ~suspect, True), runtime=self.runtime, train=recover, title="recover")
-
-        def plain(keep: NDArray[np.bool_]) -> Any:
-            return self.loaders(scan.labels, keep, False)
-
-        return merge(scan, suspect, *label_by_content(model, plain, scan.labels, suspect, runtime=self.runtime))
+        return model

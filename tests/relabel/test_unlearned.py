@@ -121,3 +121,20 @@ def test_without_suspects_nothing_is_trained() -> None:
 
     proposed, confidence = Unlearned(network, loaders, CPU).relabel(scan, np.zeros(N, bool))
     assert np.array_equal(proposed, labels) and (confidence == 1).all()
+
+
+def test_a_network_that_never_saw_the_suspects_names_them_untrained() -> None:
+    images, labels, true, poisoned = planted()
+
+    def loaders(marks: NDArray[np.int64], keep: NDArray[np.bool_], training: bool) -> Any:
+        assert not training
+        return Batches(images[torch.from_numpy(keep)], torch.from_numpy(marks[keep]), training)
+
+    torch.manual_seed(0)
+    network = Headed(nn.Sequential(*block(1), *block(16), nn.AdaptiveAvgPool2d(4), nn.Flatten()))
+    rest = torch.from_numpy(~poisoned)
+    settings = TrainConfig(epochs=2, lr=0.02, batch_size=32, sched="none")
+    fit(network, Batches(images[rest], torch.from_numpy(labels)[rest], True), runtime=CPU, train=settings)
+    scan = scan_model(network, loaders(labels, np.ones(N, bool), False), labels, runtime=CPU)
+    proposed, _ = Unlearned(network, loaders, CPU, unseen=True).relabel(scan, poisoned)
+    assert (proposed[poisoned] == true[poisoned]).mean() > 0.8
