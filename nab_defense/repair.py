@@ -168,8 +168,9 @@ def in_words(found: PurifyResult, method: str, max_drop: float, *, instead: str)
 
     Args: instead: What was done where no candidate was taken."""
     if found.chosen is not None:
+        start = "Repaired" if found.repaired else "Not repaired, though improved,"
         return (
-            f"Repaired by {method}, {found.chosen}: on held-out images {_change(found.before, found.after)}. "
+            f"{start} by {method}, {found.chosen}: on held-out images {_change(found.before, found.after)}. "
             "What the attacker's own trigger does cannot be told without it."
         )
     if not found.candidates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,6 @@ __all__ = ["PROBE_BATCH", "Pool", "Universal", "boxed", "climbed", "likely_class
 PACE = 0.2  # of the radius, a step of a spread change
 STRIDE, MOMENTUM = 0.2, 0.9  # of the pixel range, the first step of a patch; how much of its course it keeps
 START, START_IMAGES, START_SHARE = 4, 32, 0.5  # first steps of each, and the share of the radius they stay in
-FURTHER = 40  # steps of a patch that goes on from another network's; in as many a spread change turns any network
 SEARCH, CLIMBS, CLIMB_IMAGES = 6, 6, 16  # draws of one search for a patch's pattern, steps at each draw, on so many images
 TURNS, DOUBLINGS = 0.5, 2  # the radius doubles, so often at most, until one spread change turns this share of images
 EASY = 0.5  # of the largest excess: changes with less are not suspicious
@@ -63,7 +63,7 @@ class Universal:
         radius: Largest L2 norm of what is added; None: a patch.
         edge: Of the patch, in pixels.
         mask: (1, H, W), 1 where the patch is; None: it has no place yet.
-        found: (C, H, W), the change as it was made; None: it is not yet.
+        found: The change and its mask as they were made; None: they are not yet.
         course: (C, H, W), sum of a patch's late slopes; 0: it took no step yet.
         rate: Share of images of other classes that it turned of late, in [0, 1].
         excess: By how much it turned more, when it was made, than the changes of its kind toward other classes usually do.
@@ -77,7 +77,7 @@ class Universal:
     rate: float = 0.0
     excess: float = 0.0
     drawn: int = 0
-    found: Tensor | None = None
+    found: tuple[Tensor, Tensor | None] | None = None
     course: Tensor | float = 0.0
 
     def painted(self, images: Tensor, change: Tensor | None = None) -> Tensor:
@@ -108,18 +108,33 @@ class Universal:
     def follow(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:
         """Climb on a network that is trained against this change, when it is drawn: one step, or some of a patch's search.
 
-        A patch keeps its place. A search that ends with few images turned is followed by one from the pattern that turned the
-        original network, from where what the training left of a backdoor is found again.
+        A search that ends with few images turned is followed by one from the pattern that turned the original network, at the
+        next of the places around: there what the training left of a backdoor is found again, see `around`.
 
         Args: strength: Share of the radius, in (0, 1]."""
         if self.radius is not None:
             self.climb(network, images, strength=strength, runtime=runtime)
             return
-        turn = (self.drawn - 1) % SEARCH
+        searches, turn = divmod(self.drawn - 1, SEARCH)
         if turn == 0 and self.rate < TIRED and self.found is not None:
-            self.change, self.course = self.found, 0.0
+            places = self.around()
+            next_one = places[searches % len(places)]
+            self.change, self.mask, self.course = next_one.change, next_one.mask, 0.0
         for step in range(CLIMBS):
             self.climb(network, images[:CLIMB_IMAGES], strength=1 - (turn + step / CLIMBS) / SEARCH, runtime=runtime)
+
+    def around(self) -> list[Universal]:
+        """The change as it was made; of a patch also at eight places around, nearer than its edge.
+
+        A network that holds a trigger obeys patches that cover a part of it. One that was trained against such a patch may still
+        obey the trigger, and then nothing at that place shows it."""
+        assert self.found is not None
+        change, mask = self.found
+        if mask is None:
+            return [replace(self, change=change)]
+        stride = self.edge // 2 + 1
+        shifts = sorted(itertools.product((0, -stride, stride), repeat=2), key=lambda shift: shift != (0, 0))
+        return [replace(self, change=change, mask=_shifted(mask, *shift)) for shift in shifts]
 
     def _settle(self, network: nn.Module, images: Tensor, runtime: Runtime) -> None:
         """Find a place for the patch: of those that promise the most, the one that keeps its promise.
@@ -156,13 +171,22 @@ def started(
     fresh = replace(one, rate=0.0, drawn=0, course=0.0)
     if anew:
         fresh.change, fresh.mask = torch.zeros_like(one.change), None
-    steps = START if anew or one.radius is not None else FURTHER
+    further = not anew and one.radius is None  # a spread change turns any network in as many steps
+    steps, count = (SEARCH * CLIMBS, CLIMB_IMAGES) if further else (START, START_IMAGES)
     for step in range(steps):
-        fresh.climb(network, others(), strength=1 - step / steps if one.radius is None else START_SHARE, runtime=runtime)
-    fresh.found, images = fresh.change, others()
+        fresh.climb(network, others()[:count], strength=1 - step / steps if one.radius is None else START_SHARE, runtime=runtime)
+    fresh.found, images = (fresh.change, fresh.mask), others()
     with torch.no_grad(), runtime.autocast():
         fresh.rate = float((network(fresh.painted(images)).argmax(1) == one.wanted).float().mean())
     return fresh
+
+
+def _shifted(mask: Tensor, down: int, right: int) -> Tensor:
+    """The mask (1, H, W) moved by so many pixels, or as many as the image leaves."""
+    rows, columns = mask[0].any(1).nonzero().squeeze(1).tolist(), mask[0].any(0).nonzero().squeeze(1).tolist()
+    down = min(max(down, -rows[0]), mask.shape[1] - 1 - rows[-1])
+    right = min(max(right, -columns[0]), mask.shape[2] - 1 - columns[-1])
+    return mask.roll((down, right), (1, 2))
 
 
 class Pool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nab_defense.runtime import Runtime
-from nab_defense.universal import PROBE_CLASSES, Universal, boxed, likely_classes, pool_of, started
+from nab_defense.universal import PROBE_CLASSES, SEARCH, Universal, boxed, likely_classes, pool_of, started
 from tests.bars import bars
 
 CPU = Runtime(device="cpu", precision="float32")
@@ -80,6 +82,43 @@ def test_made_anew_it_starts_from_nothing_and_leaves_the_old_one() -> None:
     assert new.mask is not None and new.mask.sum() == 9 and new.drawn == 0 and new.rate == 1
     assert old.mask is not None and old.mask.sum() == 64 and old.drawn == 7 and old.rate == 0.9
     assert started(Bars(), old, batches, CPU).rate < 0.5  # no backdoor: a patch of 3x3 does not turn a bar
+
+
+def test_a_patch_goes_on_at_the_places_around_and_stays_in_the_image() -> None:
+    mask = BLANK.clone()
+    mask[:, 4:7, 5:8] = 1
+    found = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0))
+    places = Universal(2, BLANK, None, 3, BLANK, found=(found, mask)).around()
+    tops_and_lefts = [tuple(one.mask[0].nonzero()[0].tolist()) for one in places if one.mask is not None]
+    assert tops_and_lefts[0] == (4, 5) and set(tops_and_lefts) == set(itertools.product((2, 4, 5), (3, 5)))
+    assert all(torch.equal(one.change, found) and one.mask is not None and one.mask.sum() == 9 for one in places)
+    (spread,) = Universal(2, BLANK, 1.0, 3, found=(found, None)).around()
+    assert torch.equal(spread.change, found) and spread.mask is None
+
+
+class Narrow(Bars):
+    """Names an image after its brightest bar, and class 2 where one square is white and the ring around it is not."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        square = images[:, 0, 5:8, 5:8].mean((1, 2))
+        return logits + F.one_hot(torch.tensor(2), 4) * 40 * F.softplus(10 * (square - 0.7))[:, None]
+
+
+def test_a_search_finds_a_trigger_beside_the_place_that_it_had() -> None:
+    mask = BLANK.clone()
+    mask[:, 2:5, 5:8] = 1
+    batches = bars(200).endless(48, runtime=CPU, seed=0, augment=False)
+    one = Universal(2, BLANK, None, 3, mask, found=(torch.full((1, 8, 8), 0.5), mask))
+    rates = [started(Narrow(), place, batches, CPU, anew=False).rate for place in one.around()]
+    assert rates[0] < 0.5 and max(rates) == 1  # here not, where it is
+    for _ in range(SEARCH * len(one.around())):
+        one.drawn += 1
+        one.follow(Narrow(), images(), strength=1.0, runtime=CPU)
+        one.rate = float((Narrow()(one.painted(images())).argmax(1) == 2).all())
+        if one.rate == 1:
+            break
+    assert one.rate == 1 and one.mask is not None and one.mask[0, 5:7, 5:].all()  # most of it
 
 
 class Many(nn.Module):

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     found = purify(suspect.model, clean, method, mean=suspect.mean, std=suspect.std, runtime=runtime, **limits)
     how = {"method": args.method, "knobs": dataclasses.asdict(method), **shared, "seed": recipe.seed}
     verdict = {
-        "protected": found.status == "accepted",
+        "protected": found.repaired,
         "text": in_words(found, args.method, shared["max_drop"], instead="no model written"),
     }
     models = {"original": suspect.model}
@@ -92,13 +92,14 @@ def main(argv: list[str]) -> int:
         result["models"] = {name: to_dict(evaluate(model, cases, runtime)) for name, model in models.items()}
         io.save_json(out / "result.json", {**result, "test": {"source": args.test, "attack": attack}})
     print("\n".join([*_table(found), *summarize_models(result["models"]), str(verdict["text"]), f"written to {out}"]))
-    return 0 if found.status == "accepted" else EXIT_UNPROTECTED
+    return 0 if found.repaired else EXIT_UNPROTECTED
 
 
 def _parser() -> Parser:
     what = (
         "Repair a trained model that may hold a backdoor, with a few images that are trusted. The best of a method's candidates "
-        "is written; none where none is better, and then the exit status is 3.\n\nmethods and their settings:\n"
+        "is written; none where none is better. The exit status is 3 then, and also where what is written can still be turned."
+        "\n\nmethods and their settings:\n"
     )
     parser = Parser("nab purify", what + "\n".join(_method_line(name) for name in purifiers.names()), EXAMPLES)
     add_arguments(parser)

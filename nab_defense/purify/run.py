@@ -25,6 +25,7 @@ RADIUS, PATCH = 6.0, 5  # of the probing perturbations at 32 px, see universal.U
 PROBES, PROBE_IMAGES = 6, 250
 LEAST_GAIN = 0.1  # of the proxy: less is noise, and no repair
 TIE = 0.02  # proxies this close are the same
+TURNED = 0.5  # of the proxy: what still turns so many images is better than it was, but not repaired
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +50,19 @@ class PurifyResult:
     after: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def repaired(self) -> bool:
+        """Accepted, and turned in less than half of the images by all perturbations that were tried."""
+        return bool(self.status == "accepted" and self.after["proxy"] < TURNED)
+
 
 class _Judge:
     """Held-out accuracy, and a proxy of ASR that needs no truth: how far universal perturbations still turn images.
 
     A backdoor is a change that turns images more easily than others do. So the perturbations are those that stand out on the
-    original network: as they were made there, after some steps more on the candidate, and made anew on it. A network can learn to
-    withstand a few given ones and keep its backdoor; and what is left of one is often found only from where it was. Without
+    original network: as they were made there, after some steps more on the candidate, and made anew on it; of a patch the steps
+    more are made at places around, too. A network can learn to
+    withstand a few given ones and keep its backdoor; and what is left of one is often found only near where it was. Without
     labels, accuracy is what the original network expects it to be: the mean probability it gives to the predictions."""
 
     def __init__(self, network: Pixels, fit: CleanSet, held: CleanSet, runtime: Runtime) -> None:
@@ -71,7 +78,9 @@ class _Judge:
         probes = list(self.easiest)
         if network is not self.original:
             batches = self.fit.endless(PROBE_BATCH, runtime=self.runtime, seed=self.runtime.seed, augment=False)
-            probes += [started(network, one, batches, self.runtime, anew=anew) for one in self.easiest for anew in (True, False)]
+            for one in self.easiest:
+                probes.append(started(network, one, batches, self.runtime))
+                probes += [started(network, place, batches, self.runtime, anew=False) for place in one.around()]
         rates = [self._turned(network, predicted, one) for one in probes]
         return {"accuracy": accuracy, "proxy": max(rates), "class": probes[rates.index(max(rates))].wanted}
 
