@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from .runtime import Runtime
 
-__all__ = ["CleanSet", "Pixels", "crop_flip", "logits_of"]
+__all__ = ["CleanSet", "Pixels", "crop_flip", "logits_of", "mixed"]
 
 EVAL_BATCH = 256
 
@@ -109,6 +109,20 @@ def crop_flip(images: Tensor, pad: int, top: Tensor, left: Tensor, flip: Tensor)
     places = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).view(count, 1, height * width)
     padded = F.pad(images, (pad,) * 4).flatten(2)
     return padded.gather(2, places.expand(count, channels, height * width)).view(images.shape)
+
+
+def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image (N, C, H, W) with a rectangle of another in it, of any size and place; see CutMix [arXiv:1905.04899]."""
+    count, _, height, width = images.shape
+    area, down, right = torch.rand(3, count, 1, generator=generator)
+    inside = []
+    for edge, start in ((height, down), (width, right)):
+        length = edge * area.sqrt()
+        place = torch.arange(edge) - (start * (edge - length)).floor()
+        inside.append((place >= 0) & (place < length))
+    shown = (inside[0][:, :, None] & inside[1][:, None, :])[:, None].to(images.device)
+    others = images[torch.randperm(count, generator=generator).to(images.device)]
+    return torch.where(shown, others, images)
 
 
 class Pixels(nn.Module):

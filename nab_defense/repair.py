@@ -14,7 +14,7 @@ from .clean import CleanSet
 from .data import Source, build_transform
 from .plan import relabelled
 from .purify import PurifyResult, purifiers, purify
-from .purify.run import prepared
+from .purify.run import may_keep, prepared
 from .schema import PurifyStage
 from .session import Session
 from .types import NABPlan
@@ -168,14 +168,16 @@ def in_words(found: PurifyResult, method: str, max_drop: float, *, instead: str)
 
     Args: instead: What was done where no candidate was taken."""
     if found.chosen is not None:
+        lost = found.before["accuracy"] - found.after["accuracy"] > max_drop
+        doubt = f"; that is above max_drop={max_drop}, but by no more than so few images leave to chance" if lost else ""
         start = "Repaired" if found.repaired else "Not repaired, though improved,"
         return (
-            f"{start} by {method}, {found.chosen}: on held-out images {_change(found.before, found.after)}. "
+            f"{start} by {method}, {found.chosen}: on held-out images {_change(found.before, found.after)}{doubt}. "
             "What the attacker's own trigger does cannot be told without it."
         )
     if not found.candidates:
         return f"Not repaired, {instead}: {method} gave no candidate."
-    kept = [row for row in found.candidates if found.before["accuracy"] - row["accuracy"] <= max_drop]
+    kept = [row for row in found.candidates if may_keep(found.before, row, max_drop)]
     best = min(kept, key=lambda row: row["proxy"]) if kept else max(found.candidates, key=lambda row: row["accuracy"])
     why = "is turned no less" if kept else f"loses more than max_drop={max_drop} of accuracy"
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nab_defense.clean import CleanSet, Pixels, logits_of
+from nab_defense.clean import CleanSet, Pixels, logits_of, mixed
 from nab_defense.runtime import Runtime
 from nab_defense.universal import boxed, climbed, projected
 
@@ -70,3 +70,19 @@ def test_projection_and_ascent_stay_in_the_ball_and_reach_the_best_point() -> No
     for _ in range(20):
         change = climbed(change, goal, step=0.3, radius=2.0)
     torch.testing.assert_close(change, 2 * goal / goal.norm())
+
+
+def test_a_mixture_shows_a_rectangle_of_another_image() -> None:
+    images = torch.arange(500.0).view(500, 1, 1, 1).expand(500, 3, 6, 8)
+    made = mixed(images, torch.Generator().manual_seed(0))
+    other = made != images
+    assert torch.equal(other[:, 0], other[:, 2]) and made.shape == images.shape
+    shares = []
+    for image, strange in zip(made[:, 0], other[:, 0], strict=True):
+        rows, columns = strange.any(1), strange.any(0)
+        assert torch.equal(strange, rows[:, None] & columns) and image.unique().numel() <= 2
+        for line in (rows, columns):
+            assert (line.int().diff() != 0).sum() <= 2  # in one piece
+        shares.append(float(strange.float().mean()))
+    assert min(shares) < 0.05 and max(shares) > 0.95 and 0.35 < sum(shares) / 500 < 0.65
+    assert torch.equal(made, mixed(images, torch.Generator().manual_seed(0)))

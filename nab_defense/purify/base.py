@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..clean import CleanSet, Pixels
+from ..clean import CleanSet, Pixels, mixed
 from ..registry import Registry
 from ..runtime import Runtime
 from ..universal import Universal, pool_of
@@ -34,6 +34,7 @@ __all__ = [
     "train_norms",
 ]
 
+MIXED = 0.5  # of the images of a batch without a perturbation
 LEAST_STRENGTH, LEAST_SHARE = 0.05, 0.25  # of the radius, and of the part of a batch that is attacked, kept to the end
 
 Candidates = Iterator[tuple[str, nn.Module]]
@@ -183,6 +184,7 @@ class Attacked:
         rows: (B,) where they are in the clean set.
         wanted: (B, K) the original network's logits of them.
         count: How many of them carry the perturbation.
+        alone: How many, those first, show one image, which has a label; the others are mixtures of two.
         one: The perturbation.
     """
 
@@ -191,6 +193,7 @@ class Attacked:
     rows: Tensor
     wanted: Tensor
     count: int
+    alone: int
     one: Universal
 
     def painted(self, change: Tensor | None = None) -> Tensor:
@@ -236,16 +239,20 @@ def _attacked(how: Hardening, network: Pixels, teacher: Pixels, clean: CleanSet,
     """The batches of a training against universal perturbations, which climb on the network as it is at that step.
 
     They are made on the teacher, the original network. The radius and the part of a batch that is attacked fall along a cosine,
-    with the learning rates: the end belongs to accuracy."""
+    with the learning rates: the end belongs to accuracy. Of the others a part are mixtures, on which the original's answers are
+    held: a few images then stand for many."""
+    generator = torch.Generator().manual_seed(runtime.seed)
     pool = pool_of(teacher, clean, radius=how.radius, patch=how.patch, runtime=runtime)
     batches = clean.endless(how.batch_size, runtime=runtime, seed=runtime.seed, augment=how.augment)
     for step in range(1, how.steps + 1):
         images, rows = next(batches)
-        with torch.no_grad(), runtime.autocast():
-            wanted = teacher(images)
         left = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / how.steps)
         count = round(how.fraction * max(LEAST_SHARE, left) * len(images))
-        batch = Attacked(step, images, rows, wanted, count, pool.draw())
+        alone = len(images) - round(MIXED * (len(images) - count))
+        images = torch.cat([images[:alone], mixed(images, generator)[alone:]])
+        with torch.no_grad(), runtime.autocast():
+            wanted = teacher(images)
+        batch = Attacked(step, images, rows, wanted, count, alone, pool.draw())
         part = images[: batch.count][batch.others()]
         if len(part):
             strength = max(LEAST_STRENGTH, left)

@@ -108,7 +108,7 @@ class IBAU:
     steps: int = 160
     rounds: int = 2
     batch_size: int = 64
-    lr: float = 0.03
+    lr: float = 0.01
     radius: float = 6.0
     patch: int = 5
     fraction: float = 0.4
@@ -152,7 +152,7 @@ class IBAU:
         with runtime.autocast():
             logits = network(batch.painted(change))
         batch.note(logits.detach())
-        return F.cross_entropy(logits, truth) + self.hold * divergence(logits, batch.wanted)
+        return F.cross_entropy(logits[: batch.alone], truth[: batch.alone]) + self.hold * divergence(logits, batch.wanted)
 
 
 def _inner(network: Pixels, batch: Attacked, images: Tensor, change: Tensor) -> Tensor:

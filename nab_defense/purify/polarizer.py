@@ -104,7 +104,7 @@ class Polarizer:
                 logits = network(batch.painted())
             batch.note(logits.detach())
             truth = truths[batch.rows].to(logits.device)
-            loss = F.cross_entropy(logits, truth) + self.hold * divergence(logits, batch.wanted)
+            loss = F.cross_entropy(logits[: batch.alone], truth[: batch.alone]) + self.hold * divergence(logits, batch.wanted)
             check_finite(loss, "polarizer", batch.step)
             loss.backward()
 

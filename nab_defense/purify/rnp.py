@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..clean import EVAL_BATCH, CleanSet, Pixels, logits_of
 from ..runtime import Runtime
-from .base import Candidates, check_finite, frozen, purifiers, train_norms
+from .base import Candidates, check_finite, divergence, frozen, purifiers, train_norms
 
 __all__ = ["RNP", "likely_target", "maskable", "masked", "prune", "ranking", "suspicion"]
 
@@ -32,7 +32,7 @@ MOST_STEPS = 400  # of unlearning
 OVERBOARD = 4.0  # times the loss of a guess: too far gone to be won back
 RECOVERED = 0.5  # of the way from a guess to the original accuracy
 MAX_CUT = 0.05  # loss of accuracy, beyond which a cut without fine-tuning is not worth a look
-SHARES = (0.05, 0.1, 0.15, 0.2)  # of the channels
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the channels
 
 
 def likely_target(logits: Tensor) -> tuple[int, float]:
@@ -100,8 +100,9 @@ class RNP:
         lr: Of forgetting, SGD with momentum .9.
         mask_lr: Of the masks, SGD with momentum .9.
         recover_steps: Of the masks, each on another batch.
-        tune_lr: Of fine-tuning, Adam.
+        tune_lr: Of fine-tuning, Adam, falling to zero along a cosine after each cut.
         tune_steps: After each cut; 0: the paper's method.
+        hold: Weight of the divergence from the original's answers in fine-tuning, beside the cross-entropy with the labels.
         batch_size: Images a step.
     """
 
@@ -111,8 +112,9 @@ class RNP:
     lr: float = 0.01
     mask_lr: float = 0.04
     recover_steps: int = 80
-    tune_lr: float = 1e-3
+    tune_lr: float = 3e-3
     tune_steps: int = 60
+    hold: float = 1.0
     batch_size: int = 128
 
     def check(self, network: Pixels, images: Tensor) -> None:
@@ -199,15 +201,23 @@ class RNP:
             yield f"{cut} of {len(ranked)} channels", network
 
     def _tuned_cuts(self, network: Pixels, ranked: list[Channel], images: CleanSet, runtime: Runtime) -> Candidates:
-        """As before, but with some steps of fine-tuning after each cut; cut channels stay cut."""
+        """As before, but with some steps of fine-tuning after each cut, their rate falling to zero; cut channels stay cut."""
+        assert images.labels is not None
+        teacher = frozen(copy.deepcopy(network))
         optimizer = torch.optim.Adam(network.parameters(), lr=self.tune_lr)
-        every = self._losses(network, images, runtime, self.tune_steps * len(SHARES))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, self.tune_steps)
+        batches = images.endless(self.batch_size, runtime=runtime, seed=runtime.seed)
         for cut in (round(share * len(ranked)) for share in SHARES):
             prune(network.requires_grad_(True), ranked[:cut])
-            for losses in islice(every, self.tune_steps):
+            for step, (batch, rows) in enumerate(islice(batches, self.tune_steps)):
+                with runtime.autocast():
+                    logits, wanted = network(batch), teacher(batch)
+                loss = F.cross_entropy(logits, images.labels[rows].to(batch.device)) + self.hold * divergence(logits, wanted)
+                check_finite(loss, "rnp", step)
                 optimizer.zero_grad()
-                losses.mean().backward()
+                loss.backward()
                 optimizer.step()
+                schedule.step()
                 prune(network, ranked[:cut])
             yield f"{cut} of {len(ranked)} channels, tuned", frozen(network)
 

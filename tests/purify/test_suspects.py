@@ -49,7 +49,7 @@ class Offers:
 @pytest.fixture(autouse=True)
 def judge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a network in itself all are as good."""
-    monkeypatch.setattr(run, "_Judge", lambda *_: lambda network: {"accuracy": 1.0, "proxy": 0.3, "class": 2})
+    monkeypatch.setattr(run, "_Judge", lambda *_: lambda network: {"accuracy": 1.0, "error": 0.0, "proxy": 0.3, "class": 2})
 
 
 def repaired(*labels: int, suspects: CleanSet | None = ACCUSED, start: int = 1) -> Any:
@@ -59,7 +59,7 @@ def repaired(*labels: int, suspects: CleanSet | None = ACCUSED, start: int = 1) 
 
 def test_the_proxy_is_the_larger_of_the_two() -> None:
     found = repaired(1, 0, 2)
-    assert found.before == {"accuracy": 1.0, "proxy": 0.75, "class": 1, "obeyed": 0.75}
+    assert found.before == {"accuracy": 1.0, "error": 0.0, "proxy": 0.75, "class": 1, "obeyed": 0.75}
     assert [(row["obeyed"], row["proxy"], row["class"]) for row in found.candidates] == [
         (0.75, 0.75, 1),
         (0.25, 0.3, 2),
@@ -75,7 +75,7 @@ def test_who_still_obeys_is_no_repair() -> None:
 
 def test_without_suspects_nothing_changes() -> None:
     found = repaired(0, 2, suspects=None)
-    assert found.status == "rejected" and found.before == {"accuracy": 1.0, "proxy": 0.3, "class": 2}
+    assert found.status == "rejected" and found.before == {"accuracy": 1.0, "error": 0.0, "proxy": 0.3, "class": 2}
 
 
 @pytest.mark.parametrize("suspects", [CleanSet(IMAGES[:4]), CleanSet(IMAGES[:0], torch.zeros(0, dtype=torch.long))])
@@ -88,7 +88,7 @@ def test_what_still_turns_half_of_the_images_is_better_but_not_repaired(monkeypa
     turned = {1: 1.0, 0: 0.6, 2: 0.3}
 
     def judge(network: Any) -> dict[str, Any]:
-        return {"accuracy": 1.0, "proxy": turned[network.get_submodule("model").label], "class": 2}
+        return {"accuracy": 1.0, "error": 0.0, "proxy": turned[network.get_submodule("model").label], "class": 2}
 
     monkeypatch.setattr(run, "_Judge", lambda *_: judge)
     for label, whole in ((0, False), (2, True)):

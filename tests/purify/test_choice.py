@@ -1,0 +1,71 @@
+"""Which candidate is taken: max_drop first, then what the held-out images leave to chance, then nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nab_defense.clean import CleanSet, Pixels
+from nab_defense.purify import PurifyResult, run
+from nab_defense.purify.run import _Judge
+from nab_defense.repair import in_words
+from nab_defense.universal import Universal
+from tests.purify.test_suspects import CPU, IMAGES, Always, repaired
+
+START, KEEPS, CHANCE = 1, 0, 2
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[float, float, float]]:
+    """Accuracy, its standard error, and proxy of the networks that always give 0, 1, 2."""
+    figures = {START: (0.90, 0.0, 1.0), KEEPS: (0.86, 0.03, 0.2), CHANCE: (0.70, 0.12, 0.1)}
+
+    def judge(network: Any) -> dict[str, Any]:
+        accuracy, error, proxy = figures[network.get_submodule("model").label]
+        return {"accuracy": accuracy, "error": error, "proxy": proxy, "class": 2}
+
+    monkeypatch.setattr(run, "_Judge", lambda *_: judge)
+    return figures
+
+
+def words(found: PurifyResult) -> str:
+    return in_words(found, "x", 0.05, instead="nothing written")
+
+
+@pytest.mark.usefixtures("measured")
+def test_who_keeps_to_max_drop_goes_first() -> None:
+    found = repaired(CHANCE, KEEPS, suspects=None)
+    assert found.chosen == f"always {KEEPS}" and "max_drop" not in words(found)
+
+
+def test_then_who_may_keep_to_it_for_all_that_can_be_told(measured: dict[int, tuple[float, float, float]]) -> None:
+    measured[KEEPS] = (0.90, 0.0, 0.95)  # keeps to it, and does not help
+    found = repaired(KEEPS, CHANCE, suspects=None)
+    assert found.chosen == f"always {CHANCE}" and found.repaired
+    assert "; that is above max_drop=0.05, but by no more than so few images leave to chance." in words(found)
+
+
+def test_who_surely_loses_more_is_refused(measured: dict[int, tuple[float, float, float]]) -> None:
+    measured[CHANCE] = (0.70, 0.05, 0.1)
+    found = repaired(CHANCE, suspects=None)
+    assert found.status == "rejected" and "loses more than max_drop=0.05 of accuracy" in words(found)
+
+
+class Flat(Always):
+    """The same, with a slope, which is zero."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) + 0 * images.sum()
+
+
+def test_the_error_is_that_of_the_paired_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (Pixels(Flat(label), [0.5], [0.25]).eval() for label in (1, 0))
+    labelled = CleanSet(IMAGES, torch.tensor([1] * 15 + [0] * 5))
+    pool = type("Pool", (), {"suspicious": [Universal(2, torch.zeros(1, 4, 4), 1.0, 3, found=(torch.zeros(1, 4, 4), None))]})
+    monkeypatch.setattr(run, "pool_of", lambda *_, **__: pool)
+    judge = _Judge(first, labelled, labelled, CPU)
+    before, after = judge(first), judge(second)
+    assert (before["accuracy"], before["error"], after["accuracy"]) == (0.75, 0.0, 0.25)
+    assert after["error"] == pytest.approx((1 - 0.5**2) ** 0.5 / 20**0.5)  # 15 lost, 5 won
