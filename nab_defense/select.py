@@ -14,6 +14,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
+from .principal import project
 from .scan import Scan
 from .types import SuspectReport
 
@@ -182,8 +183,7 @@ def _in_two(features: NDArray[np.float32], members: NDArray[np.bool_]) -> tuple[
     """split_in_two of a class along its top singular direction [Tran et al. 2018]; separation 0 where it is too small."""
     if members.sum() < 2 * MIN_SEEDS:
         return np.zeros(int(members.sum())), 0.0, 0.0
-    centred = features[members] - features[members].mean(0)
-    return split_in_two(centred @ np.linalg.svd(centred, full_matrices=False)[2][0])
+    return split_in_two(project(features, np.flatnonzero(members), 1)[:, 0])
 
 
 def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[tuple[Group, NDArray[np.float64]]]:
