@@ -26,7 +26,7 @@ PROBES, PROBE_IMAGES = 6, 250
 BATCHES = PROBE_BATCH, PROBE_BATCH // 2  # for perturbations that are made anew, and for those that go on
 LEAST_GAIN = 0.1  # of the proxy: less is noise, and no repair
 TIE = 0.02  # proxies this close are the same
-DOUBT = 1.64  # standard errors: a loss that exceeds max_drop by less may be chance, one time in 20
+DOUBT = 2.0  # standard errors: a loss that exceeds max_drop by less may be chance
 TURNED = 0.5  # of the proxy: what still turns so many images is better than it was, but not repaired
 
 
@@ -62,10 +62,10 @@ class _Judge:
     """Held-out accuracy, and a proxy of ASR that needs no truth: how far universal perturbations still turn images.
 
     A backdoor is a change that turns images more easily than others do. So the perturbations are those that stand out on the
-    original network: as they were made there, after some steps more on the candidate, and made anew on it; of a patch the steps
-    more are made at places around, too. A network can learn to
-    withstand a few given ones and keep its backdoor; and what is left of one is often found only near where it was. Without
-    labels, accuracy is what the original network expects it to be: the mean probability it gives to the predictions."""
+    original network: as they were made there, after some steps more on the candidate (of a patch at the places around, too), and
+    made anew on it. A network can learn to withstand a few given ones and keep its backdoor; and what is left of one is often
+    found only near where it was. Without labels, accuracy is what the original network expects it to be: the mean probability
+    that it gives to the predictions."""
 
     def __init__(self, network: Pixels, fit: CleanSet, held: CleanSet, runtime: Runtime) -> None:
         self.original, self.fit, self.held, self.runtime = network, fit, held, runtime
