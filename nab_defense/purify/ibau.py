@@ -111,7 +111,7 @@ class IBAU:
     lr: float = 0.01
     radius: float = 6.0
     patch: int = 5
-    fraction: float = 0.4
+    fraction: float = 0.25
     hold: float = 2.0
     form: str = "none"
     terms: int = 2

@@ -101,6 +101,7 @@ def place(tmp_path: Path, images: Path, backdoored: dict[str, Tensor], monkeypat
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a method makes is taken; for tests of what happens then."""
     monkeypatch.setattr("nab_defense.purify.run.LEAST_GAIN", -1.0)
+    monkeypatch.setattr("nab_defense.purify.run.TURNED", 2.0)
 
 
 def foreign(*extra: str) -> int:
@@ -118,12 +119,13 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def test_a_planted_backdoor(place: Path, backdoored: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
-    assert foreign(*STRONG, "clean_limit=500", "--test", "test", "--out", "out") == 0
+    assert foreign(*STRONG, "clean_limit=500", "--test", "test", "--out", "out") == 3  # a linear network obeys any patch
     found, before, after = measured(place / "out"), linear(), nab_defense.load("out", linear)
     before.load_state_dict(backdoored)
     assert asr(before) > 0.85 and asr(after) < asr(before) - 0.2
     assert found["status"] == "accepted" and found["chosen"] in [row["name"] for row in found["candidates"]]
-    assert found["after"]["proxy"] < found["before"]["proxy"] and found["verdict"]["protected"]
+    assert found["after"]["proxy"] < found["before"]["proxy"] and not found["verdict"]["protected"]
+    assert found["verdict"]["text"].startswith("Not repaired, though improved, by ibau, step ")
     assert found["before"]["accuracy"] - found["after"]["accuracy"] <= found["max_drop"] == 0.1
     assert found["knobs"]["lr"] == 0.1 and found["knobs"]["hold"] == 1.0 and found["clean_limit"] == 500
     data = found["data"]
