@@ -119,13 +119,12 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def test_a_planted_backdoor(place: Path, backdoored: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
-    assert foreign(*STRONG, "clean_limit=500", "--test", "test", "--out", "out") == 3  # a linear network obeys any patch
+    assert foreign(*STRONG, "clean_limit=500", "--test", "test", "--out", "out") == 0
     found, before, after = measured(place / "out"), linear(), nab_defense.load("out", linear)
     before.load_state_dict(backdoored)
     assert asr(before) > 0.85 and asr(after) < asr(before) - 0.2
     assert found["status"] == "accepted" and found["chosen"] in [row["name"] for row in found["candidates"]]
-    assert found["after"]["proxy"] < found["before"]["proxy"] and not found["verdict"]["protected"]
-    assert found["verdict"]["text"].startswith("Not repaired, though improved, by ibau, step ")
+    assert found["after"]["proxy"] < found["before"]["proxy"] and found["verdict"]["protected"]
     assert found["before"]["accuracy"] - found["after"]["accuracy"] <= found["max_drop"] == 0.1
     assert found["knobs"]["lr"] == 0.1 and found["knobs"]["hold"] == 1.0 and found["clean_limit"] == 500
     data = found["data"]
@@ -168,6 +167,16 @@ def test_rejected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_nothing_gained_is_rejected(place: Path) -> None:
     assert foreign(*WEAK, "lr=1e-8", "--out", "out") == 3  # the candidate is the original, nearly
     assert "is turned no less" in measured(place / "out")["verdict"]["text"]
+
+
+def test_what_can_still_be_turned_is_written_but_not_called_repaired(
+    place: Path, lenient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nab_defense.purify.run.TURNED", 0.0)
+    assert foreign(*WEAK, "lr=1e-8", "--out", "out") == 3
+    found = measured(place / "out")
+    assert found["status"] == "accepted" and not found["verdict"]["protected"] and (place / "out" / "model.safetensors").exists()
+    assert found["verdict"]["text"].startswith("Not repaired, though improved, by ibau, step 1: on held-out images")
 
 
 LIGHT = [*QUICK, "steps=40", "lr=0.1", "max_drop=0.9", "clean_limit=100"]
