@@ -97,7 +97,7 @@ def test_a_patch_goes_on_at_the_places_around_and_stays_in_the_image() -> None:
 
 
 class Narrow(Bars):
-    """Names an image after its brightest bar, and class 2 where one square is white and the ring around it is not."""
+    """Names an image after its brightest bar; a white square in the bottom right corner is class 2, beyond any doubt."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
