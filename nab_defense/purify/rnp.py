@@ -182,13 +182,24 @@ class RNP:
             )
         return {name: mask.detach() for name, mask in masks.items()}
 
-    def _losses(self, logits: Callable[[Tensor], Tensor], images: CleanSet, runtime: Runtime, steps: int) -> Iterator[Tensor]:
-        """For each of so many batches the losses (B,) of these logits, all finite."""
+    def _losses(
+        self,
+        network: Callable[[Tensor], Tensor],
+        images: CleanSet,
+        runtime: Runtime,
+        steps: int,
+        *,
+        teacher: Pixels | None = None,
+    ) -> Iterator[Tensor]:
+        """For each of so many batches the losses (B,) of the network's logits, all finite; with what is held of the teacher's."""
         assert images.labels is not None
         batches = images.endless(self.batch_size, runtime=runtime, seed=runtime.seed)
         for step, (batch, rows) in zip(range(steps), batches, strict=False):
             with runtime.autocast():
-                losses = F.cross_entropy(logits(batch), images.labels[rows].to(batch.device), reduction="none")
+                logits = network(batch)
+                losses = F.cross_entropy(logits, images.labels[rows].to(batch.device), reduction="none")
+                if teacher is not None:
+                    losses = losses + self.hold * divergence(logits, teacher(batch))
             check_finite(losses.mean(), "rnp", step)
             yield losses
 
@@ -202,20 +213,15 @@ class RNP:
 
     def _tuned_cuts(self, network: Pixels, ranked: list[Channel], images: CleanSet, runtime: Runtime) -> Candidates:
         """As before, but with some steps of fine-tuning after each cut, their rate falling to zero; cut channels stay cut."""
-        assert images.labels is not None
         teacher = frozen(copy.deepcopy(network))
         optimizer = torch.optim.Adam(network.parameters(), lr=self.tune_lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, self.tune_steps)
-        batches = images.endless(self.batch_size, runtime=runtime, seed=runtime.seed)
+        every = self._losses(network, images, runtime, self.tune_steps * len(SHARES), teacher=teacher)
         for cut in (round(share * len(ranked)) for share in SHARES):
             prune(network.requires_grad_(True), ranked[:cut])
-            for step, (batch, rows) in enumerate(islice(batches, self.tune_steps)):
-                with runtime.autocast():
-                    logits, wanted = network(batch), teacher(batch)
-                loss = F.cross_entropy(logits, images.labels[rows].to(batch.device)) + self.hold * divergence(logits, wanted)
-                check_finite(loss, "rnp", step)
+            for losses in islice(every, self.tune_steps):
                 optimizer.zero_grad()
-                loss.backward()
+                losses.mean().backward()
                 optimizer.step()
                 schedule.step()
                 prune(network, ranked[:cut])

@@ -53,6 +53,16 @@ def test_who_surely_loses_more_is_refused(measured: dict[int, tuple[float, float
     assert found.status == "rejected" and "loses more than max_drop=0.05 of accuracy" in words(found)
 
 
+def test_what_still_turns_half_of_the_images_is_better_but_not_repaired(measured: dict[int, tuple[float, float, float]]) -> None:
+    measured.update({START: (1.0, 0.0, 1.0), KEEPS: (1.0, 0.0, 0.6), CHANCE: (1.0, 0.0, 0.3)})
+    for label, whole in ((KEEPS, False), (CHANCE, True)):
+        found = repaired(label, suspects=None)
+        assert found.status == "accepted" and found.repaired is whole
+        start = "Repaired" if whole else "Not repaired, though improved,"
+        assert words(found).startswith(f"{start} by x, always {label}: on held-out")
+    assert not repaired(START, suspects=None).repaired
+
+
 class Flat(Always):
     """The same, with a slope, which is zero."""
 

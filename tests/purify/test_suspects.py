@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from nab_defense.clean import CleanSet, Pixels
 from nab_defense.purify import purify, run
 from nab_defense.purify.base import Candidates
-from nab_defense.repair import in_words
 from nab_defense.runtime import Runtime
 
 CPU = Runtime(device="cpu", precision="float32")
@@ -82,18 +81,3 @@ def test_without_suspects_nothing_changes() -> None:
 def test_suspects_that_tell_nothing(suspects: CleanSet) -> None:
     with pytest.raises(ValueError, match="suspects must be images with the labels they were given"):
         repaired(0, suspects=suspects)
-
-
-def test_what_still_turns_half_of_the_images_is_better_but_not_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
-    turned = {1: 1.0, 0: 0.6, 2: 0.3}
-
-    def judge(network: Any) -> dict[str, Any]:
-        return {"accuracy": 1.0, "error": 0.0, "proxy": turned[network.get_submodule("model").label], "class": 2}
-
-    monkeypatch.setattr(run, "_Judge", lambda *_: judge)
-    for label, whole in ((0, False), (2, True)):
-        found = repaired(label, suspects=None)
-        assert found.status == "accepted" and found.repaired is whole
-        said = in_words(found, "x", 0.05, instead="")
-        assert said.startswith(f"{'Repaired' if whole else 'Not repaired, though improved,'} by x, always {label}: on held-out")
-    assert not repaired(1, suspects=None).repaired
