@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .clean import CleanSet
 from .runtime import Runtime
 
-__all__ = ["PROBE_BATCH", "Pool", "Universal", "boxed", "climbed", "likely_classes", "pool_of", "projected", "started"]
+__all__ = ["PROBE_BATCH", "Pool", "Universal", "boxed", "climbed", "likely_classes", "pool_of", "projected", "pursued", "started"]
 
 PACE = 0.2  # of the radius, a step of a spread change
 STRIDE, MOMENTUM = 0.2, 0.9  # of the pixel range, the first step of a patch; how much of its course it keeps
@@ -119,7 +119,7 @@ class Universal:
         if turn == 0 and self.rate < TIRED and self.found is not None:
             places = self.around()
             next_one = places[searches % len(places)]
-            self.change, self.mask, self.course = next_one.change, next_one.mask, 0.0
+            self.change, self.mask, self.course = next_one.change, next_one.mask, next_one.course
         for step in range(CLIMBS):
             self.climb(network, images[:CLIMB_IMAGES], strength=1 - (turn + step / CLIMBS) / SEARCH, runtime=runtime)
 
@@ -131,10 +131,10 @@ class Universal:
         assert self.found is not None
         change, mask = self.found
         if mask is None:
-            return [replace(self, change=change)]
+            return [replace(self, change=change, course=0.0)]
         stride = self.edge // 2 + 1
         shifts = sorted(itertools.product((0, -stride, stride), repeat=2), key=lambda shift: shift != (0, 0))
-        return [replace(self, change=change, mask=_shifted(mask, *shift)) for shift in shifts]
+        return [replace(self, change=change, mask=_shifted(mask, *shift), course=0.0) for shift in shifts]
 
     def _settle(self, network: nn.Module, images: Tensor, runtime: Runtime) -> None:
         """Find a place for the patch: of those that promise the most, the one that keeps its promise.
@@ -155,30 +155,41 @@ class Universal:
                 best, self.mask = kept, mask
 
 
-def started(
-    network: nn.Module, one: Universal, batches: Iterator[tuple[Tensor, Tensor]], runtime: Runtime, *, anew: bool = True
-) -> Universal:
-    """The change after a few steps on this network, in eval mode: made anew from nothing, or gone on with from where it is.
+def started(network: nn.Module, one: Universal, batches: Iterator[tuple[Tensor, Tensor]], runtime: Runtime) -> Universal:
+    """The change made anew by a few steps on this network, in eval mode.
 
     Args: batches: (images, rows), on the device; a few images of each are used, those that are not of the class."""
-
-    def others() -> Tensor:
-        images = next(batches)[0]
-        with torch.no_grad(), runtime.autocast():
-            found = images[network(images).argmax(1) != one.wanted]
-        return (found if len(found) else images)[:START_IMAGES]
-
-    fresh = replace(one, rate=0.0, drawn=0, course=0.0)
-    if anew:
-        fresh.change, fresh.mask = torch.zeros_like(one.change), None
-    further = not anew and one.radius is None  # a spread change turns any network in as many steps
-    steps, count = (SEARCH * CLIMBS, CLIMB_IMAGES) if further else (START, START_IMAGES)
-    for step in range(steps):
-        fresh.climb(network, others()[:count], strength=1 - step / steps if one.radius is None else START_SHARE, runtime=runtime)
-    fresh.found, images = (fresh.change, fresh.mask), others()
+    fresh = replace(one, change=torch.zeros_like(one.change), mask=None, rate=0.0, drawn=0, course=0.0)
+    for step in range(START):
+        strength = 1 - step / START if one.radius is None else START_SHARE
+        fresh.climb(network, _others(network, batches, one.wanted, runtime), strength=strength, runtime=runtime)
+    fresh.found, images = (fresh.change, fresh.mask), _others(network, batches, one.wanted, runtime)
     with torch.no_grad(), runtime.autocast():
         fresh.rate = float((network(fresh.painted(images)).argmax(1) == one.wanted).float().mean())
     return fresh
+
+
+def pursued(network: nn.Module, one: Universal, batches: Iterator[tuple[Tensor, Tensor]], runtime: Runtime) -> list[Universal]:
+    """The change as it was made, and those around, after more steps on this network, in eval mode: all on the same images.
+
+    Args: batches: As in started."""
+    places = one.around()
+    # a spread change turns any network in as many steps as a patch needs
+    steps, count = (SEARCH * CLIMBS, CLIMB_IMAGES) if one.radius is None else (START, START_IMAGES)
+    for step in range(steps):
+        images = _others(network, batches, one.wanted, runtime)[:count]
+        for place in places:
+            place.climb(network, images, strength=1 - step / steps if one.radius is None else START_SHARE, runtime=runtime)
+    return places
+
+
+@torch.no_grad()
+def _others(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], wanted: int, runtime: Runtime) -> Tensor:
+    """The next few images that the network does not give the class; any, where it gives it to all."""
+    images = next(batches)[0]
+    with runtime.autocast():
+        found = images[network(images).argmax(1) != wanted]
+    return (found if len(found) else images)[:START_IMAGES]
 
 
 def _shifted(mask: Tensor, down: int, right: int) -> Tensor:

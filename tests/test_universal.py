@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nab_defense.runtime import Runtime
-from nab_defense.universal import PROBE_CLASSES, SEARCH, Universal, boxed, likely_classes, pool_of, started
+from nab_defense.universal import PROBE_CLASSES, SEARCH, Universal, boxed, likely_classes, pool_of, pursued, started
 from tests.bars import bars
 
 CPU = Runtime(device="cpu", precision="float32")
@@ -110,8 +110,10 @@ def test_a_search_finds_a_trigger_beside_the_place_that_it_had() -> None:
     mask[:, 2:5, 5:8] = 1
     batches = bars(200).endless(48, runtime=CPU, seed=0, augment=False)
     one = Universal(2, BLANK, None, 3, mask, found=(torch.full((1, 8, 8), 0.5), mask))
-    rates = [started(Narrow(), place, batches, CPU, anew=False).rate for place in one.around()]
+    shown = images()
+    rates = [float((Narrow()(place.painted(shown)).argmax(1) == 2).float().mean()) for place in pursued(Narrow(), one, batches, CPU)]
     assert rates[0] < 0.5 and max(rates) == 1  # here not, where it is
+    assert one.mask is mask and one.change is BLANK  # what it goes on from is left as it was
     for _ in range(SEARCH * len(one.around())):
         one.drawn += 1
         one.follow(Narrow(), images(), strength=1.0, runtime=CPU)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..clean import CleanSet, Pixels, logits_of
 from ..runtime import Runtime, fixed_seed
-from ..universal import PROBE_BATCH, Universal, pool_of, started
+from ..universal import PROBE_BATCH, Universal, pool_of, pursued, started
 from .base import Purifier, frozen
 
 __all__ = ["PurifyResult", "count_outputs", "may_keep", "prepared", "purify"]
@@ -84,7 +84,7 @@ class _Judge:
             many, few = (self.fit.endless(n, runtime=self.runtime, seed=self.runtime.seed, augment=False) for n in BATCHES)
             for one in self.easiest:
                 probes.append(started(network, one, many, self.runtime))
-                probes += [started(network, place, few, self.runtime, anew=False) for place in one.around()]
+                probes += pursued(network, one, few, self.runtime)
         rates = [self._turned(network, predicted, one) for one in probes]
         worst = max(rates)
         return {"accuracy": float(right.mean()), "error": error, "proxy": worst, "class": probes[rates.index(worst)].wanted}
