@@ -118,8 +118,8 @@ def purify(
         method: One of `purifiers`.
         mean, std: Normalisation of the model's input, in [0, 1] units.
         runtime: Device, precision, seed.
-        max_drop: Largest loss of held-out accuracy, in [0, 1]. Where no candidate keeps to it and helps, one is taken whose loss
-            may be as small for all that the held-out images can tell: few of them cannot tell much.
+        max_drop: Largest loss of held-out accuracy, in [0, 1]. Where no candidate that keeps to it is repaired (see PurifyResult),
+            one that is may be taken, if its loss may be as small for all that the held-out images can tell: few tell little.
         holdout: Share of the clean images that only selects.
         suspects: Accused images with the labels they were given; the method does not see them, and a network that still gives
             them those labels is judged as one that is turned.
@@ -134,18 +134,18 @@ def purify(
     selecting = time.perf_counter() - begun
     fixed_seed(runtime.seed)
     records: list[dict[str, Any]] = []
-    best: dict[bool, tuple[dict[str, Any], nn.Module]] = {}  # of those that keep to max_drop, and of those that may
+    best: dict[tuple[bool, bool], tuple[dict[str, Any], nn.Module]] = {}  # of those that are (still turned, above max_drop)
     for name, network in method.candidates(copy.deepcopy(original), fit, runtime=runtime):
         paused = time.perf_counter()
         record: dict[str, Any] = {"name": name, **judge(network), "seconds": paused - begun - selecting}
         records.append(record)
         log.info("%s: held-out accuracy %.3f, proxy %.3f", name, record["accuracy"], record["proxy"])
-        keeps = before["accuracy"] - record["accuracy"] <= max_drop
-        if may_keep(before, record, max_drop) and (keeps not in best or _better(record, best[keeps][0])):
-            best[keeps] = record, copy.deepcopy(network.get_submodule("model"))
+        kind = record["proxy"] >= TURNED, before["accuracy"] - record["accuracy"] > max_drop
+        if may_keep(before, record, max_drop) and (kind not in best or _better(record, best[kind][0])):
+            best[kind] = record, copy.deepcopy(network.get_submodule("model"))
         selecting += time.perf_counter() - paused
     seconds = {"method": time.perf_counter() - begun - selecting, "selection": selecting}
-    for record, network in (best[keeps] for keeps in (True, False) if keeps in best):
+    for record, network in (best[kind] for kind in sorted(best)):
         if record["proxy"] <= before["proxy"] - LEAST_GAIN:
             return PurifyResult(network.eval(), "accepted", record["name"], records, before, record, seconds)
     return PurifyResult(model, "rejected", None, records, before, before, seconds)
