@@ -69,8 +69,7 @@ class Session:
                     "or leave out --resume to start over (what was trained there is lost)"
                 )
         check_methods(recipe)
-        run = recipe.runtime
-        self.runtime = Runtime(**run.model_dump(), seed=recipe.seed)
+        self.runtime = Runtime(**recipe.runtime.model_dump(), seed=recipe.seed)
         self.stamp = Stamp(**recipe.stamp.model_dump())
         self.schedule = train_config(recipe.train)
         ranks.check_batch(self.schedule.batch_size)
@@ -188,9 +187,8 @@ class Session:
         data = self.recipe.data
         source = open_source(name, channels=self.recipe.model.in_chans, strict=data.strict, **options)
         if same_classes and source.classes != self.source.classes:
-            raise ValueError(
-                f"{name} has other classes than the training data: {difference(source.classes, self.source.classes)}"
-            )
+            told = difference(source.classes, self.source.classes)
+            raise ValueError(f"{name} has other classes than the training data: {told}")
         return source
 
     @cached_property
@@ -219,20 +217,25 @@ class Session:
 
     def cases(self) -> Cases | None:
         """The test images, plain and triggered; None where the recipe names no test set."""
-        data, attack, seed = self.recipe.data, self.recipe.attack, self.recipe.seed
+        data, seed = self.recipe.data, self.recipe.seed
         if data.test is None:
             return None
         if self.test_source.classes != self.source.classes:
-            raise ValueError(
-                f"{data.test} has other classes than {data.source}: {difference(self.test_source.classes, self.source.classes)}"
-            )
+            told = difference(self.test_source.classes, self.source.classes)
+            raise ValueError(f"{data.test} has other classes than {data.source}: {told}")
         test = self.test_source.limited(data.test_limit, seed)
         clean = self.ordered(test)
-        if attack is None:
+        if self.recipe.attack is None:
             return Cases(clean, test.labels)
-        triggered, true = triggered_source(test, self.attack, target=_target(attack), mode=attack.mode, seed=seed)
+        triggered, true = self.triggered(test)
         lesson = draw_lesson(test, triggered, self.ordered, seed=seed)
         return Cases(clean, test.labels, self.ordered(triggered), triggered.labels, true, lesson)
+
+    def triggered(self, test: Source) -> tuple[Source, NDArray[np.int64]]:
+        """These images with the attack's trigger, and what they show; see triggered_source."""
+        attack = self.recipe.attack
+        assert attack is not None  # asked for where there is one
+        return triggered_source(test, self.attack, target=_target(attack), mode=attack.mode, seed=self.recipe.seed)
 
     def save_trigger(self) -> None:
         """Write what the attack learned to trigger.safetensors, for `nab evaluate`; no file where it learned nothing."""
@@ -274,9 +277,8 @@ class Session:
 
     def build(self, model: Model | None = None) -> nn.Module:
         """A fresh network; the same one every time, so that arms of one run start alike."""
-        network = self.network(model)
         fixed_seed(self.recipe.seed)
-        return self.runtime.place(network.build())
+        return self.runtime.place(self.network(model).build())
 
 
 def train_config(schedule: Schedule) -> TrainConfig:

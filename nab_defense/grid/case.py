@@ -25,6 +25,7 @@ from ..session import Session
 from ..types import NABPlan
 from .cells import Cell, Setting, defended_recipe, key_of
 from .given import in_memory, opened, split_off
+from .sheets import contact_sheet
 
 __all__ = ["Case", "Twins"]
 
@@ -77,6 +78,16 @@ class Case:
         cases = self.session.cases()
         assert cases is not None  # cells_of refuses recipes without a test set
         return cases
+
+    def show(self, path: Path) -> None:
+        """Write the attack's contact sheet, where there is an attack: poison as it is trained on, then triggered test images."""
+        session = self.session
+        if session.recipe.attack is None or path.exists():
+            return
+        poison = session.source.subset(np.flatnonzero(self.truth.poisoned))
+        triggered, _ = session.triggered(session.test_source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet([(session.clean_source, poison), (session.test_source, triggered)]).save(path)
 
     def measured(self, model: nn.Module) -> dict[str, Any]:
         return to_dict(evaluate(model, self.cases, self.session.runtime))

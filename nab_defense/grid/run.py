@@ -45,7 +45,7 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell) -> list[str]:
 
     Args:
         cells: In their order.
-        out: Folder of the grid; gets cells/ and twins/.
+        out: Folder of the grid; gets cells/, twins/ and sheets/, with a picture of each attack.
         tell: Called with a line a cell.
 
     Returns: names of the cells that failed."""
@@ -78,6 +78,7 @@ def _opened(setting: Setting, out: Path, work: Path) -> Case | dict[str, Any]:
     """The case with its twins; or how it fails, as all its cells then do: it is tried once."""
     try:
         case = Case(setting, out, work)
+        case.show(out / "sheets" / f"{setting.name}.png")
         case.twins  # noqa: B018  # trained here
     except ValueError as error:
         return _failed(error)

@@ -118,7 +118,7 @@ def purify(
         method: One of `purifiers`.
         mean, std: Normalisation of the model's input, in [0, 1] units.
         runtime: Device, precision, seed.
-        max_drop: Largest loss of held-out accuracy, in [0, 1]. Where no candidate that keeps to it is repaired (see PurifyResult),
+        max_drop: Largest loss of held-out accuracy, in [0, 1]. Where no candidate that keeps to it is repaired (PurifyResult),
             one that is may be taken, if its loss may be as small for all that the held-out images can tell: few tell little.
         holdout: Share of the clean images that only selects.
         suspects: Accused images with the labels they were given; the method does not see them, and a network that still gives
