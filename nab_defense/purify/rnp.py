@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 Channel = tuple[str, int]
 Masks = dict[str, Tensor]
 Layer = nn.Linear | nn.Conv2d
+Norm = nn.modules.batchnorm._BatchNorm | nn.GroupNorm
 
 MOMENTUM, CLIP = 0.9, 5.0
 ASIDE = 0.15  # of the images: judge when to stop, and how deep to cut
@@ -55,22 +56,29 @@ def maskable(network: nn.Module) -> dict[str, int]:
     """The weights whose first axis counts channels that can be switched off one by one: name, number of channels.
 
     These are the scales of normalisations over channels, and the hidden units of MLPs: a layer that acts on each position
-    alone and widens it, before one that takes what it gives (or half of it, where it is gated). Where a network has neither:
-    the outputs of every convolution and linear layer but the last. A LayerNorm's scale is an axis of the features, not a
-    neuron, and is left alone."""
-    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, Layer)]
-    scales = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)]
-    found = {f"{name}.weight": len(module.weight) for name, module in scales if module.weight is not None}
-    found |= {f"{name}.weight": len(first.weight) for (name, first), (_, second) in pairwise(layers) if _widens(first, second)}
+    alone and widens it, before one of the same module that takes what it gives (or half of it, where it is gated). Where a
+    network has neither: the outputs of every convolution and linear layer but the last. A LayerNorm's scale is an axis of the
+    features, not a neuron, and is left alone."""
+    parts = [(name, module) for name, module in network.named_modules() if isinstance(module, Layer | Norm)]
+    found = {f"{name}.weight": len(m.weight) for name, m in parts if isinstance(m, Norm) and m.weight is not None}
+    mlps = [one for one, two in pairwise(parts) if _parent(one[0]) == _parent(two[0]) and _widens(one[1], two[1])]
+    found |= {f"{name}.weight": len(first.weight) for name, first in mlps}
     if found:
         return found
+    layers = [(name, module) for name, module in parts if isinstance(module, Layer)]
     # a convolution that standardises its weight undoes a mask on it; its gain is what scales the output
     gains = {name: "gain" if isinstance(getattr(module, "gain", None), nn.Parameter) else "weight" for name, module in layers}
     return {f"{name}.{gains[name]}": len(module.weight) for name, module in layers[:-1]}
 
 
-def _widens(first: Layer, second: Layer) -> bool:
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _widens(first: nn.Module, second: nn.Module) -> bool:
     """Whether these are the two layers of an MLP's block."""
+    if not (isinstance(first, Layer) and isinstance(second, Layer)):
+        return False
     if any(isinstance(layer, nn.Conv2d) and (layer.kernel_size != (1, 1) or layer.groups > 1) for layer in (first, second)):
         return False
     (hidden, taken), given = first.weight.shape[:2], second.weight.shape[1]

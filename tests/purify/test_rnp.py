@@ -88,7 +88,12 @@ def test_channels_of_each_kind_of_network() -> None:
     assert maskable(plain) == {"0.weight": 4, "2.weight": 6}
     plain[2].register_parameter("gain", nn.Parameter(torch.ones(6, 1, 1, 1)))
     assert maskable(plain) == {"0.weight": 4, "2.gain": 6}
-    assert maskable(nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4))) == {"1.weight": 4}
+    normed = nn.Sequential(nn.Conv2d(1, 4, 1), nn.GroupNorm(2, 4))
+    assert maskable(normed) == {"1.weight": 4}
+    # neither a narrow convolution before the head nor one of a block before one of the next is an MLP's first layer
+    assert maskable(nn.Sequential(normed, nn.Linear(4, 2))) == {"0.1.weight": 4}
+    expand, project = nn.Sequential(nn.Conv2d(2, 4, 1)), nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+    assert maskable(nn.Sequential(expand, project)) == {"1.1.weight": 2}
 
 
 def test_a_network_without_channels_is_refused() -> None:
