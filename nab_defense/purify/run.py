@@ -27,7 +27,7 @@ BATCHES = PROBE_BATCH, PROBE_BATCH // 2  # for perturbations that are made anew,
 LEAST_GAIN = 0.1  # of the proxy: less is noise, and no repair
 TIE = 0.02  # proxies this close are the same
 DOUBT = 2.0  # standard errors: a loss that exceeds max_drop by less may be chance
-TURNED = 0.5  # of the proxy: what still turns so many images is better than it was, but not repaired
+TURNED = 0.5  # of the original's proxy: what leaves so much of it is better than it was, but not repaired
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +54,8 @@ class PurifyResult:
 
     @property
     def repaired(self) -> bool:
-        """Accepted, and turned in less than half of the images by all perturbations that were tried."""
-        return bool(self.status == "accepted" and self.after["proxy"] < TURNED)
+        """Accepted, and turned by perturbations in less than half as many images as the original was."""
+        return self.status == "accepted" and not _still_turned(self.before, self.after)
 
 
 class _Judge:
@@ -140,7 +140,7 @@ def purify(
         record: dict[str, Any] = {"name": name, **judge(network), "seconds": paused - begun - selecting}
         records.append(record)
         log.info("%s: held-out accuracy %.3f, proxy %.3f", name, record["accuracy"], record["proxy"])
-        kind = record["proxy"] >= TURNED, before["accuracy"] - record["accuracy"] > max_drop
+        kind = _still_turned(before, record), before["accuracy"] - record["accuracy"] > max_drop
         if may_keep(before, record, max_drop) and (kind not in best or _better(record, best[kind][0])):
             best[kind] = record, copy.deepcopy(network.get_submodule("model"))
         selecting += time.perf_counter() - paused
@@ -251,6 +251,11 @@ def _check_images(clean: CleanSet, classes: int, method: Purifier) -> None:
 
 def _name(method: Purifier) -> str:
     return type(method).__name__
+
+
+def _still_turned(before: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether half of what turned the original is left, or more; nobody knows how much of the backdoor that is."""
+    return bool(record["proxy"] >= TURNED * before["proxy"])
 
 
 def _better(record: dict[str, Any], than: dict[str, Any]) -> bool:

@@ -1,0 +1,58 @@
+"""Every purifier serves a network of every family, or says before it starts that it cannot."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from nab_defense.clean import CleanSet, Pixels, logits_of
+from nab_defense.purify import purifiers
+from nab_defense.purify.rnp import maskable, prune, ranking
+from nab_defense.runtime import Runtime
+from tests.purify.families import FAMILIES, family
+
+CPU = Runtime(device="cpu", precision="float32")
+CLEAN = CleanSet(
+    torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 2
+)
+BRIEF = {"steps": 2, "rounds": 1, "batch_size": 12}
+METHODS = {
+    "ibau": BRIEF,
+    "polarizer": BRIEF,
+    "distill": BRIEF,
+    "finetune": BRIEF,
+    "ft_sam": BRIEF,
+    "clp": {},
+    "rnp": {"tune_steps": 1, "batch_size": 12},
+}
+REFUSED = {("clp", name) for name in ("convnext", "nfnet", "vit", "swin", "mixer")}  # no pairs of convolution and BatchNorm
+
+
+def candidates(method: str, network: Pixels) -> Iterator[tuple[str, nn.Module]]:
+    made = purifiers.create(method, **METHODS[method])
+    made.check(network, CLEAN.images[:2].float() / 255)
+    if method == "rnp":  # an untrained network knows nothing that it could forget and recover: only the cuts
+        ranked = ranking({name: torch.arange(count) / count for name, count in maskable(network).items()})
+        prune(copy.deepcopy(network), ranked[:5])
+        return made._tuned_cuts(network, ranked, CLEAN, CPU)
+    return made.candidates(network, CLEAN, runtime=CPU)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_served_or_refused_at_the_start(method: str, name: str) -> None:
+    network = Pixels(family(name, 2), [0.5] * 3, [0.5] * 3).requires_grad_(False).eval()
+    for weight in network.parameters():  # a head of zeros would hide what the others do
+        weight.add_(0.01 * torch.randn_like(weight))
+    before = logits_of(network, CLEAN, CPU)
+    if (method, name) in REFUSED:
+        with pytest.raises(ValueError, match=method):
+            next(candidates(method, network))
+        return
+    made = [logits_of(candidate, CLEAN, CPU) for _, candidate in candidates(method, network)]
+    assert made and all(torch.isfinite(logits).all() and logits.shape == before.shape for logits in made)
+    assert not torch.equal(made[-1], before)
