@@ -33,7 +33,9 @@ MOST_STEPS = 400  # of unlearning
 OVERBOARD = 4.0  # times the loss of a guess: too far gone to be won back
 RECOVERED = 0.5  # of the way from a guess to the original accuracy
 MAX_CUT = 0.05  # loss of accuracy, beyond which a cut without fine-tuning is not worth a look
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the channels
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)  # of the channels: in some networks a few hold the backdoor, in others a quarter
+FEWEST = 20  # channels
+HALVINGS = 3  # of the rate of fine-tuning, at most, for one cut
 
 
 def likely_target(logits: Tensor) -> tuple[int, float]:
@@ -108,7 +110,7 @@ class RNP:
         lr: Of forgetting, SGD with momentum .9.
         mask_lr: Of the masks, SGD with momentum .9.
         recover_steps: Of the masks, each on another batch.
-        tune_lr: Of fine-tuning, Adam, falling to zero along a cosine after each cut.
+        tune_lr: Of fine-tuning, Adam, falling to zero along a cosine after each cut; halved where it costs accuracy.
         tune_steps: After each cut; 0: the paper's method.
         hold: Weight of the divergence from the original's answers in fine-tuning, beside the cross-entropy with the labels.
         batch_size: Images a step.
@@ -127,7 +129,7 @@ class RNP:
 
     def check(self, network: Pixels, images: Tensor) -> None:
         network(images)
-        if sum(maskable(network).values()) < 1 / SHARES[0]:
+        if sum(maskable(network).values()) < FEWEST:
             raise ValueError("rnp: the network has too few channels to prune: scales of BatchNorm or GroupNorm, hidden units")
 
     def candidates(self, network: Pixels, clean: CleanSet, *, runtime: Runtime) -> Candidates:
@@ -139,7 +141,7 @@ class RNP:
         ranked = ranking(self.recovered(unlearned, images, aside, runtime, before))
         yield from self._cuts(copy.deepcopy(network), ranked, aside, runtime, before - MAX_CUT)
         if self.tune_steps:
-            yield from self._tuned_cuts(network, ranked, images, runtime)
+            yield from self._tuned_cuts(network, ranked, images, aside, runtime)
 
     def unlearned(self, network: Pixels, images: CleanSet, aside: CleanSet, runtime: Runtime) -> Pixels:
         """A copy that has forgotten `images` [step 1]: ascent on their loss until loss or accuracy on `aside` is a guess's."""
@@ -213,27 +215,53 @@ class RNP:
 
     def _cuts(self, network: Pixels, ranked: list[Channel], aside: CleanSet, runtime: Runtime, least: float) -> Candidates:
         """The original network without its lowest channels [step 3], while it is still good for something."""
-        for cut in (round(share * len(ranked)) for share in SHARES):
+        for cut in _depths(ranked):
             prune(network, ranked[:cut])
             if _accuracy(logits_of(network, aside, runtime), aside) < least:
                 return
             yield f"{cut} of {len(ranked)} channels", network
 
-    def _tuned_cuts(self, network: Pixels, ranked: list[Channel], images: CleanSet, runtime: Runtime) -> Candidates:
-        """As before, but with some steps of fine-tuning after each cut, their rate falling to zero; cut channels stay cut."""
-        teacher = frozen(copy.deepcopy(network))
-        optimizer = torch.optim.Adam(network.parameters(), lr=self.tune_lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, self.tune_steps)
-        every = self._losses(network, images, runtime, self.tune_steps * len(SHARES), teacher=teacher)
-        for cut in (round(share * len(ranked)) for share in SHARES):
-            prune(network.requires_grad_(True), ranked[:cut])
-            for losses in islice(every, self.tune_steps):
-                optimizer.zero_grad()
-                losses.mean().backward()
-                optimizer.step()
-                schedule.step()
-                prune(network, ranked[:cut])
+    def _tuned_cuts(
+        self, network: Pixels, ranked: list[Channel], images: CleanSet, aside: CleanSet, runtime: Runtime
+    ) -> Candidates:
+        """As before, but with some steps of fine-tuning after each cut; cut channels stay cut.
+
+        A rate at which these steps cost accuracy on `aside` is too high for this network: it is halved, and they are done anew,
+        or left out where no rate will do."""
+        teacher, rate = frozen(copy.deepcopy(network)), self.tune_lr
+        optimizer = torch.optim.Adam(network.parameters())
+        most = self.tune_steps * len(SHARES) * (HALVINGS + 1)
+        every = self._losses(network, images, runtime, most, teacher=teacher)
+        for cut in _depths(ranked):
+            prune(network, ranked[:cut])
+            kept = copy.deepcopy([network.state_dict(), optimizer.state_dict()])
+            least = _accuracy(logits_of(network, aside, runtime), aside) - MAX_CUT
+            for _ in range(HALVINGS + 1):
+                self._tuned(network, optimizer, every, ranked[:cut], rate)
+                if _accuracy(logits_of(network, aside, runtime), aside) >= least:
+                    break
+                rate /= 2
+                log.info("rnp: fine-tuning cost accuracy, its rate is lowered to %g", rate)
+                network.load_state_dict(kept[0])
+                optimizer.load_state_dict(copy.deepcopy(kept[1]))
             yield f"{cut} of {len(ranked)} channels, tuned", frozen(network)
+
+    def _tuned(
+        self, network: Pixels, optimizer: torch.optim.Optimizer, every: Iterator[Tensor], gone: list[Channel], rate: float
+    ) -> None:
+        """Some steps whose rate falls to zero along a cosine."""
+        network.eval().requires_grad_(True)
+        for step, losses in enumerate(islice(every, self.tune_steps)):
+            optimizer.param_groups[0]["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * step / self.tune_steps))
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+            prune(network, gone)
+
+
+def _depths(ranked: list[Channel]) -> list[int]:
+    """How many channels to cut, one after another."""
+    return sorted({max(1, round(share * len(ranked))) for share in SHARES})
 
 
 def ranking(masks: Masks) -> list[Channel]:

@@ -38,7 +38,7 @@ def candidates(method: str, network: Pixels) -> Iterator[tuple[str, nn.Module]]:
     if method == "rnp":  # an untrained network knows nothing that it could forget and recover: only the cuts
         ranked = ranking({name: torch.arange(count) / count for name, count in maskable(network).items()})
         prune(copy.deepcopy(network), ranked[:5])
-        return made._tuned_cuts(network, ranked, CLEAN, CPU)
+        return made._tuned_cuts(network, ranked, CLEAN, CLEAN, CPU)
     return made.candidates(network, CLEAN, runtime=CPU)
 
 
