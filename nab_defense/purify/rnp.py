@@ -33,7 +33,7 @@ MOST_STEPS = 400  # of unlearning
 OVERBOARD = 4.0  # times the loss of a guess: too far gone to be won back
 RECOVERED = 0.5  # of the way from a guess to the original accuracy
 MAX_CUT = 0.05  # loss of accuracy, beyond which a cut without fine-tuning is not worth a look
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)  # of the channels: in some networks a few hold the backdoor, in others a quarter
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the channels: few may hold the backdoor, or a quarter
 FEWEST = 20  # channels
 HALVINGS = 3  # of the rate of fine-tuning, at most, for one cut
 
