@@ -100,7 +100,11 @@ def _scan(session: Session, watch: Callable[[Scan, nn.Module], bool], kept: bool
         weight_decay=stage.weight_decay, sched="none",
     )  # fmt: skip
     loss = lga_loss(stage.gamma, stage.form)
-    runtime, batches, mark = session.runtime, session.ordered(source), source.fingerprint
+    # What stands apart after a few epochs hangs on small differences, which bfloat16 blurs: there more scans find nothing.
+    runtime = session.runtime
+    if runtime.precision == "auto":
+        runtime = dataclasses.replace(runtime, precision="float32")
+    batches, mark = session.ordered(source), source.fingerprint
     passes = EarlyScan(batches, source.labels, look=lambda seen: watch(seen, network), runtime=runtime, fingerprint=mark)
     key = None
     if kept:

@@ -38,8 +38,7 @@ def write_recipe(folder: Path, **sections: Any) -> Path:
     return path
 
 
-# Found by the scan; relabels, drops and covers some. A network and a precision with which every processor finds it: those of TINY
-# are too small for that.
+# Found by the scan, on every processor: TINY's network is too small for that. Relabels, drops and covers some.
 BLEND = {
     "data": {"limit": 800},
     "attack": {"name": "blend", "rate": 0.15, "params": {"alpha": 0.3}},
@@ -47,7 +46,6 @@ BLEND = {
     "scan": {"epochs": 8},
     "relabel": {"params": {"epochs": 4}},
     "train": {"epochs": 15},
-    "runtime": {"precision": "float32"},
 }
 
 

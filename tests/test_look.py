@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from nab_defense import io
-from nab_defense.look import imprints
+from nab_defense import look as looking
+from nab_defense.look import imprints, look
 from nab_defense.pipeline import run
 from nab_defense.recipe import load_recipe
+from nab_defense.runtime import Runtime
 from nab_defense.scan import scan_model
 from nab_defense.select import Group, Selection, clear, confirmed, judged
 from nab_defense.session import Session
@@ -29,6 +31,21 @@ def test_a_group_that_shares_no_trigger_is_acquitted(tmp_path: Path) -> None:
     assert not spared.suspect.any() and not spared.doubt.any()
     assert spared.groups[0].imprint == rises[3] == pytest.approx(0, abs=0.1) and spared.groups[0].distinct
     assert spared.groups[0].acquitted and not group.acquitted
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("asked", "used"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")])
+def test_the_scan_trains_in_float32_unless_told(asked: str, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, runtime: Runtime, **__: object) -> None:
+        raise Stop(runtime.precision)
+
+    monkeypatch.setattr(looking, "fit_once", stop)
+    recipe = load_recipe(write_recipe(tmp_path), [f"runtime.precision={asked}"])
+    with pytest.raises(Stop, match=f"^{used}$"):
+        look(Session(recipe, tmp_path / "run", resume=False))
 
 
 def test_what_is_known_stays_when_more_of_its_class_is_let_go() -> None:
