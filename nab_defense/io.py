@@ -18,14 +18,15 @@ import safetensors
 import safetensors.torch
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from . import ranks
 
 __all__ = [
     "cache_folder", "check_folder", "load_array", "load_arrays", "load_csv", "load_json", "load_state", "load_tensors",
-    "load_weights", "load_yaml", "save_array", "save_arrays", "save_csv", "save_json", "save_state", "save_tensors", "save_text",
-    "save_yaml",
+    "load_weights", "load_yaml", "save_array", "save_arrays", "save_csv", "save_image", "save_json", "save_state", "save_tensors",
+    "save_text", "save_yaml",
 ]  # fmt: skip
 
 
@@ -87,6 +88,10 @@ def _read_text(path: Path) -> str:
 
 def save_text(path: Path, text: str) -> None:
     _write(path, lambda stream: stream.write(text.encode()))
+
+
+def save_image(path: Path, image: Image.Image) -> None:
+    _write(path, lambda stream: image.save(stream, "png"))
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -160,9 +160,7 @@ def started(network: nn.Module, one: Universal, batches: Iterator[tuple[Tensor, 
 
     Args: batches: (images, rows), on the device; a few images of each are used, those that are not of the class."""
     fresh = replace(one, change=torch.zeros_like(one.change), mask=None, rate=0.0, drawn=0, course=0.0)
-    for step in range(START):
-        strength = 1 - step / START if one.radius is None else START_SHARE
-        fresh.climb(network, _others(network, batches, one.wanted, runtime), strength=strength, runtime=runtime)
+    _search(network, [fresh], batches, runtime, steps=START, count=START_IMAGES)
     fresh.found, images = (fresh.change, fresh.mask), _others(network, batches, one.wanted, runtime)
     with torch.no_grad(), runtime.autocast():
         fresh.rate = float((network(fresh.painted(images)).argmax(1) == one.wanted).float().mean())
@@ -176,11 +174,25 @@ def pursued(network: nn.Module, one: Universal, batches: Iterator[tuple[Tensor, 
     places = one.around()
     # a spread change turns any network in as many steps as a patch needs
     steps, count = (SEARCH * CLIMBS, CLIMB_IMAGES) if one.radius is None else (START, START_IMAGES)
-    for step in range(steps):
-        images = _others(network, batches, one.wanted, runtime)[:count]
-        for place in places:
-            place.climb(network, images, strength=1 - step / steps if one.radius is None else START_SHARE, runtime=runtime)
+    _search(network, places, batches, runtime, steps=steps, count=count)
     return places
+
+
+def _search(
+    network: nn.Module,
+    ones: list[Universal],
+    batches: Iterator[tuple[Tensor, Tensor]],
+    runtime: Runtime,
+    *,
+    steps: int,
+    count: int,
+) -> None:
+    """So many steps of changes of one kind and class, each step on the same `count` images; a patch's strides fall."""
+    wanted, patches = ones[0].wanted, ones[0].radius is None
+    for step in range(steps):
+        images = _others(network, batches, wanted, runtime)[:count]
+        for one in ones:
+            one.climb(network, images, strength=1 - step / steps if patches else START_SHARE, runtime=runtime)
 
 
 @torch.no_grad()

@@ -86,8 +86,7 @@ class Case:
             return
         poison = session.source.subset(np.flatnonzero(self.truth.poisoned))
         triggered, _ = session.triggered(session.test_source)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet([(session.clean_source, poison), (session.test_source, triggered)]).save(path)
+        io.save_image(path, contact_sheet([(session.clean_source, poison), (session.test_source, triggered)]))
 
     def measured(self, model: nn.Module) -> dict[str, Any]:
         return to_dict(evaluate(model, self.cases, self.session.runtime))

@@ -60,8 +60,8 @@ def test_half_of_what_turned_is_better_but_not_repaired(start: float, measured: 
     for label, whole in ((KEEPS, False), (CHANCE, True)):
         found = repaired(label, suspects=None)
         assert found.status == "accepted" and found.repaired is whole
-        start = "Repaired" if whole else "Not repaired, though improved,"
-        assert words(found).startswith(f"{start} by x, always {label}: on held-out")
+        verdict = "Repaired" if whole else "Not repaired, though improved,"
+        assert words(found).startswith(f"{verdict} by x, always {label}: on held-out")
     assert not repaired(START, suspects=None).repaired
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 
 from nab_defense.clean import CleanSet, Pixels, logits_of
 from nab_defense.purify import purifiers
-from nab_defense.purify.rnp import maskable, prune, ranking
+from nab_defense.purify.rnp import maskable, ranking
 from nab_defense.runtime import Runtime
 from tests.purify.families import FAMILIES, family
 
@@ -37,7 +36,6 @@ def candidates(method: str, network: Pixels) -> Iterator[tuple[str, nn.Module]]:
     made.check(network, CLEAN.images[:2].float() / 255)
     if method == "rnp":  # an untrained network knows nothing that it could forget and recover: only the cuts
         ranked = ranking({name: torch.arange(count) / count for name, count in maskable(network).items()})
-        prune(copy.deepcopy(network), ranked[:5])
         return made._tuned_cuts(network, ranked, CLEAN, CLEAN, CPU)
     return made.candidates(network, CLEAN, runtime=CPU)
 
