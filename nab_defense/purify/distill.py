@@ -80,7 +80,7 @@ class Distill:
     least: ClassVar[int] = 100
 
     steps: int = 360
-    rounds: int = 2
+    rounds: int = 1
     batch_size: int = 64
     lr: float = 0.06
     momentum: float = 0.9

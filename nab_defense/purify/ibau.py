@@ -105,14 +105,14 @@ class IBAU:
     labelled: ClassVar[bool] = True
     least: ClassVar[int] = 20
 
-    steps: int = 160
-    rounds: int = 2
+    steps: int = 280
+    rounds: int = 1
     batch_size: int = 64
     lr: float = 0.01
     radius: float = 6.0
     patch: int = 5
     fraction: float = 0.25
-    hold: float = 2.0
+    hold: float = 5.0
     form: str = "none"
     terms: int = 2
     rate: float = 0.1

@@ -80,7 +80,7 @@ class Polarizer:
     least: ClassVar[int] = 20
 
     steps: int = 800
-    rounds: int = 2
+    rounds: int = 1
     batch_size: int = 64
     lr: float = 3e-3
     radius: float = 6.0
