@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nab_defense.changes import boxed, climbed, projected
 from nab_defense.clean import CleanSet, Pixels, logits_of, mixed
 from nab_defense.runtime import Runtime
-from nab_defense.universal import boxed, climbed, projected
 
 CPU = Runtime(device="cpu")
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "nab_defense"
 LAYERS: list[Collection[str]] = [
-    {"types", "registry", "stamp", "io", "runtime", "clean", "neighbors", "principal", "ranks", "parallel"},
+    {"types", "registry", "stamp", "io", "runtime", "clean", "changes", "neighbors", "principal", "ranks", "parallel"},
     {"data", "scan", "content", "dataset", "defended", "train", "sites", "universal"},
     {"detectors", "relabel", "purify", "select", "naming", "plan", "replay"},
     {"checkpoint", "check", "bench", "report"},

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nab_defense.changes import GRID, SEARCH, Patch, Spread, Universal, Warp, boxed
 from nab_defense.runtime import Runtime
-from nab_defense.universal import PROBE_CLASSES, SEARCH, Universal, boxed, likely_classes, pool_of, pursued, started
+from nab_defense.universal import PROBE_CLASSES, likely_classes, pool_of, pursued, started
 from tests.bars import bars
 
 CPU = Runtime(device="cpu", precision="float32")
@@ -36,28 +37,38 @@ def images(count: int = 48) -> Tensor:
 
 def test_a_spread_change_is_added_and_a_patch_replaces() -> None:
     pixels, change = images(4), torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.3
-    assert torch.equal(Universal(0, change, 1.0, 3).painted(pixels), boxed(pixels + change))
+    assert torch.equal(Spread(0, change, 1.0).painted(pixels), boxed(pixels + change))
     mask = BLANK.clone()
     mask[:, 2:5, 1:4] = 1
-    shown = Universal(0, change, None, 3, mask).painted(pixels)
+    shown = Patch(0, change, 3, mask).painted(pixels)
     torch.testing.assert_close(shown[:, :, 2:5, 1:4], change[:, 2:5, 1:4].expand(4, 1, 3, 3))
     shown[:, :, 2:5, 1:4] = pixels[:, :, 2:5, 1:4]
     assert torch.equal(shown, pixels)
-    assert torch.equal(Universal(0, change, None, 3).painted(pixels), pixels)  # it has no place yet
+    assert torch.equal(Patch(0, change, 3).painted(pixels), pixels)  # it has no place yet
 
 
-@pytest.mark.parametrize("radius", [1.0, None])
-def test_each_step_makes_the_class_likelier_within_its_bounds(radius: float | None) -> None:
-    one, network = Universal(1, BLANK, radius, 3), Bars()
+def test_a_warp_moves_pixels_and_repeats_the_edge() -> None:
+    pixels, still = torch.rand(4, 3, 8, 12, generator=torch.Generator().manual_seed(0)), torch.zeros(2, GRID, GRID)
+    torch.testing.assert_close(Warp(0, still, 1.0).painted(pixels), pixels)
+    right, down = still.clone(), still.clone()
+    right[0], down[1] = 2, 1  # each pixel shows what was two to the right, one below
+    for change, columns, rows in ((right, [*range(2, 12), 11, 11], range(8)), (down, range(12), [*range(1, 8), 7])):
+        shown = Warp(0, still, 1.0).painted(pixels, change)
+        torch.testing.assert_close(shown, pixels[:, :, list(rows)][:, :, :, list(columns)], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("one", [Spread(1, BLANK, 1.0), Patch(1, BLANK, 3), Warp(1, torch.zeros(2, GRID, GRID), 8.0)])
+def test_each_step_makes_the_class_likelier_within_its_bounds(one: Universal) -> None:
+    one, network = one.blank(), Bars()
     likely = [float(network(images()).log_softmax(1)[:, 1].mean())]
     for _ in range(6):
         one.climb(network, images(), strength=0.5, runtime=CPU)
         likely.append(float(network(one.painted(images())).log_softmax(1)[:, 1].mean()))
     assert likely[-1] == max(likely) > likely[0] + 0.05
-    if radius is not None:
-        assert float(one.change.norm()) <= 0.5 * radius + 1e-5
-    else:
+    if isinstance(one, Patch):
         assert one.mask is not None and one.mask.sum() == 9 and one.change.min() >= 0 and one.change.max() <= 1
+    elif isinstance(one, Spread):
+        assert float(one.change.norm()) <= 0.5 * one.radius + 1e-5
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -65,21 +76,36 @@ def test_a_planted_patch_is_found_where_it_is_and_suspected_alone(seed: int) -> 
     clean = bars(200, seed=seed)
     pool = pool_of(Bars(corner=4.0), clean, radius=2.0, patch=5, runtime=Runtime(device="cpu", precision="float32", seed=seed))
     best = pool.changes[0]
-    assert len(pool.changes) == 8 and best.wanted == 2 and best.rate == 1
-    patch = next(one for one in pool.changes if one.radius is None and one.wanted == 2)
+    assert len(pool.changes) == 12 and best.wanted == 2 and best.rate == 1
+    patch = next(one for one in pool.changes if isinstance(one, Patch) and one.wanted == 2)
     assert patch.mask is not None and patch.mask[0, 5:, 5:].sum() >= 6 and patch.rate == 1
-    assert {one.wanted for one in pool.suspicious if one.radius is None} == {2}
+    assert {one.wanted for one in pool.suspicious if isinstance(one, Patch)} == {2}
     for one in pool.suspicious:
         one.rate = float(one is patch)  # as if the others were withstood: they are drawn no more
     assert all(pool.draw() is patch for _ in range(20)) and patch.drawn == 20
 
 
+class Between(Bars):
+    """Names an image after its brightest bar; one that lies between the places of two bars is class 2."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.mean((1, 3))
+        crossing = torch.minimum(rows[:, 1:-1:2], rows[:, 2::2]).amax(1)
+        return super().forward(images) + F.one_hot(torch.tensor(2), 4) * 8 * F.softplus(20 * (crossing - 0.25))[:, None]
+
+
+def test_a_planted_warp_is_found() -> None:
+    for network, found in ((Between(), True), (Bars(), False)):
+        best = next(one for one in pool_of(network, bars(200), radius=1.0, patch=1, runtime=CPU).changes if isinstance(one, Warp))
+        assert (best.rate > 0.3, best.wanted == 2 and best.excess > 0.3) == (found, found)
+
+
 def test_made_anew_it_starts_from_nothing_and_leaves_the_old_one() -> None:
     clean = bars(200)
     batches = clean.endless(48, runtime=CPU, seed=0, augment=False)
-    old = Universal(2, torch.ones(1, 8, 8), None, 3, torch.ones(1, 8, 8), rate=0.9, drawn=7)
+    old = Patch(2, torch.ones(1, 8, 8), 3, torch.ones(1, 8, 8), rate=0.9, drawn=7)
     new = started(Bars(corner=4.0), old, batches, CPU)
-    assert new.mask is not None and new.mask.sum() == 9 and new.drawn == 0 and new.rate == 1
+    assert isinstance(new, Patch) and new.mask is not None and new.mask.sum() == 9 and new.drawn == 0 and new.rate == 1
     assert old.mask is not None and old.mask.sum() == 64 and old.drawn == 7 and old.rate == 0.9
     assert started(Bars(), old, batches, CPU).rate < 0.5  # no backdoor: a patch of 3x3 does not turn a bar
 
@@ -88,12 +114,12 @@ def test_a_patch_goes_on_at_the_places_around_and_stays_in_the_image() -> None:
     mask = BLANK.clone()
     mask[:, 4:7, 5:8] = 1
     found = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0))
-    places = Universal(2, BLANK, None, 3, BLANK, found=(found, mask)).around()
+    places = Patch(2, BLANK, 3, BLANK, found=(found, mask)).around()
     tops_and_lefts = [tuple(one.mask[0].nonzero()[0].tolist()) for one in places if one.mask is not None]
     assert tops_and_lefts[0] == (4, 5) and set(tops_and_lefts) == set(itertools.product((2, 4, 5), (3, 5)))
     assert all(torch.equal(one.change, found) and one.mask is not None and one.mask.sum() == 9 for one in places)
-    (spread,) = Universal(2, BLANK, 1.0, 3, found=(found, None)).around()
-    assert torch.equal(spread.change, found) and spread.mask is None
+    (spread,) = Spread(2, BLANK, 1.0, found=(found, None)).around()
+    assert torch.equal(spread.change, found)
 
 
 class Narrow(Bars):
@@ -109,7 +135,7 @@ def test_a_search_finds_a_trigger_beside_the_place_that_it_had() -> None:
     mask = BLANK.clone()
     mask[:, 2:5, 5:8] = 1
     batches = bars(200).endless(48, runtime=CPU, seed=0, augment=False)
-    one = Universal(2, BLANK, None, 3, mask, found=(torch.full((1, 8, 8), 0.5), mask))
+    one = Patch(2, BLANK, 3, mask, found=(torch.full((1, 8, 8), 0.5), mask))
     shown = [place.painted(images()) for place in pursued(Narrow(), one, batches, CPU)]
     rates = [float((Narrow()(pixels).argmax(1) == 2).float().mean()) for pixels in shown]
     assert rates[0] < 0.5 and max(rates) == 1  # here not, where it is

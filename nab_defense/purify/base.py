@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..changes import Universal
 from ..clean import CleanSet, Pixels, mixed
 from ..registry import Registry
 from ..runtime import Runtime
-from ..universal import Universal, pool_of
+from ..universal import pool_of
 
 __all__ = [
     "Attacked",

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..changes import Universal
 from ..clean import CleanSet, Pixels, logits_of
 from ..runtime import Runtime, fixed_seed
-from ..universal import PROBE_BATCH, Universal, pool_of, pursued, started
+from ..universal import PROBE_BATCH, pool_of, pursued, started
 from .base import Purifier, frozen
 
 __all__ = ["PurifyResult", "count_outputs", "may_keep", "prepared", "purify"]

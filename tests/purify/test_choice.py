@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from nab_defense.changes import Spread
 from nab_defense.clean import CleanSet, Pixels
 from nab_defense.purify import PurifyResult, run
 from nab_defense.purify.run import _Judge
 from nab_defense.repair import in_words
-from nab_defense.universal import Universal
 from tests.purify.test_suspects import CPU, IMAGES, Always, repaired
 
 START, KEEPS, CHANCE = 1, 0, 2
@@ -75,7 +75,7 @@ class Flat(Always):
 def test_the_error_is_that_of_the_paired_change(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (Pixels(Flat(label), [0.5], [0.25]).eval() for label in (1, 0))
     labelled = CleanSet(IMAGES, torch.tensor([1] * 15 + [0] * 5))
-    pool = type("Pool", (), {"suspicious": [Universal(2, torch.zeros(1, 4, 4), 1.0, 3, found=(torch.zeros(1, 4, 4), None))]})
+    pool = type("Pool", (), {"suspicious": [Spread(2, torch.zeros(1, 4, 4), 1.0, found=(torch.zeros(1, 4, 4), None))]})
     monkeypatch.setattr(run, "pool_of", lambda *_, **__: pool)
     judge = _Judge(first, labelled, labelled, CPU)
     before, after = judge(first), judge(second)
