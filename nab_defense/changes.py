@@ -136,6 +136,10 @@ class Warp(Spread):
         radius: Largest L2 norm of the points' ways.
     """
 
+    def follow(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:
+        """At no less than the share of the radius that it was found at: of shorter ways a network unlearns nothing."""
+        super().follow(network, images, strength=max(strength, START_SHARE), runtime=runtime)
+
     def painted(self, images: Tensor, change: Tensor | None = None) -> Tensor:
         height, width = images.shape[2:]
         points = self.change if change is None else change

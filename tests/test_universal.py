@@ -100,6 +100,13 @@ def test_a_planted_warp_is_found() -> None:
         assert (best.rate > 0.3, best.wanted == 2 and best.excess > 0.3) == (found, found)
 
 
+def test_only_a_warp_is_followed_no_closer_than_where_it_was_found() -> None:
+    for one, least in ((Spread(1, BLANK, 8.0), 0.8), (Warp(1, torch.zeros(2, GRID, GRID), 8.0), 4.0)):
+        for _ in range(12):
+            one.follow(Bars(), images(), strength=0.1, runtime=CPU)
+        assert float(one.change.norm()) == pytest.approx(least, rel=1e-4)
+
+
 def test_made_anew_it_starts_from_nothing_and_leaves_the_old_one() -> None:
     clean = bars(200)
     batches = clean.endless(48, runtime=CPU, seed=0, augment=False)

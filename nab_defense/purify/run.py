@@ -22,7 +22,7 @@ __all__ = ["PurifyResult", "count_outputs", "may_keep", "prepared", "purify"]
 
 log = logging.getLogger(__name__)
 Judge = Callable[[nn.Module], dict[str, Any]]
-RADIUS, PATCH = 6.0, 5  # of the probing perturbations at 32 px, see universal.Universal
+RADIUS, PATCH = 6.0, 5  # of the probing perturbations at 32 px, see universal.Pool
 PROBES, PROBE_IMAGES = 6, 250
 BATCHES = PROBE_BATCH, PROBE_BATCH // 2  # for perturbations that are made anew, and for those that go on
 LEAST_GAIN = 0.1  # of the proxy: less is noise, and no repair
