@@ -107,7 +107,7 @@ def test_accepted(tmp_path: Path, gain: Any, plain: Path) -> None:
     result, before = run_with(tmp_path), result_of(plain)
     told = result["purify"]
     assert told["status"] == "accepted" and told["chosen"] == "step 2" and told["method"] == "ibau"
-    assert told["params"]["steps"] == 2 and told["params"]["hold"] == 5.0  # all of them, as the method took them
+    assert told["params"]["steps"] == 2 and told["params"]["hold"] == 2.0  # all of them, as the method took them
     assert told["data"]["source"] == "digits" and told["data"]["n_fit"] + told["data"]["n_held"] == 60
     assert 0 <= told["before"]["obeyed"] <= told["before"]["proxy"] <= 1 and "obeyed" in told["after"]
     assert set(result["models"]) == {"defended", "purified"} and result["models"]["defended"] == before["models"]["defended"]

@@ -112,7 +112,7 @@ class IBAU:
     radius: float = 6.0
     patch: int = 5
     fraction: float = 0.25
-    hold: float = 5.0
+    hold: float = 2.0
     form: str = "none"
     terms: int = 2
     rate: float = 0.1
