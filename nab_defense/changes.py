@@ -12,7 +12,21 @@ from torch import Tensor, nn
 
 from .runtime import Runtime
 
-__all__ = ["GRID", "SEARCH", "Patch", "Spread", "Universal", "Warp", "boxed", "climbed", "noisy_slopes", "projected", "promise"]
+__all__ = [
+    "GRID",
+    "SEARCH",
+    "START",
+    "START_IMAGES",
+    "Patch",
+    "Spread",
+    "Universal",
+    "Warp",
+    "boxed",
+    "climbed",
+    "noisy_slopes",
+    "projected",
+    "promise",
+]
 
 PACE = 0.2  # of the radius, a step of a change that has one
 STRIDE, MOMENTUM = 0.2, 0.9  # of the pixel range, the first step of a patch; how much of its course it keeps
