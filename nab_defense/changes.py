@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
@@ -59,7 +60,7 @@ def _norm(change: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class Universal:
+class Universal(ABC):
     """One change of the pixels toward one class.
 
     A trigger that is blended in is near a spread change, one that is stuck on is near a patch: a white square has an L2 norm at
@@ -83,9 +84,9 @@ class Universal:
     drawn: int = field(default=0, kw_only=True)
     found: tuple[Tensor, Tensor | None] | None = field(default=None, kw_only=True)
 
+    @abstractmethod
     def painted(self, images: Tensor, change: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [0, 1] with the change, or with another one like it; differentiable by it."""
-        raise NotImplementedError
 
     def climb(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:
         """One step toward the class, on images of other classes; the network in eval mode.
@@ -97,8 +98,9 @@ class Universal:
         (slope,) = torch.autograd.grad(likely, change)
         self._step(slope, strength)
 
+    @abstractmethod
     def _step(self, slope: Tensor, strength: float) -> None:
-        raise NotImplementedError
+        """Move the change along the slope of its class's likelihood."""
 
     def follow(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:
         """Climb on a network that is trained against this change, when it is drawn.
