@@ -33,7 +33,7 @@ PACE = 0.2  # of the radius, a step of a change that has one
 STRIDE, MOMENTUM = 0.2, 0.9  # of the pixel range, the first step of a patch; how much of its course it keeps
 START, START_IMAGES, START_SHARE = 4, 32, 0.5  # first steps of each, and the share of the radius they stay in
 SEARCH, CLIMBS, CLIMB_IMAGES = 6, 6, 16  # draws of one search for a patch's pattern, steps at each draw, on so many images
-PLACES, NOISE = 4, 0.2  # that a patch tries; standard deviation, of the pixel range
+SHOWN, NOISE = 8, 0.2  # images on which a patch tries its places; standard deviation, of the pixel range
 TIRED = 0.15  # a patch that turns fewer when its search ends begins another one where it was found
 GRID = 4  # points along each side that a warp moves
 
@@ -197,13 +197,12 @@ class Patch(Universal):
         self.change = (self.change + strength * STRIDE * self.course.sign()).clamp(0, 1)
 
     def follow(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:
-        """Some of a search's steps. One that ends with few images turned is followed by one from the pattern that turned the
-        original network, at the next of the places around: there what the training left of a backdoor is found again."""
-        searches, turn = divmod(self.drawn - 1, SEARCH)
-        if turn == 0 and self.rate < TIRED and self.found is not None:
-            places = self.around()
-            next_one = places[searches % len(places)]
-            self.change, self.mask, self.course = next_one.change, next_one.mask, next_one.course
+        """Some of a search's steps. One that ends with few images turned is followed by one at the place that now promises the
+        most: there what the training left of a backdoor is found again."""
+        turn = (self.drawn - 1) % SEARCH
+        if turn == 0 and self.rate < TIRED:
+            self.course = 0.0
+            self._settle(network, images, runtime)
         for step in range(CLIMBS):
             self.climb(network, images[:CLIMB_IMAGES], strength=self.strength((turn + step / CLIMBS) / SEARCH), runtime=runtime)
 
@@ -228,23 +227,27 @@ class Patch(Universal):
         shifts = sorted(itertools.product((0, -stride, stride), repeat=2), key=lambda shift: shift != (0, 0))
         return [replace(self, change=change, mask=_shifted(mask, *shift), course=0.0) for shift in shifts]
 
+    @torch.no_grad()
     def _settle(self, network: nn.Module, images: Tensor, runtime: Runtime) -> None:
-        """Find a place for the patch: of those that promise the most, the one that keeps its promise.
-
-        The promise is the slope of the class's logit under noise times the way to black or white."""
-        (slope,) = noisy_slopes(network, images, [self.wanted], runtime)
-        inside, best, near = promise(slope, images, self.edge), -torch.inf, self.edge // 2
-        self.change = (slope > 0).to(slope.dtype)
-        for _ in range(PLACES):
-            top, left = divmod(int(inside.argmax()), inside.shape[1])
-            inside[max(0, top - near) : top + near + 1, max(0, left - near) : left + near + 1] = -torch.inf
+        """Find a place for the patch: what raises the class's logit under noise, in black and white, is shown all over the image,
+        and stays where it works best. The slope alone does not tell the place: where one pixel does little, a whole patch may."""
+        with torch.enable_grad():
+            (slope,) = noisy_slopes(network, images, [self.wanted], runtime)
+        self.change, best = (slope > 0).to(slope.dtype), -torch.inf
+        shown = images[:SHOWN]
+        for top, left in itertools.product(*(_spaced(size - self.edge, self.edge // 2 + 1) for size in slope.shape[1:])):
             mask = torch.zeros_like(slope[:1])
             mask[:, top : top + self.edge, left : left + self.edge] = 1
-            with torch.no_grad(), runtime.autocast():
-                logits = network(replace(self, mask=mask).painted(images)).float()
-            kept = float(logits.log_softmax(1)[:, self.wanted].mean())
-            if kept > best:
-                best, self.mask = kept, mask
+            with runtime.autocast():
+                logits = network(replace(self, mask=mask).painted(shown)).float()
+            works = float(logits.log_softmax(1)[:, self.wanted].mean())
+            if works > best:
+                best, self.mask = works, mask
+
+
+def _spaced(last: int, stride: int) -> list[int]:
+    """0, stride, and so on, up to `last`, which is always among them."""
+    return [*range(0, last, stride), last]
 
 
 def _shifted(mask: Tensor, down: int, right: int) -> Tensor:
