@@ -34,7 +34,7 @@ STRIDE, MOMENTUM = 0.2, 0.9  # of the pixel range, the first step of a patch; ho
 START, START_IMAGES, START_SHARE = 4, 32, 0.5  # first steps of each, and the share of the radius they stay in
 SEARCH, CLIMBS, CLIMB_IMAGES = 6, 6, 16  # draws of one search for a patch's pattern, steps at each draw, on so many images
 SHOWN, NOISE = 8, 0.2  # images on which a patch tries its places; standard deviation, of the pixel range
-TIRED = 0.15  # a patch that turns fewer when its search ends begins another one where it was found
+TIRED = 0.15  # a patch that turns fewer when its search ends is given another place
 GRID = 4  # points along each side that a warp moves
 
 
@@ -72,17 +72,15 @@ class Universal(ABC):
         rate: Share of images of other classes that it turned of late, in [0, 1].
         excess: By how much it turned more, when it was made, than the changes of its kind toward other classes usually do.
         drawn: How often it was drawn.
-        found: The change, and its mask if it has one, as they were made; None: they are not yet.
     """
 
-    longer: ClassVar[tuple[int, int]] = START, START_IMAGES  # steps and images of a search that goes on from what was found
+    longer: ClassVar[tuple[int, int]] = START, START_IMAGES  # steps and images of a search that goes on
 
     wanted: int
     change: Tensor
     rate: float = field(default=0.0, kw_only=True)
     excess: float = field(default=0.0, kw_only=True)
     drawn: int = field(default=0, kw_only=True)
-    found: tuple[Tensor, Tensor | None] | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def painted(self, images: Tensor, change: Tensor | None = None) -> Tensor:
@@ -116,14 +114,9 @@ class Universal(ABC):
         """One like it that is still to be made."""
         return replace(self, change=torch.zeros_like(self.change), rate=0.0, drawn=0)
 
-    def kept(self) -> tuple[Tensor, Tensor | None]:
-        """What `found` is to hold."""
-        return self.change, None
-
-    def around(self) -> list[Self]:
-        """The change as it was made, and others that are near it."""
-        assert self.found is not None
-        return [replace(self, change=self.found[0])]
+    def copied(self) -> Self:
+        """One to go on from, while this one stays as it is."""
+        return replace(self)
 
 
 @dataclass(eq=False)
@@ -212,20 +205,8 @@ class Patch(Universal):
     def blank(self) -> Self:
         return replace(super().blank(), mask=None, course=0.0)
 
-    def kept(self) -> tuple[Tensor, Tensor | None]:
-        return self.change, self.mask
-
-    def around(self) -> list[Self]:
-        """As it was made, and at eight places around, nearer than its edge.
-
-        A network that holds a trigger obeys patches that cover a part of it. One that was trained against such a patch may still
-        obey the trigger, and then nothing at that place shows it."""
-        assert self.found is not None
-        change, mask = self.found
-        assert mask is not None  # started gave it a place
-        stride = self.edge // 2 + 1
-        shifts = sorted(itertools.product((0, -stride, stride), repeat=2), key=lambda shift: shift != (0, 0))
-        return [replace(self, change=change, mask=_shifted(mask, *shift), course=0.0) for shift in shifts]
+    def copied(self) -> Self:
+        return replace(self, course=0.0)
 
     @torch.no_grad()
     def _settle(self, network: nn.Module, images: Tensor, runtime: Runtime) -> None:
@@ -248,14 +229,6 @@ class Patch(Universal):
 def _spaced(last: int, stride: int) -> list[int]:
     """0, stride, and so on, up to `last`, which is always among them."""
     return [*range(0, last, stride), last]
-
-
-def _shifted(mask: Tensor, down: int, right: int) -> Tensor:
-    """The mask (1, H, W) moved by so many pixels, or as many as the image leaves."""
-    rows, columns = mask[0].any(1).nonzero().squeeze(1).tolist(), mask[0].any(0).nonzero().squeeze(1).tolist()
-    down = min(max(down, -rows[0]), mask.shape[1] - 1 - rows[-1])
-    right = min(max(right, -columns[0]), mask.shape[2] - 1 - columns[-1])
-    return mask.roll((down, right), (1, 2))
 
 
 def noisy_slopes(network: nn.Module, images: Tensor, classes: list[int], runtime: Runtime) -> Tensor:

@@ -28,38 +28,29 @@ def started(network: nn.Module, one: Universal, batches: Iterator[tuple[Tensor, 
 
     Args: batches: (images, rows), on the device; a few images of each are used, those that are not of the class."""
     fresh = one.blank()
-    _search(network, [fresh], batches, runtime, steps=START, count=START_IMAGES)
-    fresh.found, images = fresh.kept(), _others(network, batches, one.wanted, runtime)
+    _search(network, fresh, batches, runtime, steps=START, count=START_IMAGES)
+    images = _others(network, batches, one.wanted, runtime)
     with torch.no_grad(), runtime.autocast():
         fresh.rate = float((network(fresh.painted(images)).argmax(1) == one.wanted).float().mean())
     return fresh
 
 
-def pursued(
-    network: nn.Module, one: Universal, batches: Iterator[tuple[Tensor, Tensor]], runtime: Runtime
-) -> Sequence[Universal]:
-    """The change as it was made, and those around, after more steps on this network, in eval mode: all on the same images.
+def pursued(network: nn.Module, one: Universal, batches: Iterator[tuple[Tensor, Tensor]], runtime: Runtime) -> Universal:
+    """The change after more steps on this network, in eval mode; the one given is left as it was.
 
     Args: batches: As in started."""
-    places, (steps, count) = one.around(), one.longer
-    _search(network, places, batches, runtime, steps=steps, count=count)
-    return places
+    further, (steps, count) = one.copied(), one.longer
+    _search(network, further, batches, runtime, steps=steps, count=count)
+    return further
 
 
 def _search(
-    network: nn.Module,
-    ones: Sequence[Universal],
-    batches: Iterator[tuple[Tensor, Tensor]],
-    runtime: Runtime,
-    *,
-    steps: int,
-    count: int,
+    network: nn.Module, one: Universal, batches: Iterator[tuple[Tensor, Tensor]], runtime: Runtime, *, steps: int, count: int
 ) -> None:
-    """So many steps of changes of one kind and class, each step on the same `count` images."""
+    """So many steps of the change, on `count` images each."""
     for step in range(steps):
-        images = _others(network, batches, ones[0].wanted, runtime)[:count]
-        for one in ones:
-            one.climb(network, images, strength=one.strength(step / steps), runtime=runtime)
+        images = _others(network, batches, one.wanted, runtime)[:count]
+        one.climb(network, images, strength=one.strength(step / steps), runtime=runtime)
 
 
 @torch.no_grad()

@@ -63,10 +63,9 @@ class _Judge:
     """Held-out accuracy, and a proxy of ASR that needs no truth: how far universal perturbations still turn images.
 
     A backdoor is a change that turns images more easily than others do. So the perturbations are those that stand out on the
-    original network: as they were made there, after some steps more on the candidate (of a patch at the places around, too), and
-    made anew on it. A network can learn to withstand a few given ones and keep its backdoor; and what is left of one is often
-    found only near where it was. Without labels, accuracy is what the original network expects it to be: the mean probability
-    that it gives to the predictions."""
+    original network: as they were made there, after some steps more on the candidate, and made anew on it, patches at the place
+    that then promises the most. A network can learn to withstand a few given ones and keep its backdoor. Without labels, accuracy
+    is what the original network expects it to be: the mean probability that it gives to the predictions."""
 
     def __init__(self, network: Pixels, fit: CleanSet, held: CleanSet, runtime: Runtime) -> None:
         self.original, self.fit, self.held, self.runtime = network, fit, held, runtime
@@ -85,7 +84,7 @@ class _Judge:
             many, few = (self.fit.endless(n, runtime=self.runtime, seed=self.runtime.seed, augment=False) for n in BATCHES)
             for one in self.easiest:
                 probes.append(started(network, one, many, self.runtime))
-                probes += pursued(network, one, few, self.runtime)
+                probes.append(pursued(network, one, few, self.runtime))
         rates = [self._turned(network, predicted, one) for one in probes]
         worst = max(rates)
         return {"accuracy": float(right.mean()), "error": error, "proxy": worst, "class": probes[rates.index(worst)].wanted}

@@ -75,7 +75,7 @@ class Flat(Always):
 def test_the_error_is_that_of_the_paired_change(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (Pixels(Flat(label), [0.5], [0.25]).eval() for label in (1, 0))
     labelled = CleanSet(IMAGES, torch.tensor([1] * 15 + [0] * 5))
-    pool = type("Pool", (), {"suspicious": [Spread(2, torch.zeros(1, 4, 4), 1.0, found=(torch.zeros(1, 4, 4), None))]})
+    pool = type("Pool", (), {"suspicious": [Spread(2, torch.zeros(1, 4, 4), 1.0)]})
     monkeypatch.setattr(run, "pool_of", lambda *_, **__: pool)
     judge = _Judge(first, labelled, labelled, CPU)
     before, after = judge(first), judge(second)
