@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from .check import imprint
 from .detectors import detectors
 from .look import imprints, make_finding
 from .naming import control, naming
@@ -33,7 +34,8 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     Poison that the scan's short training does not learn faster than content (few samples, subtle triggers, a second trigger) is
     invisible to it, but once learned it stands apart in the trained network's features. A trigger that is the same in all
     images shows in what they share. For others the part of a class that stands apart is left out of one more training, and
-    accused where that network finds the content of many other classes in it (see naming.naming).
+    accused where that network finds the content of many other classes in it (see naming.naming); or that of one class, whose
+    images what the part shares turns: a trigger that works on one source class [TaCT, Tang et al. 2021].
 
     Args:
         session: The run.
@@ -54,7 +56,7 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     selection = confirmed(selection, scan.labels, imprints(session, trained, selection.suspect & ~known), known=known)
     cleared = [group.label for group in before.selection.groups if group.named is not None and not group.foreign]
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
-    selection, namer = _named(session, scan, selection, {*cleared, *fresh}, without)
+    selection, namer = _named(session, trained, scan, selection, {*cleared, *fresh}, without)
     new = selection.suspect & ~known
     log.info("look again: %d suspects more", new.sum())
     examined = {group.label for group in selection.groups}
@@ -67,7 +69,7 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
 
 
 def _named(
-    session: Session, scan: Scan, selection: Selection, spared: set[int], without: Without
+    session: Session, trained: nn.Module, scan: Scan, selection: Selection, spared: set[int], without: Without
 ) -> tuple[Selection, nn.Module | None]:
     """Accuse parts of classes by the names that they get where they are left out: the smaller part of each class, then the
     larger one where the two are nearly alike. Labels in `spared` are not examined.
@@ -83,8 +85,14 @@ def _named(
         network = without(absent | others, name)
         logits, rest = _read(session, network).logits, []
         for group, likely in parts:
-            seen = naming(logits, scan.labels, likely > 0.5, others)
+            part = likely > 0.5
+            seen = naming(logits, scan.labels, part, others)
             group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=seen.spread)
+            if group.unlike and not group.foreign:
+                shown, batches = (scan.labels == seen.source) & ~absent, session.ordered(session.source)
+                source = imprint(trained, batches, scan.labels, part, runtime=session.runtime, shown=shown)
+                group = dataclasses.replace(group, source=source)
+                log.info("class %d: turns %.2f of class %d", group.label, source, seen.source)
             log.info("class %d, %s part, %d samples: %s", group.label, name, group.size, seen)
             members = (scan.labels == group.label) & ~selection.suspect
             if group.foreign:

@@ -104,7 +104,13 @@ def _share(mask: NDArray[np.bool_]) -> float | None:
 
 @torch.inference_mode()
 def imprint(
-    model: nn.Module, batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], *, runtime: Runtime
+    model: nn.Module,
+    batches: Batches,
+    labels: NDArray[np.int64],
+    group: NDArray[np.bool_],
+    *,
+    runtime: Runtime,
+    shown: NDArray[np.bool_] | None = None,
 ) -> float:
     """What a group of one class shares, added to images of other classes: how many turn to the group's class?
 
@@ -116,13 +122,14 @@ def imprint(
         batches: (images, labels) of the whole scanned source, in order; gone through twice.
         labels: (N,) given labels.
         group: (N,) bool, samples of one class.
+        shown: (N,) bool, which images it is added to; None: all of other classes.
 
     Returns: The rise of the share of other images given the group's label, in [-1, 1]."""
     label = int(labels[group][0])
     model.eval()
     pattern = beyond_content(batches, labels, group)
     before = after = count = 0
-    for images, mask in _with_mask(batches, labels != label):
+    for images, mask in _with_mask(batches, labels != label if shown is None else shown):
         if not mask.any():
             continue
         picked = runtime.put(images[mask])

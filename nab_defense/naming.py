@@ -23,11 +23,13 @@ class Naming:
         named: Share of it that gets its given label, in [0, 1].
         sure: How often the network is surer of a sample of it than of another one that it never saw, in [0, 1]; .5: alike.
         spread: Entropy of the names it gets over that of the others' names, its own label left out of both, >= 0.
+        source: The class, its own left out, that most of it is named after.
     """
 
     named: float
     sure: float
     spread: float
+    source: int
 
 
 def control(absent: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
@@ -41,9 +43,9 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
     """How a network names images of one given label, and ordinary images, all of which it never saw.
 
     Dirty-label poison, whatever its trigger, shows what other classes show: without its given label to learn, it is named
-    after its content, as surely as other images are and as many-sidedly. A part of a class that stands apart by itself (a way
-    of writing a digit) keeps its class's name, or resembles one or two others, and the network is at a loss with it. Where there
-    are two classes alone, names cannot spread.
+    after its content, as surely as other images are, and as many-sidedly unless it comes from one source class. A part of a
+    class that stands apart by itself (a way of writing a digit) keeps its class's name, or resembles one or two others, and the
+    network is at a loss with it. Where there are two classes alone, names cannot spread.
 
     Args:
         logits: (N, K) of a network trained without `group` and `others`.
@@ -56,4 +58,4 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
     mixed = [float(entropy(counts)) if counts.any() else 0.0 for counts in foreign]
     sure = roc_auc_score(np.repeat([1, 0], [group.sum(), others.sum()]), np.r_[confidence[group], confidence[others]])
     spread = mixed[0] / mixed[1] if mixed[1] > 0 else 0.0
-    return Naming(float((names[group] == label).mean()), float(sure), spread)
+    return Naming(float((names[group] == label).mean()), float(sure), spread, int(foreign[0].argmax()))

@@ -93,7 +93,10 @@ def _commit() -> str:
 def _evidence(group: Group) -> str:
     shape = f"separation {group.separation:.1f}, valley {group.valley:.2f}"
     if group.foreign:
-        return f"{shape}; unseen, {100 * (group.named or 0):.0f} % of it gets this label, spread of the others {group.spread:.2f}"
+        others = f"spread of the others {group.spread:.2f}"
+        if group.source is not None:
+            others = f"imprint on the class of the others {group.source:.2f}"
+        return f"{shape}; unseen, {100 * (group.named or 0):.0f} % of it gets this label, {others}"
     return f"{shape}, imprint {group.imprint or 0:.2f}"
 
 

@@ -34,6 +34,7 @@ SOME_VALLEY = 0.1  # enough of one to look closer
 MAX_NAMED = 0.25  # of a group that is not what its label says: share named so by a network that never saw it
 MIN_SURE = 0.2  # that network must be about as sure of it as of ordinary images; of a style it never saw it is not
 MIN_SPREAD = 0.8  # the names it gets, as mixed as content is (entropies); a style resembles one or two classes
+MIN_SOURCE = 0.25  # or what it shares must turn so many images of the class that it is named after; of a style next to none
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 SETTLED = 0.98  # overlap of two passes, intersection over union
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -53,6 +54,7 @@ class Group:
             in [0, 1].
         imprint: Share of other images that what the group shares turns to its class (see check.imprint); None: not tried.
         named, sure, spread: What a network that never saw the group makes of it (see naming.naming); None: not tried.
+        source: imprint on images of the class that it is named after then, alone; None: not tried.
     """
 
     label: int
@@ -65,6 +67,7 @@ class Group:
     named: float | None = None
     sure: float | None = None
     spread: float | None = None
+    source: float | None = None
 
     @property
     def distinct(self) -> bool:
@@ -77,10 +80,13 @@ class Group:
 
     @property
     def foreign(self) -> bool:
-        """Its images show what other classes show, many of them: labels that no content explains."""
-        if self.named is None or self.sure is None or self.spread is None:
-            return False
-        return self.named < MAX_NAMED and self.sure > MIN_SURE and self.spread > MIN_SPREAD
+        """Its images show what many other classes show, or what one does and a trigger: labels that no content explains."""
+        return self.unlike and ((self.spread or 0) > MIN_SPREAD or (self.source or 0) >= MIN_SOURCE)
+
+    @property
+    def unlike(self) -> bool:
+        """A network that never saw it names it after other classes, and is as sure of that as of ordinary images."""
+        return self.named is not None and self.sure is not None and self.named < MAX_NAMED and self.sure > MIN_SURE
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,8 +27,9 @@ class Networks:
     """Stands for networks trained without a part of class 0: what each names the first and the other samples of that class."""
 
     def __init__(self, upper: int, monkeypatch: pytest.MonkeyPatch, **names: tuple[list[int], list[int]]) -> None:
-        self.upper, self.names, self.absent = upper, names, {}
+        self.upper, self.names, self.absent, self.turned, self.asked = upper, names, {}, 0.0, []
         monkeypatch.setattr(again, "_read", self.read)
+        monkeypatch.setattr(again, "imprint", self.imprint)
 
     def __call__(self, absent: np.ndarray, part: str) -> Any:
         self.absent[part] = absent
@@ -39,9 +40,15 @@ class Networks:
         named = np.r_[np.resize(first, self.upper), np.resize(rest, 100 - self.upper), LABELS[100:]]
         return scan(self.upper, 6 * np.eye(4, dtype=np.float32)[named])
 
+    def imprint(self, *given: Any, shown: np.ndarray, **rest: Any) -> float:
+        self.asked.append((*given, shown))
+        return self.turned
+
     def look(self, spared: set[int] = frozenset()) -> tuple[Selection, Any]:  # type: ignore[assignment]
         session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0))
-        return _named(session, scan(self.upper), NOBODY, spared, self)
+        session.source, session.runtime, session.ordered = "all", None, lambda source: source
+        trained: Any = "trained"
+        return _named(session, trained, scan(self.upper), NOBODY, spared, self)
 
 
 def test_the_part_of_a_class_that_shows_what_others_show_is_accused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +65,21 @@ def test_the_part_of_a_class_that_shows_what_others_show_is_accused(monkeypatch:
 def test_a_style_of_a_class_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> None:
     found, namer = Networks(30, monkeypatch, smaller=([0, 0, 1], [0])).look()
     assert not found.suspect.any() and namer is None and not found.groups[0].foreign
+
+
+@pytest.mark.parametrize(("turned", "accused"), [(0.3, True), (0.2, False)])
+def test_a_part_that_one_class_alone_explains_is_accused_by_what_it_does_to_that_class(
+    monkeypatch: pytest.MonkeyPatch, turned: float, accused: bool
+) -> None:
+    networks = Networks(30, monkeypatch, smaller=([2], [0]))
+    networks.turned = turned
+    found, namer = networks.look()
+    ((network, batches, labels, group, shown),) = networks.asked
+    assert (network, batches) == ("trained", "all") and labels is LABELS
+    assert np.flatnonzero(group).tolist() == list(range(30))
+    np.testing.assert_array_equal(shown, LABELS == 2)
+    assert found.suspect.any() == accused == (namer is not None) and found.groups[0].source == turned
+    assert found.suspect.sum() == 30 * accused
 
 
 def test_of_two_equal_parts_either_may_be_the_poison(monkeypatch: pytest.MonkeyPatch) -> None:

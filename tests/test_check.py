@@ -93,6 +93,12 @@ def test_imprint_of_a_clean_label_trigger_and_of_a_harmless_group() -> None:
     assert imprint(ship(Backdoored(False)), pictures(CLEAN, CONTENT), CONTENT, CLEAN, runtime=CPU) == 1
 
 
+def test_imprint_on_chosen_images_alone() -> None:
+    dirty = (CONTENT == 0) & (np.arange(N) < 30)  # these have the trigger already
+    for shown, rise in ((CONTENT == 2, 1.0), (dirty, 0.0), (CONTENT == 0, 0.5)):
+        assert imprint(Backdoored(), pictures(CLEAN | dirty, CONTENT), CONTENT, CLEAN, runtime=CPU, shown=shown) == rise
+
+
 def test_imprint_takes_off_what_goes_there_anyway() -> None:
     dirty = DIRTY & (np.arange(N) < 15)  # 10 of the 40 images of other classes have the trigger already
     rise = imprint(Backdoored(), pictures(CLEAN | dirty, CONTENT), CONTENT, CLEAN, runtime=CPU)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,7 @@ def logits(names: list[int], margin: float) -> np.ndarray:
 def test_content_of_all_other_classes_is_foreign() -> None:
     seen = naming(logits([1, 2, 3, 1, 2] * 4, 4), LABELS, GROUP, OTHERS & ~GROUP)
     assert seen.named == 0 and seen.sure == pytest.approx(0.5, abs=0.05) and seen.spread == pytest.approx(0.96, abs=0.01)
-    assert Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread).foreign
+    assert Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread).foreign and seen.source == 1
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,8 @@ def test_a_style_of_its_class_is_not(names: list[int], margin: float, why: str) 
     group = Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread)
     doubts = {"named": seen.named >= 0.25, "sure": seen.sure <= 0.2, "spread": seen.spread <= 0.8}
     assert not group.foreign and [name for name, doubt in doubts.items() if doubt] == [why]
+    turning = dataclasses.replace(group, source=0.25)
+    assert turning.foreign is turning.unlike is (why == "spread") and not dataclasses.replace(group, source=0.24).foreign
 
 
 def test_a_group_that_gets_its_own_name_alone_has_no_spread() -> None:
