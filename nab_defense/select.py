@@ -81,12 +81,13 @@ class Group:
     @property
     def foreign(self) -> bool:
         """Its images show what many other classes show, or what one does and a trigger: labels that no content explains."""
-        return self.unlike and ((self.spread or 0) > MIN_SPREAD or (self.source or 0) >= MIN_SOURCE)
+        many = (self.sure or 0) > MIN_SURE and (self.spread or 0) > MIN_SPREAD
+        return self.unlike and (many or (self.source or 0) >= MIN_SOURCE)
 
     @property
     def unlike(self) -> bool:
-        """A network that never saw it names it after other classes, and is as sure of that as of ordinary images."""
-        return self.named is not None and self.sure is not None and self.named < MAX_NAMED and self.sure > MIN_SURE
+        """A network that never saw it names it after other classes."""
+        return self.named is not None and self.named < MAX_NAMED
 
 
 @dataclass(frozen=True, eq=False)

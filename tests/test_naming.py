@@ -36,7 +36,7 @@ def test_a_style_of_its_class_is_not(names: list[int], margin: float, why: str) 
     doubts = {"named": seen.named >= 0.25, "sure": seen.sure <= 0.2, "spread": seen.spread <= 0.8}
     assert not group.foreign and [name for name, doubt in doubts.items() if doubt] == [why]
     turning = dataclasses.replace(group, source=0.25)
-    assert turning.foreign is turning.unlike is (why == "spread") and not dataclasses.replace(group, source=0.24).foreign
+    assert turning.foreign is turning.unlike is (why != "named") and not dataclasses.replace(group, source=0.24).foreign
 
 
 def test_a_group_that_gets_its_own_name_alone_has_no_spread() -> None:
