@@ -17,8 +17,9 @@ from .runtime import Runtime
 __all__ = ["Batches", "beyond_content", "label_by_content", "weighted_images"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-ROUNDS = 4
+ROUNDS = 5
 STANDS = 0.98  # share of labels that no longer change
+MORE = 1.01  # of the least that was left beyond content
 SUM_TO_ONE = 1e3  # weight of that condition
 CLEAN_LABEL = 0.5  # of the rate at which the rest of the class is given its label
 
@@ -80,7 +81,8 @@ def label_by_content(
     A network that never learned a trigger can still be misled by it: sinusoidal stripes make airplanes look like horses. So the
     suspects of one given label are compared with trusted images of the same content: their mean, less the means of the
     classes that were proposed for them, each as often as proposed, is what they share beyond content. It is taken off, the
-    network proposes anew, and so on until the labels stand still. Right proposals hardly change by this.
+    network proposes anew, and so on until the labels stand still; or more is left beyond content than before, since wrong
+    proposals take content off, and those that follow are worse. Right ones hardly change by this.
 
     A group that goes to its given label at half the rate of the rest of its class, or more, is clean-label poison (or
     innocent): content and label agree, and the whole group keeps its label.
@@ -103,6 +105,8 @@ def label_by_content(
     chances = _probabilities(model, batches(suspect), runtime)
     proposed = chances.argmax(1)
     sizes = np.bincount(labels[~suspect], minlength=chances.shape[1]).clip(min=1)
+    labelled, sure = np.full_like(proposed, -1), chances
+    going, least = np.ones(len(given), dtype=bool), np.full(len(given), np.inf)
     for _ in range(ROUNDS):
         weights = np.zeros((len(given), len(labels)))
         for index in range(len(given)):
@@ -111,10 +115,15 @@ def label_by_content(
             weights[index] = np.where(suspect, 0.0, -(shares / sizes)[labels])
             weights[index, np.flatnonzero(suspect)[own]] = 1 / own.sum()
         shared = weighted_images(batches(everything), weights)
-        chances = _probabilities(model, batches(suspect), runtime, shared, torch.from_numpy(member))
-        before, proposed = proposed, chances.argmax(1)
-        if (before == proposed).mean() >= STANDS:
+        left = shared.flatten(1).norm(dim=1).numpy()
+        going &= left <= MORE * least
+        taken, still, least = going[member], (labelled == proposed).mean(), np.minimum(least, left)
+        labelled, sure = np.where(taken, proposed, labelled), np.where(taken[:, None], chances, sure)
+        if not going.any() or still >= STANDS:
             break
+        chances = _probabilities(model, batches(suspect), runtime, shared, torch.from_numpy(member))
+        proposed = chances.argmax(1)
+    proposed, chances = labelled, sure
     for index, label in enumerate(given):
         own = member == index
         if (proposed[own] == label).mean() > CLEAN_LABEL * recall[index] > 0:
