@@ -102,6 +102,23 @@ def test_groups_have_triggers_of_their_own() -> None:
     assert (proposed == TRUE[first | second]).mean() > 0.95
 
 
+class Astray(nn.Module):
+    """Names an image after its brightest row while there is a trigger in its first column; without, it errs: class 2."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        astray = nn.functional.one_hot(torch.tensor(2), 4) * 40.0
+        return 10 * images.mean((1, 3)) + torch.where(images[:, 0, :, :1].mean(1) > 0.5, 0.0, astray)
+
+
+def test_labels_do_not_go_astray_with_what_is_taken_off() -> None:
+    suspect = EARLY & (TRUE == 1)
+    images = 0.1 * torch.randn(len(TRUE), 1, 4, 8, generator=torch.Generator().manual_seed(0))
+    images[torch.arange(len(TRUE)), 0, torch.from_numpy(TRUE)] += 1
+    images[torch.from_numpy(suspect), 0, :, 0] += 1
+    plain = loaders(images)
+    assert (label_by_content(Astray(), plain, np.where(suspect, 0, TRUE), suspect, runtime=CPU)[0] == 1).all()
+
+
 def test_clean_label_poison_keeps_its_label_though_the_network_calls_it_something_else() -> None:
     clean = EARLY & (TRUE == 2)
     images = rows([(clean, 1)], strength=1.2)
