@@ -16,7 +16,7 @@ from .look import imprints, make_finding
 from .naming import control, naming
 from .plan import Finding
 from .scan import Scan, scan_model
-from .select import Group, Selection, confirmed, expand, smaller_halves
+from .select import MIN_SEEDS, Group, Selection, confirmed, expand, smaller_halves
 from .session import Session
 
 __all__ = ["Without", "look_again"]
@@ -26,6 +26,7 @@ LEARNED = 0.5  # share of images that it must name as labelled: a network that l
 BALANCED = 0.4  # share of a class above which its smaller part may as well be the clean one
 DOUBT = 0.02  # left out is what belongs to the part with this probability: the rest of the poison would teach its trigger
 Without = Callable[[NDArray[np.bool_], str], nn.Module]
+Part = tuple[Group, NDArray[np.float64]]  # of a class, and each sample's probability of being in it
 
 
 def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before: Finding, *, without: Without) -> Finding:
@@ -33,9 +34,9 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
 
     Poison that the scan's short training does not learn faster than content (few samples, subtle triggers, a second trigger) is
     invisible to it, but once learned it stands apart in the trained network's features. A trigger that is the same in all
-    images shows in what they share. For others the part of a class that stands apart is left out of one more training, and
-    accused where that network finds the content of many other classes in it (see naming.naming); or that of one class, whose
-    images what the part shares turns: a trigger that works on one source class [TaCT, Tang et al. 2021].
+    images shows in what they share. For others the part of a class that stands apart, or did so in the scan, is left out of one
+    more training, and accused where that network finds the content of many other classes in it (see naming.naming); or that of
+    one class, whose images what the part shares turns: a trigger that works on one source class [TaCT, Tang et al. 2021].
 
     Args:
         session: The run.
@@ -56,7 +57,8 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     selection = confirmed(selection, scan.labels, imprints(session, trained, selection.suspect & ~known), known=known)
     cleared = [group.label for group in before.selection.groups if group.named is not None and not group.foreign]
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
-    selection, namer = _named(session, trained, scan, selection, {*cleared, *fresh}, without)
+    parts = _parts(scan, selection, before, {*cleared, *fresh})
+    selection, namer = _named(session, trained, scan, selection, parts, without)
     new = selection.suspect & ~known
     log.info("look again: %d suspects more", new.sum())
     examined = {group.label for group in selection.groups}
@@ -68,15 +70,28 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     return make_finding(session, scan, report, selection, namer or scanner, unseen=namer is not None)
 
 
+def _parts(scan: Scan, selection: Selection, before: Finding, spared: set[int]) -> list[Part]:
+    """Of each class that is to be examined by names a part: what stood apart and shared no trigger that can be added to other
+    images, in this look or before; else the smaller one, where the class falls in two. None of the labels in `spared`."""
+    parts = {group.label: (group, likely) for group, likely in smaller_halves(scan, selection.suspect)}
+    apart = (selection.doubt > 0.5) & ~selection.suspect
+    for label in np.unique(scan.labels[apart]).tolist():
+        members = apart & (scan.labels == label)
+        if ((scan.labels == label) & ~selection.suspect & ~members).sum() < MIN_SEEDS:
+            continue  # what would the class be without it?
+        group = next(g for g in (*selection.groups, *before.selection.groups) if g.label == label)
+        parts[label] = dataclasses.replace(group, size=int(members.sum())), members.astype(np.float64)
+    return [part for label, part in parts.items() if label not in spared]
+
+
 def _named(
-    session: Session, trained: nn.Module, scan: Scan, selection: Selection, spared: set[int], without: Without
+    session: Session, trained: nn.Module, scan: Scan, selection: Selection, parts: list[Part], without: Without
 ) -> tuple[Selection, nn.Module | None]:
     """Accuse parts of classes by the names that they get where they are left out: the smaller part of each class, then the
-    larger one where the two are nearly alike. Labels in `spared` are not examined.
+    larger one where the two are nearly alike.
 
     Returns: the selection, and a network that never saw the accused; None where nobody is accused by this."""
     namer = None
-    parts = [part for part in smaller_halves(scan, selection.suspect) if part[0].label not in spared]
     for name in ("smaller", "larger"):
         if not parts:
             break

@@ -19,8 +19,8 @@ from .scan import Scan
 from .types import SuspectReport
 
 __all__ = [
-    "JUDGES", "Group", "Selection", "clear", "confirmed", "expand", "judged", "settled", "smaller_halves", "split_in_two",
-    "take_fraction", "too_few",
+    "JUDGES", "MIN_SEEDS", "Group", "Selection", "clear", "confirmed", "expand", "judged", "settled", "smaller_halves",
+    "split_in_two", "take_fraction", "too_few",
 ]  # fmt: skip
 
 MIN_SEPARATION = 2.0  # Ashman's D: below it a mixture of two normals does not separate [Ashman et al. 1994]
@@ -96,7 +96,7 @@ class Selection:
 
     Args:
         suspect: (N,) bool.
-        doubt: (N,) in [0, 1], probability of belonging to an accused group, also of samples that are not suspects.
+        doubt: (N,) in [0, 1], probability of belonging to a group that stands apart, also of samples that are not suspects.
         groups: The evidence for each examined class.
     """
 
@@ -256,21 +256,21 @@ def settled(before: Selection, after: Selection) -> bool:
 def confirmed(
     selection: Selection, labels: NDArray[np.int64], imprints: dict[int, float], *, known: NDArray[np.bool_] | None = None
 ) -> Selection:
-    """Let go the groups that share no trigger.
+    """Let go the groups that share no trigger; their doubt stays.
 
     Args:
         selection: What stands apart.
         labels: (N,) as given.
         imprints: Of each label with suspects, the share of other images that they turn.
         known: (N,) bool, suspects that stay whatever their label's imprint."""
-    suspect, doubt, groups = selection.suspect.copy(), selection.doubt.copy(), []
+    suspect, groups = selection.suspect.copy(), []
     for group in selection.groups:
         group = dataclasses.replace(group, imprint=imprints.get(group.label))
         if group.acquitted:
             members = (labels == group.label) & ~(np.zeros_like(suspect) if known is None else known)
-            suspect[members], doubt[members] = False, 0
+            suspect[members] = False
         groups.append(group)
-    return Selection(suspect, doubt, tuple(groups))
+    return Selection(suspect, selection.doubt, tuple(groups))
 
 
 def clear(imprints: dict[int, float]) -> bool:

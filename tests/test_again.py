@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from nab_defense import again
-from nab_defense.again import _named
+from nab_defense.again import _named, _parts
 from nab_defense.scan import Scan
-from nab_defense.select import Selection
+from nab_defense.select import Group, Selection
 
 LABELS = np.repeat(np.arange(4), 100)
 NOBODY = Selection(np.zeros(400, bool), np.zeros(400, np.float32))
+FINDING: Any = SimpleNamespace(selection=NOBODY)
 
 
 def scan(upper: int, logits: np.ndarray | None = None) -> Scan:
@@ -44,11 +45,12 @@ class Networks:
         self.asked.append((*given, shown))
         return self.turned
 
-    def look(self, spared: set[int] = frozenset()) -> tuple[Selection, Any]:  # type: ignore[assignment]
+    def look(self) -> tuple[Selection, Any]:
         session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0))
         session.source, session.runtime, session.ordered = "all", None, lambda source: source
         trained: Any = "trained"
-        return _named(session, trained, scan(self.upper), NOBODY, spared, self)
+        seen = scan(self.upper)
+        return _named(session, trained, seen, NOBODY, _parts(seen, NOBODY, FINDING, set()), self)
 
 
 def test_the_part_of_a_class_that_shows_what_others_show_is_accused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +92,16 @@ def test_of_two_equal_parts_either_may_be_the_poison(monkeypatch: pytest.MonkeyP
     assert networks.absent["smaller"][55:100].all() and networks.absent["larger"][:55].all()
 
 
-def test_what_was_cleared_costs_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    networks = Networks(30, monkeypatch)
-    assert networks.look({0}) == (NOBODY, None) and not networks.absent
+def test_what_stood_apart_in_the_scan_is_examined_before_what_falls_in_two_now() -> None:
+    apart = np.isin(np.arange(400), [5, 6, 7, 110, 111])
+    let_go = Group(0, 9, 5.0, 0.8, 40, 0.9, imprint=0.1), Group(1, 9, 4.0, 0.7, 40, 0.9, imprint=0.2)
+    before: Any = SimpleNamespace(selection=Selection(np.zeros(400, bool), apart.astype(np.float32), let_go))
+    (first, likely), (second, also) = _parts(scan(30), before.selection, before, set())
+    assert (first.label, first.size, first.separation, second.label, second.size) == (0, 3, 5.0, 1, 2)
+    assert np.flatnonzero(likely).tolist() == [5, 6, 7] and np.flatnonzero(also).tolist() == [110, 111]
+    accused = Selection(apart, apart.astype(np.float32), let_go)
+    ((half, _),) = _parts(scan(30), accused, before, set())  # what is accused already is not examined
+    assert half.label == 0 and half.size == 27
+    all_of_it = Selection(np.zeros(400, bool), (np.arange(400) > 118).astype(np.float32), let_go)
+    assert [group.label for group, _ in _parts(scan(0), all_of_it, before, set())] == []  # 19 of class 1 would be left
+    assert _parts(scan(30), accused, before, {0}) == []  # nor what was cleared by its names before
