@@ -102,7 +102,7 @@ def _named(
         for group, likely in parts:
             part = likely > 0.5
             seen = naming(logits, scan.labels, part, others)
-            group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=seen.spread)
+            group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=seen.spread, source=None)
             if group.unlike and not group.foreign:
                 shown, batches = (scan.labels == seen.source) & ~absent, session.ordered(session.source)
                 source = imprint(trained, batches, scan.labels, part, runtime=session.runtime, shown=shown)
