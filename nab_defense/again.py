@@ -77,8 +77,6 @@ def _parts(scan: Scan, selection: Selection, before: Finding, spared: set[int]) 
     apart = (selection.doubt > 0.5) & ~selection.suspect
     for label in np.unique(scan.labels[apart]).tolist():
         members = apart & (scan.labels == label)
-        if ((scan.labels == label) & ~selection.suspect & ~members).sum() < MIN_SEEDS:
-            continue  # what would the class be without it?
         group = next(g for g in (*selection.groups, *before.selection.groups) if g.label == label)
         parts[label] = dataclasses.replace(group, size=int(members.sum())), members.astype(np.float64)
     return [part for label, part in parts.items() if label not in spared]
@@ -100,10 +98,12 @@ def _named(
         network = without(absent | others, name)
         logits, rest = _read(session, network).logits, []
         for group, likely in parts:
+            if ((scan.labels == group.label) & ~absent).sum() < MIN_SEEDS:
+                continue  # a network that never saw the class cannot tell what is foreign to it
             part = likely > 0.5
             seen = naming(logits, scan.labels, part, others)
             group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=seen.spread, source=None)
-            if group.unlike and not group.foreign:
+            if name == "smaller" and group.unlike and not group.foreign:
                 shown, batches = (scan.labels == seen.source) & ~absent, session.ordered(session.source)
                 source = imprint(trained, batches, scan.labels, part, runtime=session.runtime, shown=shown)
                 group = dataclasses.replace(group, source=source)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -84,6 +84,17 @@ def test_a_part_that_one_class_alone_explains_is_accused_by_what_it_does_to_that
     assert found.suspect.sum() == 30 * accused
 
 
+def test_a_part_that_is_nearly_all_of_its_class_is_not_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    for upper, accused in ((81, False), (79, True)):
+        networks = Networks(upper, monkeypatch, smaller=([1, 2, 3], [0]))
+        most = Selection(np.zeros(400, bool), (np.arange(400) < upper).astype(np.float32), (Group(0, 9, 5.0, 0.8, upper, 0.9),))
+        before, session, trained = cast(Any, SimpleNamespace(selection=most)), SimpleNamespace(), cast(Any, "trained")
+        session.recipe, session.source, session.runtime = SimpleNamespace(seed=0), "all", None
+        parts = _parts(scan(upper), most, before, set())
+        found, _ = _named(cast(Any, session), trained, scan(upper), most, parts, networks)
+        assert found.suspect.any() == accused
+
+
 def test_of_two_equal_parts_either_may_be_the_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     networks = Networks(55, monkeypatch, smaller=([0], [2]), larger=([1, 2, 3], [0]))
     found, namer = networks.look()
@@ -102,6 +113,4 @@ def test_what_stood_apart_in_the_scan_is_examined_before_what_falls_in_two_now()
     accused = Selection(apart, apart.astype(np.float32), let_go)
     ((half, _),) = _parts(scan(30), accused, before, set())  # what is accused already is not examined
     assert half.label == 0 and half.size == 27
-    all_of_it = Selection(np.zeros(400, bool), (np.arange(400) > 118).astype(np.float32), let_go)
-    assert [group.label for group, _ in _parts(scan(0), all_of_it, before, set())] == []  # 19 of class 1 would be left
     assert _parts(scan(30), accused, before, {0}) == []  # nor what was cleared by its names before
