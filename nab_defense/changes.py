@@ -194,7 +194,6 @@ class Patch(Universal):
         most: there what the training left of a backdoor is found again."""
         turn = (self.drawn - 1) % SEARCH
         if turn == 0 and self.rate < TIRED:
-            self.course = 0.0
             self._settle(network, images, runtime)
         for step in range(CLIMBS):
             self.climb(network, images[:CLIMB_IMAGES], strength=self.strength((turn + step / CLIMBS) / SEARCH), runtime=runtime)
@@ -203,7 +202,7 @@ class Patch(Universal):
         return 1 - part
 
     def blank(self) -> Self:
-        return replace(super().blank(), mask=None, course=0.0)
+        return replace(super().blank(), mask=None)
 
     def copied(self) -> Self:
         return replace(self, course=0.0)
@@ -214,7 +213,7 @@ class Patch(Universal):
         and stays where it works best. The slope alone does not tell the place: where one pixel does little, a whole patch may."""
         with torch.enable_grad():
             (slope,) = noisy_slopes(network, images, [self.wanted], runtime)
-        self.change, best = (slope > 0).to(slope.dtype), -torch.inf
+        self.change, self.course, best = (slope > 0).to(slope.dtype), 0.0, -torch.inf
         shown = images[:SHOWN]
         for top, left in itertools.product(*(_spaced(size - self.edge, self.edge // 2 + 1) for size in slope.shape[1:])):
             mask = torch.zeros_like(slope[:1])

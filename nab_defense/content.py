@@ -100,18 +100,19 @@ def label_by_content(
     given, member = np.unique(labels[suspect], return_inverse=True)
     everything = np.ones(len(labels), dtype=bool)
     rest = ~suspect & np.isin(labels, given)
-    obeyed = _probabilities(model, batches(rest), runtime).argmax(1) == labels[rest]
+    others = _probabilities(model, batches(rest), runtime)
+    obeyed, classes = others.argmax(1) == labels[rest], others.shape[1]
     recall = np.array([obeyed[labels[rest] == label].sum() / max(1, (labels[rest] == label).sum()) for label in given])
-    chances = _probabilities(model, batches(suspect), runtime)
-    proposed = chances.argmax(1)
-    sizes = np.bincount(labels[~suspect], minlength=chances.shape[1]).clip(min=1)
-    labelled, sure = np.full_like(proposed, -1), chances
+    sizes = np.bincount(labels[~suspect], minlength=classes).clip(min=1)
+    labelled, sure, shared = np.full(len(member), -1), np.zeros((len(member), classes), np.float32), None
     going, least = np.ones(len(given), dtype=bool), np.full(len(given), np.inf)
     for _ in range(ROUNDS):
+        chances = _probabilities(model, batches(suspect), runtime, shared, torch.from_numpy(member))
+        proposed = chances.argmax(1)
         weights = np.zeros((len(given), len(labels)))
         for index in range(len(given)):
             own = member == index
-            shares = np.bincount(proposed[own], minlength=chances.shape[1]) / own.sum()
+            shares = np.bincount(proposed[own], minlength=classes) / own.sum()
             weights[index] = np.where(suspect, 0.0, -(shares / sizes)[labels])
             weights[index, np.flatnonzero(suspect)[own]] = 1 / own.sum()
         shared = weighted_images(batches(everything), weights)
@@ -121,14 +122,11 @@ def label_by_content(
         labelled, sure = np.where(taken, proposed, labelled), np.where(taken[:, None], chances, sure)
         if not going.any() or still >= STANDS:
             break
-        chances = _probabilities(model, batches(suspect), runtime, shared, torch.from_numpy(member))
-        proposed = chances.argmax(1)
-    proposed, chances = labelled, sure
     for index, label in enumerate(given):
         own = member == index
-        if (proposed[own] == label).mean() > CLEAN_LABEL * recall[index] > 0:
-            proposed[own] = label
-    return proposed, chances[np.arange(len(proposed)), proposed]
+        if (labelled[own] == label).mean() > CLEAN_LABEL * recall[index] > 0:
+            labelled[own] = label
+    return labelled, sure[np.arange(len(labelled)), labelled]
 
 
 @torch.inference_mode()
