@@ -209,20 +209,22 @@ class Patch(Universal):
 
     @torch.no_grad()
     def _settle(self, network: nn.Module, images: Tensor, runtime: Runtime) -> None:
-        """Find a place for the patch: what raises the class's logit under noise, in black and white, is shown all over the image,
-        and stays where it works best. The slope alone does not tell the place: where one pixel does little, a whole patch may."""
+        """Find a place for the patch: patterns are shown all over the image, and the one that works best stays where it does.
+        They are what raises the class's logit under noise, in black and white; and plain white and black, since the slope at a
+        place tells little of patterns far from what is there."""
         with torch.enable_grad():
             (slope,) = noisy_slopes(network, images, [self.wanted], runtime)
-        self.change, self.course, best = (slope > 0).to(slope.dtype), 0.0, -torch.inf
-        shown = images[:SHOWN]
-        for top, left in itertools.product(*(_spaced(size - self.edge, self.edge // 2 + 1) for size in slope.shape[1:])):
+        shown, best, self.course = images[:SHOWN], -torch.inf, 0.0
+        places = list(itertools.product(*(_spaced(size - self.edge, self.edge // 2 + 1) for size in slope.shape[1:])))
+        patterns = (slope > 0).to(slope.dtype), torch.ones_like(slope), torch.zeros_like(slope)
+        for pattern, (top, left) in itertools.product(patterns, places):
             mask = torch.zeros_like(slope[:1])
             mask[:, top : top + self.edge, left : left + self.edge] = 1
             with runtime.autocast():
-                logits = network(replace(self, mask=mask).painted(shown)).float()
+                logits = network(replace(self, change=pattern, mask=mask).painted(shown)).float()
             works = float(logits.log_softmax(1)[:, self.wanted].mean())
             if works > best:
-                best, self.mask = works, mask
+                best, self.mask, self.change = works, mask, pattern
 
 
 def _spaced(last: int, stride: int) -> list[int]:

@@ -15,9 +15,9 @@ from .runtime import Runtime
 
 __all__ = ["PROBE_BATCH", "Pool", "likely_classes", "pool_of", "pursued", "started"]
 
-TURNS, DOUBLINGS = 0.5, 2  # the radius doubles, so often at most, until one spread change turns this share of images
+TURNS, FACTORS = 0.5, (2.0, 1.5)  # the radius is changed by these until some spread changes turn this share of images, not most
 EASY = 0.5  # of the largest excess: changes with less are not suspicious
-FLOOR, SHARPNESS = 0.05, 4.0  # a change is drawn in proportion to this power of the share of images it turns
+FLOOR, SHARPNESS = 0.05, 4.0  # a change is drawn in proportion to this power of how many images it turns, times its excess
 PROBE_BATCH, PROBE_CLASSES = 48, 10
 SMALLEST_PATCH = 3  # pixels
 WAY = 1.0  # pixels that the points of a warp move up to 32 px, a root mean square of either direction; more in larger images
@@ -63,7 +63,8 @@ def _others(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], wanted
 
 
 class Pool:
-    """A change of each kind for each likely class; the more images one that stands out turns, the more often it is drawn.
+    """A change of each kind for each likely class; the further one stands out, and the more images it turns still, the more often
+    it is drawn.
 
     Made on the suspicious network, where a backdoor turns images far more easily than the changes toward other classes do. To
     train against these, too, would cost accuracy and gain nothing.
@@ -71,7 +72,8 @@ class Pool:
     Args:
         network: Takes pixels; in eval mode, and left so.
         batches: Endless (images, rows), on the device.
-        radius: Of spread changes, L2; it is doubled where none of them turns half of the images.
+        radius: Of spread changes, L2; it grows where none of them turns half of the images, and shrinks where most do: in either
+            case a backdoor does not stand out.
         edge: Of patches, in pixels.
         way: Of warps, in pixels, see WAY.
         runtime: Device, precision, seed.
@@ -96,10 +98,11 @@ class Pool:
             return [started(network, one, batches, runtime) for one in ones]
 
         spread = made([Spread(k, blank, radius) for k in classes])
-        for _ in range(DOUBLINGS):
-            if max(one.rate for one in spread) >= TURNS:
+        for factor in FACTORS:
+            rates = [one.rate for one in spread]
+            if max(rates) >= TURNS > statistics.median(rates):
                 break
-            radius *= 2
+            radius *= factor if max(rates) < TURNS else 1 / factor
             spread = made([Spread(k, blank, radius) for k in classes])
         patches = made([Patch(k, blank, edge) for k in classes])
         warps = made([Warp(k, still, way * still.numel() ** 0.5) for k in classes])
@@ -111,7 +114,7 @@ class Pool:
         self.suspicious = [one for one in self.changes if one.excess >= EASY * self.changes[0].excess]
 
     def draw(self) -> Universal:
-        weights = torch.tensor([max(one.rate, FLOOR) for one in self.suspicious]) ** SHARPNESS
+        weights = torch.tensor([max(one.rate, FLOOR) * max(one.excess, FLOOR) for one in self.suspicious]) ** SHARPNESS
         one = self.suspicious[int(torch.multinomial(weights, 1, generator=self.generator))]
         one.drawn += 1
         return one

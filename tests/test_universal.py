@@ -151,6 +151,18 @@ def test_a_place_is_sought_in_all_of_the_image(top: int, left: int) -> None:
     assert one.mask[0, top : top + 3, left : left + 3].sum() >= 6
 
 
+@pytest.mark.parametrize("shade", [0.0, 1.0])
+def test_a_needle_of_one_shade_is_found_where_the_slope_tells_nothing(shade: float) -> None:
+    class Needle(Bars):
+        def forward(self, images: Tensor) -> Tensor:
+            exact = (images[:, 0, 5:, 5:] - shade).abs().amax((1, 2)) < 0.1
+            return super().forward(images) + 40 * F.one_hot(torch.tensor(2), 4) * exact[:, None]
+
+    one = Patch(2, BLANK, 3)
+    one.climb(Needle(), images(), strength=0.0, runtime=CPU)
+    assert one.mask is not None and one.mask[0, 5:, 5:].sum() == 9 and (Needle()(one.painted(images())).argmax(1) == 2).all()
+
+
 class Many(nn.Module):
     """Thirty classes that follow the content; one more, which a pattern turns: a faint one everywhere, or a light corner."""
 
@@ -163,6 +175,15 @@ class Many(nn.Module):
         flat = images.flatten(1) - 0.5
         turned = self.gain * F.softplus(10 * (flat @ self.pattern / self.pattern.norm()))
         return torch.cat([flat @ self.content.T, turned[:, None]], 1)
+
+
+@pytest.mark.parametrize("radius", [2.0, 8.0, 64.0])
+def test_spread_changes_get_a_radius_at_which_a_spread_trigger_stands_out(radius: float) -> None:
+    network = Many(torch.randn(8, 8, generator=torch.Generator().manual_seed(5)).sign(), 20.0)
+    pool = pool_of(network, bars(200), radius=radius, patch=3, runtime=CPU)
+    spread = [one for one in pool.changes if type(one) is Spread]
+    assert spread[0].wanted == 30 and spread[0].rate >= 0.5 and spread[0].excess > 0.4
+    assert len({one.radius for one in spread}) == 1
 
 
 def corner() -> Tensor:
