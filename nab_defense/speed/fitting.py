@@ -31,6 +31,12 @@ __all__ = ["defended", "small_network", "training", "training_224", "wrapper"]
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 CLASSES = 10
+# What timm's loop runs as: like ours, and step by step as timm's train script does where it is told nothing.
+TIMMS = {
+    "same_layout": Runtime(device="cpu"),
+    "timm_layout": Runtime(device="cpu", channels_last=False),
+    "timm_script": Runtime(device="cpu", channels_last=False, precision="float32"),
+}
 ONE_EPOCH: dict[str, Any] = {"opt": "sgd", "lr": 0.01, "weight_decay": 5e-4, "momentum": 0.9}
 
 
@@ -64,9 +70,8 @@ def _ours(source: Source, augment: str, *, size: int, batch_size: int, plan: NAB
     return lambda: fit(network, loader, runtime=runtime, train=settings)
 
 
-def _timms(folder: Path, *, size: int, batch_size: int, channels_last: bool, color_jitter: Any) -> Callable[[], object]:
-    """One epoch by timm's data set and loader in a loop as plain as can be; the precision is that of _ours."""
-    runtime = Runtime(device="cpu", channels_last=channels_last)
+def _timms(folder: Path, *, size: int, batch_size: int, runtime: Runtime, color_jitter: Any) -> Callable[[], object]:
+    """One epoch by timm's data set and loader in a loop as plain as can be."""
     network = runtime.place(small_network(small_stem=size <= 64))
     loader = create_loader(
         create_dataset("", str(folder)), (3, size, size), batch_size, is_training=True, mean=MEAN, std=STD, num_workers=0,
@@ -92,8 +97,8 @@ def _training(*, count: int, size: int, augment: str, jitter: float | None, batc
         given: dict[str, Any] = {"size": size, "batch_size": batch_size}
         ours = _ours(open_source(str(folder)), augment, **given)
         found = {}
-        for name, channels_last in (("same_layout", True), ("timm_layout", False)):
-            timms = _timms(folder, channels_last=channels_last, color_jitter=jitter, **given)
+        for name, runtime in TIMMS.items():
+            timms = _timms(folder, runtime=runtime, color_jitter=jitter, **given)
             found[name] = side_by_side(("timm", timms), ("ours", ours), repeats=repeats)
     settings = {"images": count, **given, "augment": augment, "color_jitter": jitter, "workers": 0, "repeats": repeats}
     return {"what": "seconds of one epoch: above 1 ours is faster", "settings": settings, **found}
@@ -101,7 +106,7 @@ def _training(*, count: int, size: int, augment: str, jitter: float | None, batc
 
 def training(*, count: int = 1024, size: int = 32, batch_size: int = 128, repeats: int = 5) -> dict[str, Any]:
     """fit() on images held in memory, crop and flip, against timm's loader, random resized crop and flip without color jitter,
-    and a plain loop; once with the same memory layout and once with that of timm's train script."""
+    and a plain loop; with the same memory layout, with that of timm's train script, and with its precision, too."""
     return _training(count=count, size=size, augment="crop_flip", jitter=None, batch_size=batch_size, repeats=repeats)
 
 

@@ -44,7 +44,7 @@ def test_peak_memory_is_that_of_the_task_alone() -> None:
 @pytest.mark.parametrize("name", ["training", "training_224"])
 def test_training(name: str) -> None:
     found = getattr(fitting, name)(count=20, **TINY)
-    for layout in ("same_layout", "timm_layout"):
+    for layout in ("same_layout", "timm_layout", "timm_script"):
         check_pair(found[layout], 2)
         assert found[layout]["of"] == "timm / ours"
     assert found["settings"]["images"] == 20 and found["settings"]["workers"] == 0
