@@ -73,7 +73,7 @@ def fit_once(
         network: As built; trained in place.
         loader: Shuffled batches.
         passes: What looks at each epoch.
-        key: See scan_key; None, where several processes train one network, and where nothing can be written: nothing is kept.
+        key: See scan_key; None, where several processes train one network, and where there is no room: nothing is kept.
         runtime, train, loss: As for fit."""
     folder = _folder(key)
     if folder is None:
@@ -119,7 +119,11 @@ def _folder(key: str | None) -> Path | None:
     if key is None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     try:
-        return io.cache_folder("scans") / key
+        folder = io.cache_folder("scans")
+        free = shutil.disk_usage(folder).free
+        if free < LARGEST:
+            raise ValueError(f"{free >> 20} MB are free in {folder}, and it may take {LARGEST >> 20}")
+        return folder / key
     except (OSError, ValueError) as error:
         log.info("the scan is not kept for other detectors: %s", error)
         return None

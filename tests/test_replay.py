@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,13 @@ def test_without_a_place_to_keep_it_a_scan_runs_all_the_same(tmp_path: Path, mon
     monkeypatch.setenv("NAB_CACHE", str(tmp_path / "file"))
     case = Case()
     assert alike(case.run(kept=False), case.run()) and case.trained == 24
+
+
+def test_on_a_disk_that_is_nearly_full_a_scan_runs_all_the_same(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(cache.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=replay.LARGEST - 1))
+    case = Case()
+    assert alike(case.run(kept=False), case.run()) and case.trained == 24 and not list(cache.iterdir())
 
 
 def test_old_scans_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
