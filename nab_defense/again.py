@@ -14,9 +14,10 @@ from .check import imprint
 from .detectors import detectors
 from .look import imprints, make_finding
 from .naming import control, naming
+from .passes import clearest, confirmed
 from .plan import Finding
 from .scan import Scan, scan_model
-from .select import MIN_SEEDS, Group, Selection, confirmed, expand, smaller_halves
+from .select import MIN_SEEDS, Group, Selection, expand, smaller_halves
 from .session import Session
 
 __all__ = ["Without", "look_again"]
@@ -55,6 +56,7 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     report = detectors.create(recipe.scan.detector, **recipe.scan.params).detect(scan)
     selection = expand(report, scan, fraction=recipe.fraction, previous=Selection(known, before.selection.doubt), trained=True)
     selection = confirmed(selection, scan.labels, imprints(session, trained, selection.suspect & ~known), known=known)
+    selection = clearest(selection, scan.labels, [before.selection, selection])
     cleared = [group.label for group in before.selection.groups if group.named is not None and not group.foreign]
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
     parts = _parts(scan, selection, before, {*cleared, *fresh})

@@ -14,11 +14,12 @@ from torch import nn
 from .check import imprint
 from .detectors import detectors
 from .detectors.lga import lga_loss
+from .passes import JUDGES, clear, clearest, confirmed, judged, settled
 from .plan import Finding, make_plan, paper_plan
 from .relabel import relabelers
 from .replay import fit_once, scan_key
 from .scan import EarlyScan, Scan, scan_model
-from .select import JUDGES, Selection, clear, confirmed, expand, judged, settled, take_fraction
+from .select import Selection, expand, take_fraction
 from .session import Session
 from .train import TrainConfig
 from .types import SuspectReport
@@ -61,7 +62,8 @@ def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
 
     scan, network = _scan(session, watch, kept)
     report, selection = found[-1]
-    return make_finding(session, scan, report, confirmed(selection, scan.labels, judged(tried)), network), network
+    selection = clearest(confirmed(selection, scan.labels, judged(tried)), scan.labels, [one for _, one in found])
+    return make_finding(session, scan, report, selection, network), network
 
 
 def scan_whole(session: Session, *, kept: bool = False) -> tuple[Scan, nn.Module]:

@@ -18,25 +18,19 @@ from .principal import project
 from .scan import Scan
 from .types import SuspectReport
 
-__all__ = [
-    "JUDGES", "MIN_SEEDS", "Group", "Selection", "clear", "confirmed", "expand", "judged", "settled", "smaller_halves",
-    "split_in_two", "take_fraction", "too_few",
-]  # fmt: skip
+__all__ = ["MIN_SEEDS", "Group", "Selection", "expand", "smaller_halves", "split_in_two", "take_fraction", "too_few"]
 
 MIN_SEPARATION = 2.0  # Ashman's D: below it a mixture of two normals does not separate [Ashman et al. 1994]
 MIN_VALLEY = 0.25  # the density between the groups must fall this far below the lower of its peaks
 MIN_LEAD = 0.8  # share of pairs in which a suspect has a lower loss than a sample of another class that is named right
 MIN_SEEDS = 20
 MIN_IMPRINT = 0.5  # share of other images that what a group shares must turn to be called a trigger
-CLEAR_IMPRINT = 0.75  # at this share no later pass need be asked
-JUDGES = 3  # passes at the end of a scan that judge a group in doubt
 SOME_VALLEY = 0.1  # enough of one to look closer
 MAX_NAMED = 0.25  # of a group that is not what its label says: share named so by a network that never saw it
 MIN_SURE = 0.2  # that network must be about as sure of it as of ordinary images; of a style it never saw it is not
 MIN_SPREAD = 0.8  # the names it gets, as mixed as content is (entropies); a style resembles one or two classes
 MIN_SOURCE = 0.25  # or what it shares must turn so many images of the class that it is named after; of a style next to none
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
-SETTLED = 0.98  # overlap of two passes, intersection over union
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
 
 
@@ -245,43 +239,3 @@ def _grow(
 def too_few(labels: NDArray[np.int64], fraction: float) -> bool:
     """Whether `expand` cannot accuse anybody: neither seeds nor a half of a class can reach MIN_SEEDS."""
     return int(fraction * len(labels)) < MIN_SEEDS and np.bincount(labels).max() < 2 * MIN_SEEDS
-
-
-def settled(before: Selection, after: Selection) -> bool:
-    """Whether two passes accuse (nearly) the same samples, and any at all."""
-    either = before.suspect | after.suspect
-    return bool(either.any() and (before.suspect & after.suspect).sum() >= SETTLED * either.sum())
-
-
-def confirmed(
-    selection: Selection, labels: NDArray[np.int64], imprints: dict[int, float], *, known: NDArray[np.bool_] | None = None
-) -> Selection:
-    """Let go the groups that share no trigger; their doubt stays.
-
-    Args:
-        selection: What stands apart.
-        labels: (N,) as given.
-        imprints: Of each label with suspects, the share of other images that they turn.
-        known: (N,) bool, suspects that stay whatever their label's imprint."""
-    suspect, groups = selection.suspect.copy(), []
-    for group in selection.groups:
-        group = dataclasses.replace(group, imprint=imprints.get(group.label))
-        if group.acquitted:
-            members = (labels == group.label) & ~(np.zeros_like(suspect) if known is None else known)
-            suspect[members] = False
-        groups.append(group)
-    return Selection(suspect, selection.doubt, tuple(groups))
-
-
-def clear(imprints: dict[int, float]) -> bool:
-    """Whether there are groups, and all of them share a trigger beyond doubt."""
-    return min(imprints.values(), default=0.0) >= CLEAR_IMPRINT
-
-
-def judged(tried: list[dict[int, float]]) -> dict[int, float]:
-    """One imprint for each label from those of several passes: the last pass's if it is clear, else the median of the last ones.
-
-    Args: tried: Pass by pass, at least one; label -> imprint."""
-    if clear(tried[-1]):
-        return tried[-1]
-    return {label: float(np.median([seen[label] for seen in tried[-JUDGES:] if label in seen])) for label in tried[-1]}

@@ -9,11 +9,12 @@ import torch
 from nab_defense import io
 from nab_defense import look as looking
 from nab_defense.look import imprints, look
+from nab_defense.passes import confirmed
 from nab_defense.pipeline import run
 from nab_defense.recipe import load_recipe
 from nab_defense.runtime import Runtime
 from nab_defense.scan import scan_model
-from nab_defense.select import Group, Selection, clear, confirmed, judged
+from nab_defense.select import Group, Selection
 from nab_defense.session import Session
 from tests.digits_runs import ROOT, write_recipe
 
@@ -46,23 +47,6 @@ def test_the_scan_trains_in_float32_unless_told(asked: str, used: str, tmp_path:
     recipe = load_recipe(write_recipe(tmp_path), [f"runtime.precision={asked}"])
     with pytest.raises(Stop, match=f"^{used}$"):
         look(Session(recipe, tmp_path / "run", resume=False))
-
-
-def test_what_is_known_stays_when_more_of_its_class_is_let_go() -> None:
-    labels, known = np.array([3, 3, 3, 1]), np.array([True, False, False, False])
-    seen = Selection(
-        np.array([True, True, False, False]), np.array([1, 0.9, 0.1, 0], np.float32), (Group(3, 0, 4.0, 0.9, 30, 0.9),)
-    )
-    assert confirmed(seen, labels, {3: 0.4}, known=known).suspect.tolist() == [True, False, False, False]
-    assert confirmed(seen, labels, {3: 0.6}, known=known).suspect.tolist() == [True, True, False, False]
-    assert confirmed(seen, labels, {3: 0.4}).suspect.sum() == 0
-
-
-def test_a_group_in_doubt_is_judged_by_the_last_passes() -> None:
-    assert clear({0: 0.75, 4: 0.9}) and not clear({0: 0.9, 4: 0.74}) and not clear({})
-    assert judged([{0: 0.1}, {0: 0.2}, {0: 0.8}]) == {0: 0.8}
-    assert judged([{0: 0.9}, {0: 0.1}, {0: 0.6, 4: 0.3}, {0: 0.7, 4: 0.9}, {0: 0.2, 4: 0.6}]) == {0: 0.6, 4: 0.6}
-    assert judged([{0: 0.9}, {}]) == {}
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nab_defense.scan import Scan
-from nab_defense.select import MIN_LEAD, MIN_SEEDS, Selection, expand, settled, split_in_two, take_fraction, too_few
+from nab_defense.select import MIN_LEAD, MIN_SEEDS, Selection, expand, split_in_two, take_fraction, too_few
 from nab_defense.types import SuspectReport
 
 CLASSES, DIM = 5, 24
@@ -168,20 +168,6 @@ def test_a_previous_group_is_carried_on_and_grows() -> None:
     np.testing.assert_array_equal(kept.doubt, found.doubt)
     assert [group for group in kept.groups if group.distinct] == [group for group in found.groups if group.distinct]
     assert found.suspect.sum() == expand(lowest(early), early, fraction=0.05).suspect.sum()  # previous is not written to
-
-
-def select(*indices: int, count: int = 100) -> Selection:
-    suspect = np.isin(np.arange(count), indices)
-    return Selection(suspect, suspect.astype(np.float32))
-
-
-def test_settled_is_an_overlap_of_98_percent_of_somebody() -> None:
-    fifty = select(*range(50))
-    assert settled(fifty, fifty)
-    assert settled(fifty, select(*range(49))) and settled(select(*range(49)), fifty)
-    assert not settled(fifty, select(*range(48)))
-    assert not settled(fifty, select(*range(1, 51)))
-    assert not settled(select(), select()) and not settled(select(), fifty)
 
 
 def test_take_fraction_takes_exactly_that() -> None:
