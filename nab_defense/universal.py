@@ -16,7 +16,7 @@ from .runtime import Runtime
 __all__ = ["PROBE_BATCH", "Pool", "likely_classes", "pool_of", "pursued", "started"]
 
 TURNS, FACTORS = 0.5, (2.0, 1.5)  # the radius is changed by these until some spread changes turn this share of images, not most
-EASY = 0.5  # of the largest excess: changes with less are not suspicious
+EASY, RIVAL = 0.5, 0.75  # of the largest excess: changes with less, toward its class and toward others, are not suspicious
 FLOOR, SHARPNESS = 0.05, 4.0  # a change is drawn in proportion to this power of how many images it turns, times its excess
 PROBE_BATCH, PROBE_CLASSES = 48, 10
 SMALLEST_PATCH = 3  # pixels
@@ -111,7 +111,9 @@ class Pool:
             usual = statistics.median(one.rate for one in ones)
             self.changes += [replace(one, excess=one.rate - usual) for one in ones]
         self.changes.sort(key=lambda one: -one.excess)
-        self.suspicious = [one for one in self.changes if one.excess >= EASY * self.changes[0].excess]
+        first = self.changes[0]
+        least = [first.excess * (EASY if one.wanted == first.wanted else RIVAL) for one in self.changes]
+        self.suspicious = [one for one, bar in zip(self.changes, least, strict=True) if one.excess >= bar]
 
     def draw(self) -> Universal:
         weights = torch.tensor([max(one.rate, FLOOR) * max(one.excess, FLOOR) for one in self.suspicious]) ** SHARPNESS

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nab_defense import universal
 from nab_defense.changes import GRID, SEARCH, Patch, Spread, Universal, Warp, boxed
 from nab_defense.runtime import Runtime
 from nab_defense.universal import PROBE_CLASSES, likely_classes, pool_of, pursued, started
@@ -81,6 +84,20 @@ def test_a_planted_patch_is_found_where_it_is_and_suspected_alone(seed: int) -> 
     for one in pool.suspicious:
         one.rate = float(one is patch)  # as if the others were withstood: they are drawn no more
     assert all(pool.draw() is patch for _ in range(20)) and patch.drawn == 20
+
+
+def test_changes_toward_another_class_must_stand_out_nearly_as_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {(Patch, 1): 1.0, (Spread, 1): 0.6, (Warp, 3): 0.7}
+
+    def made(network: nn.Module, one: Universal, batches: object, runtime: Runtime) -> Universal:
+        return dataclasses.replace(one, rate=rates.get((type(one), one.wanted), 0.0))
+
+    monkeypatch.setattr(universal, "started", made)
+    pool = pool_of(Bars(), bars(200), radius=2.0, patch=3, runtime=CPU)
+    assert [(type(one), one.wanted) for one in pool.suspicious] == [(Patch, 1), (Spread, 1)]
+    rates[Warp, 3] = 0.8
+    pool = pool_of(Bars(), bars(200), radius=2.0, patch=3, runtime=CPU)
+    assert {(type(one), one.wanted) for one in pool.suspicious} == {(Patch, 1), (Warp, 3), (Spread, 1)}
 
 
 class Between(Bars):
