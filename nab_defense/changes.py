@@ -33,7 +33,7 @@ PACE = 0.2  # of the radius, a step of a change that has one
 STRIDE, MOMENTUM = 0.2, 0.9  # of the pixel range, the first step of a patch; how much of its course it keeps
 START, START_IMAGES, START_SHARE = 4, 32, 0.5  # first steps of each, and the share of the radius they stay in
 SEARCH, CLIMBS, CLIMB_IMAGES = 6, 6, 16  # draws of one search for a patch's pattern, steps at each draw, on so many images
-SHOWN, NOISE = 8, 0.2  # images on which a patch tries its places; standard deviation, of the pixel range
+SHOWN, TRIED, NOISE = 8, 8, 0.2  # images on which a patch tries places, places at once; standard deviation, of the pixel range
 TIRED = 0.15  # a patch that turns fewer when its search ends is given another place
 GRID = 4  # points along each side that a warp moves
 
@@ -215,16 +215,20 @@ class Patch(Universal):
         with torch.enable_grad():
             (slope,) = noisy_slopes(network, images, [self.wanted], runtime)
         shown, best, self.course = images[:SHOWN], -torch.inf, 0.0
-        places = list(itertools.product(*(_spaced(size - self.edge, self.edge // 2 + 1) for size in slope.shape[1:])))
-        patterns = (slope > 0).to(slope.dtype), torch.ones_like(slope), torch.zeros_like(slope)
-        for pattern, (top, left) in itertools.product(patterns, places):
-            mask = torch.zeros_like(slope[:1])
-            mask[:, top : top + self.edge, left : left + self.edge] = 1
-            with runtime.autocast():
-                logits = network(replace(self, change=pattern, mask=mask).painted(shown)).float()
-            works = float(logits.log_softmax(1)[:, self.wanted].mean())
-            if works > best:
-                best, self.mask, self.change = works, mask, pattern
+        places = itertools.product(*(_spaced(size - self.edge, self.edge // 2 + 1) for size in slope.shape[1:]))
+        masks = torch.stack([self._mask(slope, top, left) for top, left in places])
+        for pattern in ((slope > 0).to(slope.dtype), torch.ones_like(slope), torch.zeros_like(slope)):
+            for some in masks.split(TRIED):
+                with runtime.autocast():
+                    logits = network((shown + some[:, None] * (pattern - shown)).flatten(0, 1)).float()
+                works = logits.log_softmax(1)[:, self.wanted].view(len(some), -1).mean(1)
+                if works.max() > best:
+                    best, self.mask, self.change = works.max(), some[works.argmax()], pattern
+
+    def _mask(self, like: Tensor, top: int, left: int) -> Tensor:
+        mask = torch.zeros_like(like[:1])
+        mask[:, top : top + self.edge, left : left + self.edge] = 1
+        return mask
 
 
 def _spaced(last: int, stride: int) -> list[int]:
