@@ -96,7 +96,7 @@ def make_finding(
 
 def _scan(session: Session, watch: Callable[[Scan, nn.Module], bool], kept: bool) -> tuple[Scan, nn.Module]:
     source, stage = session.source, session.recipe.scan
-    network = session.build()
+    network = session.build(stage.model)
     settings = TrainConfig(
         epochs=stage.epochs, batch_size=stage.batch_size, lr=stage.lr, momentum=stage.momentum,
         weight_decay=stage.weight_decay, sched="none",
@@ -110,7 +110,7 @@ def _scan(session: Session, watch: Callable[[Scan, nn.Module], bool], kept: bool
     passes = EarlyScan(batches, source.labels, look=lambda seen: watch(seen, network), runtime=runtime, fingerprint=mark)
     key = None
     if kept:
-        facts = {"size": session.size, "pixels": session.normalization, "built": dataclasses.asdict(session.network())}
+        facts = {"size": session.size, "pixels": session.normalization, "built": dataclasses.asdict(session.network(stage.model))}
         key = scan_key(
             network, mark, runtime=runtime, **facts, train=dataclasses.asdict(settings), loss=(stage.gamma, stage.form)
         )

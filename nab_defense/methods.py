@@ -39,10 +39,9 @@ def check_methods(recipe: Recipe) -> None:
         raise ValueError(f"only relabel.name=trusted reads relabel.trusted, {stage.name!r} does not; drop one of the two")
     if stage.name == "unlearned" and stage.encoder is not None:
         raise ValueError("relabel.name=unlearned uses the scan's network; drop relabel.encoder, or name another relabeler")
-    if stage.encoder is not None and stage.encoder.in_chans != recipe.model.in_chans:
-        raise ValueError(
-            f"relabel.encoder.in_chans={stage.encoder.in_chans} and model.in_chans={recipe.model.in_chans} must agree"
-        )
+    for key, further in (("scan.model", recipe.scan.model), ("relabel.encoder", stage.encoder)):
+        if further is not None and further.in_chans != recipe.model.in_chans:
+            raise ValueError(f"{key}.in_chans={further.in_chans} and model.in_chans={recipe.model.in_chans} must agree")
     if recipe.purify is not None:
         method = purifiers.create(recipe.purify.method, **recipe.purify.params)
         if method.labelled and not recipe.purify.labelled:

@@ -177,7 +177,7 @@ def _repaired(
 
 def _first(session: Session) -> tuple[Finding, nn.Module]:
     """The first look, and the scan's network; both from an interrupted run of this recipe where it left them."""
-    network, state = session.build(), session.stages / "scan.state"
+    network, state = session.build(session.recipe.scan.model), session.stages / "scan.state"
 
     def fresh() -> Finding:
         finding, scanner = look(session)

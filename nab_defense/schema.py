@@ -108,7 +108,10 @@ class Schedule(Section):
 
 
 class ScanStage(Section):
+    """model: a smaller network for the scan alone; without it, the scan trains one like the run's."""
+
     detector: str = "lga"
+    model: Model | None = None
     epochs: Positive = 5
     batch_size: Positive = 64
     lr: float = Field(0.02, gt=0)

@@ -104,7 +104,7 @@ class Session:
         self.stamp.region(size, size)
         if recipe.relabel.name == "trusted":
             self.trusted_source  # noqa: B018
-        for model in (recipe.model, recipe.relabel.encoder):
+        for model in (recipe.model, recipe.scan.model, recipe.relabel.encoder):
             if model is None:
                 continue
             network = self.build(model).eval()

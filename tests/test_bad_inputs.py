@@ -68,6 +68,8 @@ def test_recipe_that_cannot_be_read(tmp_path: Path, mistakes: Mistakes) -> None:
         ("relabel.encoder={name: resnet10t}", ("uses the scan's network", "drop relabel.encoder")),
         ("relabel={name: trusted, trusted: nowhere}", ("no such folder or data set: nowhere",)),
         ("relabel={name: knn, encoder: {name: resnet10t, in_chans: 3}}", ("relabel.encoder.in_chans=3", "must agree")),
+        ("scan.model={name: resnet10t}", ("scan.model.in_chans=3 and model.in_chans=1 must agree",)),
+        ("scan.model={name: resnet81, in_chans: 1}", ("timm has no model 'resnet81'", "did you mean 'resnet")),
         ("attack=bled", ("no attack 'bled'", "did you mean 'blend'?")),
         ("attack={name: blend, rate: 2}", ("attack.rate=2", "less than 1")),
         ("attack={name: blend, params: {alfa: 1}}", ("attack 'blend' has no setting 'alfa'", "did you mean 'alpha'?")),

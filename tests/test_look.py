@@ -16,7 +16,7 @@ from nab_defense.runtime import Runtime
 from nab_defense.scan import scan_model
 from nab_defense.select import Group, Selection
 from nab_defense.session import Session
-from tests.digits_runs import ROOT, write_recipe
+from tests.digits_runs import ROOT, TINY, write_recipe
 
 BADNETS = ["attack={name: badnets, rate: 0.1, target: 0}", "baselines=[undefended]"]
 
@@ -47,6 +47,17 @@ def test_the_scan_trains_in_float32_unless_told(asked: str, used: str, tmp_path:
     recipe = load_recipe(write_recipe(tmp_path), [f"runtime.precision={asked}"])
     with pytest.raises(Stop, match=f"^{used}$"):
         look(Session(recipe, tmp_path / "run", resume=False))
+
+
+def test_a_smaller_network_scans_and_names_where_the_recipe_says_so(tmp_path: Path) -> None:
+    smaller = TINY["model"]["kwargs"] | {"channels": [8, 8, 8, 8]}
+    recipe = load_recipe(write_recipe(tmp_path, rule="paper", scan={"model": TINY["model"] | {"kwargs": smaller}}))
+    result = run(recipe, tmp_path / "run")
+    shipped = io.load_tensors(tmp_path / "run" / "model.safetensors")[0]
+    assert io.load_state(tmp_path / "run" / "stages" / "scan.state")["fc.weight"].shape == (10, 8)
+    assert [value.shape for name, value in shipped.items() if name.endswith("fc.weight")] == [(10, 32)]
+    (tmp_path / "run" / "stages" / "finished.json").unlink()  # goes on from the scan that was kept
+    assert run(recipe, tmp_path / "run", resume=True)["models"] == result["models"]
 
 
 @pytest.mark.slow
