@@ -75,7 +75,12 @@ def test_what_is_called_repaired_is(name: str, method: str) -> None:
     clean = CleanSet(images, None if method == "distill" else labels, pad=2, hflip=0.0)
     model = backdoored(name)
     before = measured(model)
-    result = purify(model, clean, purifiers.create(method), mean=HALF, std=HALF, runtime=RUNTIME)
+    try:
+        result = purify(model, clean, purifiers.create(method), mean=HALF, std=HALF, runtime=RUNTIME)
+    except ValueError as refusal:
+        print(f"{name}, {method}: {refusal}")
+        assert method == "rnp" and "recovery failed" in str(refusal)
+        return
     after = measured(result.model)
     print(f"{name}, {method}: ACC {before[0]:.3f} to {after[0]:.3f}, ASR {before[1]:.3f} to {after[1]:.3f}, {result.status}")
     assert before[0] > 0.9 and before[1] > 0.8
