@@ -71,7 +71,8 @@ class Polarizer:
         batch_size: Images a step.
         lr: Of Adam on the layer, falling to zero along a cosine.
         radius, patch: Of the perturbations, see IBAU.
-        fraction: Part of a batch that carries one, at first, in (0, 1).
+        fraction: Part of a batch that carries one, at first, in (0, 1). A layer that meets many gives up more than the trigger:
+            at .4 it lost .026 of accuracy on one of the three networks measured, at .12 it lost .008 and left no more.
         hold: Weight of the divergence from the original's answers, beside the cross-entropy with the labels.
         augment: Random crops and flips.
     """
@@ -85,7 +86,7 @@ class Polarizer:
     lr: float = 3e-3
     radius: float = 6.0
     patch: int = 5
-    fraction: float = 0.4
+    fraction: float = 0.12
     hold: float = 2.0
     augment: bool = True
 
