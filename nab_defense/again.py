@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .check import imprint
+from .content import alike, beyond_content
 from .detectors import detectors
 from .look import imprints, make_finding
 from .naming import control, naming
 from .passes import clearest, confirmed
 from .plan import Finding
 from .scan import Scan, scan_model
-from .select import MIN_SEEDS, Group, Selection, expand, smaller_halves
+from .select import MIN_ALIKE, MIN_SEEDS, Group, Selection, expand, smaller_halves
 from .session import Session
 
 __all__ = ["Without", "look_again"]
@@ -59,7 +60,7 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     selection = clearest(selection, scan.labels, [before.selection, selection])
     cleared = [group.label for group in before.selection.groups if group.named is not None and not group.foreign]
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
-    parts = _parts(scan, selection, before, {*cleared, *fresh})
+    parts = _parts(session, scan, selection, before, {*cleared, *fresh})
     selection, namer = _named(session, trained, scan, selection, parts, without)
     new = selection.suspect & ~known
     log.info("look again: %d suspects more", new.sum())
@@ -72,16 +73,38 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     return make_finding(session, scan, report, selection, namer or scanner, unseen=namer is not None)
 
 
-def _parts(scan: Scan, selection: Selection, before: Finding, spared: set[int]) -> list[Part]:
-    """Of each class that is to be examined by names a part: what stood apart and shared no trigger that can be added to other
-    images, in this look or before; else the smaller one, where the class falls in two. None of the labels in `spared`."""
-    parts = {group.label: (group, likely) for group, likely in smaller_halves(scan, selection.suspect)}
+def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, spared: set[int]) -> list[Part]:
+    """Of each class that is to be examined by names a part: one that shares what parts of other classes share; else of what stood
+    apart and shared no trigger that can be added to other images, in this look or before, and the smaller one, where the class
+    falls in two, the one that stands further apart. None of the labels in `spared`."""
+    halves = {group.label: (group, likely) for group, likely in smaller_halves(scan, selection.suspect)}
+    kin = _kin(session, scan.labels, halves, selection.suspect)
+    parts = {label: part for label, part in halves.items() if part[0].size >= MIN_SEEDS}
     apart = (selection.doubt > 0.5) & ~selection.suspect
     for label in np.unique(scan.labels[apart]).tolist():
         members = apart & (scan.labels == label)
         group = next(g for g in (*selection.groups, *before.selection.groups) if g.label == label)
-        parts[label] = dataclasses.replace(group, size=int(members.sum())), members.astype(np.float64)
+        if label not in parts or parts[label][0].separation < group.separation:
+            parts[label] = dataclasses.replace(group, size=int(members.sum())), members.astype(np.float64)
+    parts |= kin
     return [part for label, part in parts.items() if label not in spared]
+
+
+def _kin(session: Session, labels: NDArray[np.int64], halves: dict[int, Part], accused: NDArray[np.bool_]) -> dict[int, Part]:
+    """Of the halves those that share what others and the accused of other classes share: poison that is spread over its target
+    classes (all to all) is thin in each, but has one trigger."""
+    names = [*halves, *np.unique(labels[accused]).tolist()]
+    if len(set(names)) < MIN_ALIKE:
+        return {}
+    groups = [likely > 0.5 for _, likely in halves.values()]
+    groups += [accused & (labels == label) for label in names[len(groups) :]]
+    same = alike(beyond_content(session.ordered(session.source), labels, groups))
+    classes = {label for label, is_alike in zip(names, same, strict=True) if is_alike}
+    if len(classes) < MIN_ALIKE:
+        return {}
+    log.info("%d classes have parts that share the same", len(classes))
+    found = zip(halves.items(), same[: len(halves)], strict=True)
+    return {label: (dataclasses.replace(group, alike=len(classes)), part) for (label, (group, part)), ok in found if ok}
 
 
 def _named(
@@ -105,13 +128,14 @@ def _named(
             part = likely > 0.5
             seen = naming(logits, scan.labels, part, others)
             group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=seen.spread, source=None)
-            if name == "smaller" and group.unlike and not group.foreign:
+            members = (scan.labels == group.label) & ~selection.suspect
+            # What most of a class share is its content, which turns images of classes that resemble it.
+            if group.unlike and not group.foreign and 2 * part.sum() <= members.sum():
                 shown, batches = (scan.labels == seen.source) & ~absent, session.ordered(session.source)
                 source = imprint(trained, batches, scan.labels, part, runtime=session.runtime, shown=shown)
                 group = dataclasses.replace(group, source=source)
                 log.info("class %d: turns %.2f of class %d", group.label, source, seen.source)
             log.info("class %d, %s part, %d samples: %s", group.label, name, group.size, seen)
-            members = (scan.labels == group.label) & ~selection.suspect
             if group.foreign:
                 namer = network
             elif group.size > BALANCED * members.sum():

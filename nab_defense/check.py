@@ -127,7 +127,7 @@ def imprint(
     Returns: The rise of the share of other images given the group's label, in [-1, 1]."""
     label = int(labels[group][0])
     model.eval()
-    pattern = beyond_content(batches, labels, group)
+    (pattern,) = beyond_content(batches, labels, [group])
     before = after = count = 0
     for images, mask in _with_mask(batches, labels != label if shown is None else shown):
         if not mask.any():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import scipy.linalg
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from . import ranks
 from .runtime import Runtime
 
-__all__ = ["Batches", "beyond_content", "label_by_content", "weighted_images"]
+__all__ = ["Batches", "alike", "beyond_content", "label_by_content", "weighted_images"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 ROUNDS = 5
 STANDS = 0.98  # share of labels that no longer change
 MORE = 1.01  # of the least that was left beyond content
+ALIKE = 0.6  # cosine; parts of classes that stand apart by themselves reach .5, those with one trigger .7 to .95
 SUM_TO_ONE = 1e3  # weight of that condition
 CLEAN_LABEL = 0.5  # of the rate at which the rest of the class is given its label
 
@@ -41,7 +42,7 @@ def weighted_images(batches: Batches, weights: NDArray[np.float64]) -> Tensor:
     return total.float()
 
 
-def beyond_content(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_]) -> Tensor:
+def beyond_content(batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]]) -> Tensor:
     """What the images of a group have in common that no mixture of contents explains: an estimate of their trigger.
 
     It is their mean, less the mixture of the other images' class means that comes nearest to it. Poison drawn from all classes
@@ -50,11 +51,15 @@ def beyond_content(batches: Batches, labels: NDArray[np.int64], group: NDArray[n
     Args:
         batches: (images (B, C, H, W), labels) of N images in order.
         labels: (N,) as given.
-        group: (N,) bool, at least one image in it and one outside.
+        groups: (N,) bool each, at least one image in each and one outside all of them; no image in two.
 
-    Returns: (C, H, W) float32, on the CPU."""
-    codes = np.where(group, labels.max() + 1, labels)
+    Returns: (G, C, H, W) float32, on the CPU."""
+    first_group = labels.max() + 1
+    codes = labels.copy()
+    for index, group in enumerate(groups):
+        codes[group] = first_group + index
     present, codes = np.unique(codes, return_inverse=True)
+    classes = int((present < first_group).sum())
     sums, first = torch.zeros(len(present), *next(iter(batches))[0].shape[1:]), 0
     for images, _ in batches:
         sums.index_add_(0, torch.from_numpy(codes[first : first + len(images)]), images.cpu().float())
@@ -63,9 +68,27 @@ def beyond_content(batches: Batches, labels: NDArray[np.int64], group: NDArray[n
     # The triangular factor holds all lengths and angles; the last row, far larger, makes the weights sum to one.
     factor: NDArray[np.float64] = scipy.linalg.qr(means, mode="r")[0][: means.shape[1]]
     anchor = SUM_TO_ONE * np.abs(factor).max()
-    table = np.vstack([factor[:, :-1], np.full(means.shape[1] - 1, anchor)])
-    weights, _ = scipy.optimize.nnls(table, np.append(factor[:, -1], anchor))
-    return torch.from_numpy(means[:, -1] - means[:, :-1] @ weights).float().view(sums.shape[1:])
+    table = np.vstack([factor[:, :classes], np.full(classes, anchor)])
+    weights = [scipy.optimize.nnls(table, np.append(column, anchor))[0] for column in factor[:, classes:].T]
+    beyond = means[:, classes:] - means[:, :classes] @ np.stack(weights, axis=1)
+    return torch.from_numpy(beyond.T).float().view(len(groups), *sums.shape[1:])
+
+
+def alike(patterns: Tensor) -> NDArray[np.bool_]:
+    """Which groups share the same: each of them, compared with the sum of the others, points the same way.
+
+    Args: patterns: (G, C, H, W), see beyond_content.
+
+    Returns: (G,) bool; nobody where no two are alike."""
+    units = torch.nn.functional.normalize(patterns.flatten(1), dim=1)
+    left = list(range(len(units)))
+    while left:
+        rest = units[left].sum(0) - units[left]
+        close = torch.nn.functional.cosine_similarity(units[left], rest, dim=1)
+        if close.min() >= ALIKE:
+            break
+        left.pop(int(close.argmin()))  # the least alike, which also pulls the others' sum aside
+    return np.isin(np.arange(len(units)), left)
 
 
 def label_by_content(

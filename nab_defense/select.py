@@ -29,6 +29,8 @@ SOME_VALLEY = 0.1  # enough of one to look closer
 MAX_NAMED = 0.25  # of a group that is not what its label says: share named so by a network that never saw it
 MIN_SURE = 0.2  # that network must be about as sure of it as of ordinary images; of a style it never saw it is not
 MIN_SPREAD = 0.8  # the names it gets, as mixed as content is (entropies); a style resembles one or two classes
+FEW = 8  # of a class, where other classes have such a part, too
+MIN_ALIKE = 3  # or as many classes must have a part that shares the same; styles of different classes share little
 MIN_SOURCE = 0.25  # or what it shares must turn so many images of the class that it is named after; of a style next to none
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -49,6 +51,7 @@ class Group:
         imprint: Share of other images that what the group shares turns to its class (see check.imprint); None: not tried.
         named, sure, spread: What a network that never saw the group makes of it (see naming.naming); None: not tried.
         source: imprint on images of the class that it is named after then, alone; None: not tried.
+        alike: Classes with a part that shares what it shares (see content.alike), its own counted; 0: not compared.
     """
 
     label: int
@@ -62,6 +65,7 @@ class Group:
     sure: float | None = None
     spread: float | None = None
     source: float | None = None
+    alike: int = 0
 
     @property
     def distinct(self) -> bool:
@@ -74,9 +78,10 @@ class Group:
 
     @property
     def foreign(self) -> bool:
-        """Its images show what many other classes show, or what one does and a trigger: labels that no content explains."""
+        """Its images show what many other classes show, or what one does and a trigger, which turns images of that class or is in
+        parts of other classes, too: labels that no content explains."""
         many = (self.sure or 0) > MIN_SURE and (self.spread or 0) > MIN_SPREAD
-        return self.unlike and (many or (self.source or 0) >= MIN_SOURCE)
+        return self.unlike and (many or (self.source or 0) >= MIN_SOURCE or self.alike >= MIN_ALIKE)
 
     @property
     def unlike(self) -> bool:
@@ -201,7 +206,7 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[tuple[Group, ND
         likely, separation, valley = _in_two(scan.features, members)
         likely = likely if (likely > 0.5).mean() <= 0.5 else 1 - likely
         group = Group(label, 0, separation, valley, int((likely > 0.5).sum()), 0.0)
-        if separation > MIN_SEPARATION and valley > SOME_VALLEY and group.size >= MIN_SEEDS:
+        if separation > MIN_SEPARATION and valley > SOME_VALLEY and group.size >= FEW:
             everyone = np.zeros(len(scan))
             everyone[members] = likely
             found.append((group, everyone))

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from nab_defense import again
 from nab_defense.again import _named, _parts
@@ -13,6 +15,7 @@ from nab_defense.select import Group, Selection
 
 LABELS = np.repeat(np.arange(4), 100)
 NOBODY = Selection(np.zeros(400, bool), np.zeros(400, np.float32))
+ANY: Any = None
 FINDING: Any = SimpleNamespace(selection=NOBODY)
 
 
@@ -50,7 +53,7 @@ class Networks:
         session.source, session.runtime, session.ordered = "all", None, lambda source: source
         trained: Any = "trained"
         seen = scan(self.upper)
-        return _named(session, trained, seen, NOBODY, _parts(seen, NOBODY, FINDING, set()), self)
+        return _named(session, trained, seen, NOBODY, _parts(session, seen, NOBODY, FINDING, set()), self)
 
 
 def test_the_part_of_a_class_that_shows_what_others_show_is_accused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,10 +90,10 @@ def test_a_part_that_one_class_alone_explains_is_accused_by_what_it_does_to_that
 def test_a_part_that_is_nearly_all_of_its_class_is_not_examined(monkeypatch: pytest.MonkeyPatch) -> None:
     for upper, accused in ((81, False), (79, True)):
         networks = Networks(upper, monkeypatch, smaller=([1, 2, 3], [0]))
-        most = Selection(np.zeros(400, bool), (np.arange(400) < upper).astype(np.float32), (Group(0, 9, 5.0, 0.8, upper, 0.9),))
+        most = Selection(np.zeros(400, bool), (np.arange(400) < upper).astype(np.float32), (Group(0, 9, 50.0, 0.8, upper, 0.9),))
         before, session, trained = cast(Any, SimpleNamespace(selection=most)), SimpleNamespace(), cast(Any, "trained")
         session.recipe, session.source, session.runtime = SimpleNamespace(seed=0), "all", None
-        parts = _parts(scan(upper), most, before, set())
+        parts = _parts(ANY, scan(upper), most, before, set())
         found, _ = _named(cast(Any, session), trained, scan(upper), most, parts, networks)
         assert found.suspect.any() == accused
 
@@ -103,14 +106,48 @@ def test_of_two_equal_parts_either_may_be_the_poison(monkeypatch: pytest.MonkeyP
     assert networks.absent["smaller"][55:100].all() and networks.absent["larger"][:55].all()
 
 
-def test_what_stood_apart_in_the_scan_is_examined_before_what_falls_in_two_now() -> None:
+def test_of_what_stood_apart_before_and_what_falls_in_two_now_the_clearer_part_is_examined() -> None:
     apart = np.isin(np.arange(400), [5, 6, 7, 110, 111])
-    let_go = Group(0, 9, 5.0, 0.8, 40, 0.9, imprint=0.1), Group(1, 9, 4.0, 0.7, 40, 0.9, imprint=0.2)
+    let_go = Group(0, 9, 50.0, 0.8, 40, 0.9, imprint=0.1), Group(1, 9, 4.0, 0.7, 40, 0.9, imprint=0.2)
     before: Any = SimpleNamespace(selection=Selection(np.zeros(400, bool), apart.astype(np.float32), let_go))
-    (first, likely), (second, also) = _parts(scan(30), before.selection, before, set())
-    assert (first.label, first.size, first.separation, second.label, second.size) == (0, 3, 5.0, 1, 2)
+    (first, likely), (second, also) = _parts(ANY, scan(30), before.selection, before, set())
+    assert (first.label, first.size, first.separation, second.label, second.size) == (0, 3, 50.0, 1, 2)
     assert np.flatnonzero(likely).tolist() == [5, 6, 7] and np.flatnonzero(also).tolist() == [110, 111]
+    fainter = dataclasses.replace(before.selection, groups=(dataclasses.replace(let_go[0], separation=5.0), let_go[1]))
+    assert {group.label: group.size for group, _ in _parts(ANY, scan(30), fainter, before, set())} == {0: 30, 1: 2}
     accused = Selection(apart, apart.astype(np.float32), let_go)
-    ((half, _),) = _parts(scan(30), accused, before, set())  # what is accused already is not examined
+    ((half, _),) = _parts(ANY, scan(30), accused, before, set())  # what is accused already is not examined
     assert half.label == 0 and half.size == 27
-    assert _parts(scan(30), accused, before, {0}) == []  # nor what was cleared by its names before
+    assert _parts(ANY, scan(30), accused, before, {0}) == []  # nor what was cleared by its names before
+
+
+def test_what_most_of_a_class_shares_accuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What 55 of 100 images of a class share is its content, and turns images that resemble it."""
+    networks = Networks(55, monkeypatch, smaller=([0], [0]), larger=([2], [0]))
+    networks.turned = 0.9
+    found, namer = networks.look()
+    assert found.groups[0].size == 55 and found.groups[0].unlike
+    assert not networks.asked and not found.suspect.any() and namer is None
+
+
+@pytest.mark.parametrize(("same", "accused"), [(True, True), (False, False)])
+def test_thin_parts_of_many_classes_are_accused_where_they_share_one_trigger(
+    monkeypatch: pytest.MonkeyPatch, same: bool, accused: bool
+) -> None:
+    """All-to-all poison: ten of each class, fewer than make a group; or as many classes with a style of their own."""
+    thin, generator = np.arange(400) % 100 < 10, np.random.default_rng(0)
+    images = 0.1 * generator.standard_normal((400, 1, 4, 4)) + LABELS[:, None, None, None]
+    styles = generator.standard_normal((4, 1, 4, 4))
+    images[thin] += styles[LABELS[thin] * (not same)]
+    features = generator.standard_normal((400, 8)).astype(np.float32)
+    features[thin, LABELS[thin]] += 20
+    seen = Scan(LABELS, np.zeros(400, np.float32), np.zeros((400, 4), np.float32), features)
+    session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None)
+    session.ordered = lambda source: [(torch.from_numpy(images).float(), None)]
+    named = np.where(thin, (LABELS + 1) % 4, LABELS)
+    logits = Scan(LABELS, seen.losses, 6 * np.eye(4, dtype=np.float32)[named], features)
+    monkeypatch.setattr(again, "_read", lambda *_: logits)
+    parts = _parts(session, seen, NOBODY, FINDING, set())
+    assert len(parts) == 4 * accused and all(group.alike == 4 and group.size == 10 for group, _ in parts)
+    found, _ = _named(session, cast(Any, "trained"), seen, NOBODY, parts, cast(Any, lambda absent, part: part))
+    np.testing.assert_array_equal(found.suspect, thin & accused)

@@ -65,20 +65,20 @@ def styled(group: NDArray[np.bool_], shares: list[float], extra: Tensor) -> tupl
 def test_beyond_content_is_the_trigger_whatever_the_poison_shows(shares: list[float]) -> None:
     group, trigger = EARLY & (TRUE == 0), torch.zeros(1, 4, 8)
     images, means = styled(group, shares, trigger)
-    nothing = beyond_content(loaders(images)(np.ones(len(TRUE), bool)), TRUE, group)
+    (nothing,) = beyond_content(loaders(images)(np.ones(len(TRUE), bool)), TRUE, [group])
     assert nothing.norm() < 0.02  # 60 images with noise of .01
     # A trigger at right angles to all differences of contents is found as it is.
     differences = torch.linalg.qr((means[1:] - means[:1]).flatten(1).T).Q
     direction = torch.ones(32) - differences @ (differences.T @ torch.ones(32))
     images, _ = styled(group, shares, direction.view(1, 4, 8))
-    found = beyond_content(loaders(images, 7)(np.ones(len(TRUE), bool)), TRUE, group)
+    (found,) = beyond_content(loaders(images, 7)(np.ones(len(TRUE), bool)), TRUE, [group])
     torch.testing.assert_close(found, direction.view(1, 4, 8), atol=0.01, rtol=0)
 
 
 def test_beyond_content_never_holds_the_content_of_another_class() -> None:
     group = EARLY & (TRUE == 0)
     images, means = styled(group, [0.0, 1.0, 0.0, 0.0], torch.zeros(1, 4, 8))  # labelled 0, showing 1: wrong labels, no trigger
-    found = beyond_content(loaders(images)(np.ones(len(TRUE), bool)), TRUE, group)
+    (found,) = beyond_content(loaders(images)(np.ones(len(TRUE), bool)), TRUE, [group])
     assert found.norm() < 0.02 < (means[1] - means[0]).norm()
 
 
