@@ -18,12 +18,13 @@ from .naming import control, naming
 from .passes import clearest, confirmed
 from .plan import Finding
 from .scan import Scan, scan_model
-from .select import MIN_ALIKE, MIN_SEEDS, Group, Selection, expand, smaller_halves
+from .select import MIN_ALIKE, MIN_SEEDS, Group, Selection, expand, same_parts, smaller_halves
 from .session import Session
 
 __all__ = ["Without", "look_again"]
 
 log = logging.getLogger(__name__)
+FEW_CLASSES = 3  # two may have styles that are alike
 LEARNED = 0.5  # share of images that it must name as labelled: a network that learned little takes any pattern for a class
 BALANCED = 0.4  # share of a class above which its smaller part may as well be the clean one
 DOUBT = 0.02  # left out is what belongs to the part with this probability: the rest of the poison would teach its trigger
@@ -78,7 +79,7 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
     apart and shared no trigger that can be added to other images, in this look or before, and the smaller one, where the class
     falls in two, the one that stands further apart. None of the labels in `spared`."""
     halves = {group.label: (group, likely) for group, likely in smaller_halves(scan, selection.suspect)}
-    kin = _kin(session, scan.labels, halves, selection.suspect)
+    kin = _kin(session, scan, halves, selection.suspect)
     parts = {label: part for label, part in halves.items() if part[0].size >= MIN_SEEDS}
     apart = (selection.doubt > 0.5) & ~selection.suspect
     for label in np.unique(scan.labels[apart]).tolist():
@@ -90,21 +91,21 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
     return [part for label, part in parts.items() if label not in spared]
 
 
-def _kin(session: Session, labels: NDArray[np.int64], halves: dict[int, Part], accused: NDArray[np.bool_]) -> dict[int, Part]:
-    """Of the halves those that share what others and the accused of other classes share: poison that is spread over its target
-    classes (all to all) is thin in each, but has one trigger."""
-    names = [*halves, *np.unique(labels[accused]).tolist()]
-    if len(set(names)) < MIN_ALIKE:
+def _kin(session: Session, scan: Scan, halves: dict[int, Part], aside: NDArray[np.bool_]) -> dict[int, Part]:
+    """Of the halves those that share what others share, and what is like them in the classes without such a half: poison that is
+    spread over its target classes (all to all) is thin in each, but has one trigger."""
+    if len(halves) < FEW_CLASSES:
         return {}
     groups = [likely > 0.5 for _, likely in halves.values()]
-    groups += [accused & (labels == label) for label in names[len(groups) :]]
-    same = alike(beyond_content(session.ordered(session.source), labels, groups))
-    classes = {label for label, is_alike in zip(names, same, strict=True) if is_alike}
-    if len(classes) < MIN_ALIKE:
+    same = alike(beyond_content(session.ordered(session.source), scan.labels, groups))
+    kin = {label: part for (label, part), is_alike in zip(halves.items(), same, strict=True) if is_alike}
+    log.info("parts of %d classes share the same", len(kin))
+    if len(kin) < max(FEW_CLASSES, MIN_ALIKE * scan.num_classes):
         return {}
-    log.info("%d classes have parts that share the same", len(classes))
-    found = zip(halves.items(), same[: len(halves)], strict=True)
-    return {label: (dataclasses.replace(group, alike=len(classes)), part) for (label, (group, part)), ok in found if ok}
+    others = same_parts(scan, aside, np.any([likely > 0.5 for _, likely in kin.values()], axis=0))
+    kin |= {group.label: (group, likely) for group, likely in others}
+    share = len(kin) / scan.num_classes
+    return {label: (dataclasses.replace(group, alike=share), likely) for label, (group, likely) in kin.items()}
 
 
 def _named(
@@ -122,12 +123,16 @@ def _named(
         others = control(absent, session.recipe.seed)
         network = without(absent | others, name)
         logits, rest = _read(session, network).logits, []
+        # One trigger, one verdict: what it makes of an image may look like one of the classes to a network that never saw it.
+        kin = np.any([np.zeros(len(scan), bool), *(likely > 0.5 for group, likely in parts if group.alike)], axis=0)
+        kin_named = float((logits.argmax(1) == scan.labels)[kin].mean()) if kin.any() else None
         for group, likely in parts:
             if ((scan.labels == group.label) & ~absent).sum() < MIN_SEEDS:
                 continue  # a network that never saw the class cannot tell what is foreign to it
             part = likely > 0.5
             seen = naming(logits, scan.labels, part, others)
-            group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=seen.spread, source=None)
+            named = kin_named if group.alike else seen.named
+            group = dataclasses.replace(group, named=named, sure=seen.sure, spread=seen.spread, source=None)
             members = (scan.labels == group.label) & ~selection.suspect
             # What most of a class share is its content, which turns images of classes that resemble it.
             if group.unlike and not group.foreign and 2 * part.sum() <= members.sum():

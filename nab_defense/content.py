@@ -140,6 +140,9 @@ def label_by_content(
             weights[index, np.flatnonzero(suspect)[own]] = 1 / own.sum()
         shared = weighted_images(batches(everything), weights)
         left = shared.flatten(1).norm(dim=1).numpy()
+        if (same := alike(shared)).any():  # one trigger for several labels is known better from all of them
+            counts = torch.from_numpy(np.bincount(member)[same]).float()
+            shared[same] = torch.einsum("g,gchw->chw", counts / counts.sum(), shared[same])
         going &= left <= MORE * least
         taken, still, least = going[member], (labelled == proposed).mean(), np.minimum(least, left)
         labelled, sure = np.where(taken, proposed, labelled), np.where(taken[:, None], chances, sure)

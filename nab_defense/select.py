@@ -18,7 +18,17 @@ from .principal import project
 from .scan import Scan
 from .types import SuspectReport
 
-__all__ = ["MIN_SEEDS", "Group", "Selection", "expand", "smaller_halves", "split_in_two", "take_fraction", "too_few"]
+__all__ = [
+    "MIN_SEEDS",
+    "Group",
+    "Selection",
+    "expand",
+    "same_parts",
+    "smaller_halves",
+    "split_in_two",
+    "take_fraction",
+    "too_few",
+]
 
 MIN_SEPARATION = 2.0  # Ashman's D: below it a mixture of two normals does not separate [Ashman et al. 1994]
 MIN_VALLEY = 0.25  # the density between the groups must fall this far below the lower of its peaks
@@ -29,8 +39,8 @@ SOME_VALLEY = 0.1  # enough of one to look closer
 MAX_NAMED = 0.25  # of a group that is not what its label says: share named so by a network that never saw it
 MIN_SURE = 0.2  # that network must be about as sure of it as of ordinary images; of a style it never saw it is not
 MIN_SPREAD = 0.8  # the names it gets, as mixed as content is (entropies); a style resembles one or two classes
-FEW = 8  # of a class, where other classes have such a part, too
-MIN_ALIKE = 3  # or as many classes must have a part that shares the same; styles of different classes share little
+FEW = 5  # of a class, where other classes have such a part, too
+MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
 MIN_SOURCE = 0.25  # or what it shares must turn so many images of the class that it is named after; of a style next to none
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -49,9 +59,10 @@ class Group:
         lead: How surely a sample of the group has a lower loss than one of another class that the network names right (AUROC),
             in [0, 1].
         imprint: Share of other images that what the group shares turns to its class (see check.imprint); None: not tried.
-        named, sure, spread: What a network that never saw the group makes of it (see naming.naming); None: not tried.
+        named, sure, spread: What a network that never saw the group makes of it (see naming.naming), and `named` of all that
+            are alike; None: not tried.
         source: imprint on images of the class that it is named after then, alone; None: not tried.
-        alike: Classes with a part that shares what it shares (see content.alike), its own counted; 0: not compared.
+        alike: Share of the classes that have a part which shares what it shares (see content.alike); 0: it has nothing like it.
     """
 
     label: int
@@ -65,7 +76,7 @@ class Group:
     sure: float | None = None
     spread: float | None = None
     source: float | None = None
-    alike: int = 0
+    alike: float = 0.0
 
     @property
     def distinct(self) -> bool:
@@ -207,6 +218,31 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[tuple[Group, ND
         likely = likely if (likely > 0.5).mean() <= 0.5 else 1 - likely
         group = Group(label, 0, separation, valley, int((likely > 0.5).sum()), 0.0)
         if separation > MIN_SEPARATION and valley > SOME_VALLEY and group.size >= FEW:
+            everyone = np.zeros(len(scan))
+            everyone[members] = likely
+            found.append((group, everyone))
+    return found
+
+
+def same_parts(scan: Scan, aside: NDArray[np.bool_], some: NDArray[np.bool_]) -> list[tuple[Group, NDArray[np.float64]]]:
+    """Of each class that `some` are not of, the part that a probe which tells them from the rest of their own classes tells, too.
+
+    Args:
+        scan: What a trained network saw.
+        aside: (N,) bool, samples that are left aside.
+        some: (N,) bool, none of them aside.
+
+    Returns: as smaller_halves."""
+    features, own = StandardScaler().fit_transform(scan.features), np.isin(scan.labels, scan.labels[some]) & ~aside
+    probe = LogisticRegression(C=0.1, class_weight="balanced", max_iter=200).fit(features[own], some[own])
+    values, found = probe.decision_function(features), []
+    for label in np.unique(scan.labels[~own & ~aside]).tolist():
+        members = (scan.labels == label) & ~aside
+        if members.sum() < 2 * MIN_SEEDS:
+            continue
+        likely, separation, valley = split_in_two(values[members])
+        group = Group(label, 0, separation, valley, int((likely > 0.5).sum()), 0.0)
+        if separation > MIN_SEPARATION and valley > MIN_VALLEY and FEW <= group.size <= members.sum() / 2:
             everyone = np.zeros(len(scan))
             everyone[members] = likely
             found.append((group, everyone))

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nab_defense.content import beyond_content, label_by_content, weighted_images
+from nab_defense.content import alike, beyond_content, label_by_content, weighted_images
 from nab_defense.runtime import Runtime
 
 CPU = Runtime(device="cpu", precision="float32")
@@ -100,6 +100,35 @@ def test_groups_have_triggers_of_their_own() -> None:
     labels = np.where(first, 0, np.where(second, 3, TRUE))
     proposed, _ = named(rows([(first, 3), (second, 0)], strength=0.9), labels, first | second)
     assert (proposed == TRUE[first | second]).mean() > 0.95
+
+
+class Watched(Rows):
+    """Keeps what it was shown last."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.shown = images
+        return super().forward(images)
+
+
+def test_groups_with_one_trigger_are_compared_together() -> None:
+    """All-to-all poison: few of each label tell poorly what they share, all of them better."""
+    some, watched = np.tile(np.arange(PER_CLASS) < 6, 4), Watched()
+    labels, kept = np.where(some, (TRUE + 1) % 4, TRUE), torch.from_numpy(some)
+    images, clean = rows([(some, 3)], strength=1.0), rows([], strength=0.0)
+    proposed, _ = label_by_content(watched, loaders(images), labels, some, runtime=CPU)
+    assert (proposed == TRUE[some]).all()
+    left = (watched.shown - clean[kept]).view(4, 6, -1).mean(1).norm()  # of the trigger, and what was taken off with it
+    alone = (clean[kept].view(4, 6, -1).mean(1) - clean[~kept].view(4, PER_CLASS - 6, -1).mean(1)).norm()
+    assert left < 0.7 * alone
+
+
+def test_alike_are_the_groups_that_point_the_same_way() -> None:
+    generator = torch.Generator().manual_seed(0)
+    own, trigger = torch.randn(7, 1, 8, 8, generator=generator), torch.randn(1, 8, 8, generator=generator)
+    shared = torch.tensor([0, 3, 0, 2, 0, 2, 0.0]).view(-1, 1, 1, 1)
+    assert np.flatnonzero(alike(own + shared * trigger)).tolist() == [1, 3, 5]
+    assert not alike(own).any() and not alike(own[:1]).any()
+    assert alike(torch.stack([trigger, 9 * trigger])).all()  # whatever their lengths
 
 
 class Astray(nn.Module):
