@@ -76,8 +76,8 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
 
 def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, spared: set[int]) -> list[Part]:
     """Of each class that is to be examined by names a part: one that shares what parts of other classes share; else of what stood
-    apart and shared no trigger that can be added to other images, in this look or before, and the smaller one, where the class
-    falls in two, the one that stands further apart. None of the labels in `spared`."""
+    apart and shared no trigger that can be added to other images, in this look or before, and of the smaller part, where a class
+    falls in two, whichever stands further apart. None of the labels in `spared`."""
     halves = {group.label: (group, likely) for group, likely in smaller_halves(scan, selection.suspect)}
     kin = _kin(session, scan, halves, selection.suspect)
     parts = {label: part for label, part in halves.items() if part[0].size >= MIN_SEEDS}
@@ -145,7 +145,7 @@ def _named(
                 namer = network
             elif group.size > BALANCED * members.sum():
                 larger = int(members.sum()) - group.size
-                rest.append((dataclasses.replace(group, size=larger), np.where(members, 1 - likely, 0)))
+                rest.append((dataclasses.replace(group, size=larger, alike=0.0), np.where(members, 1 - likely, 0)))
             selection = _with(selection, group, likely)
         parts = rest
     return selection, namer
