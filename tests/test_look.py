@@ -77,3 +77,13 @@ def test_poison_that_is_learned_late_is_found_in_the_trained_network(tmp_path: P
     again = io.load_tensors(tmp_path / "run" / "model.safetensors")[0]
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
     assert io.load_json(tmp_path / "run" / "result.json")["detection"] == found
+
+
+@pytest.mark.slow
+def test_all_to_all_poison_which_is_thin_in_every_class_is_found(tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "quickstart_digits.yaml", ["attack.mode=all_to_all", "baselines=[undefended]"])
+    result = run(recipe, tmp_path / "run")
+    models, found = result["models"], result["detection"]
+    assert models["undefended"]["asr"]["value"] > 0.9 > 0.1 > models["defended"]["asr"]["value"]
+    assert found["precision"] > 0.95 and found["recall"] > 0.95 and result["verdict"]["protected"]
+    assert models["defended"]["ra"]["value"] > 0.5

@@ -17,7 +17,7 @@ EXAMPLES = [
     "nab bench recipes/bench/cpu.yaml --out runs/bench_cpu",
     "nab bench recipes/bench/digits.yaml --cell resnet-blend-10pct-nab-seed0",
     "nab bench recipes/bench/cpu.yaml --summarize",
-    "nab bench results/bench --summarize --out runs/summary",
+    "nab bench results/bench/digits --summarize --out runs/summary",
     "nab bench --speed training kmeans",
 ]
 
