@@ -94,13 +94,14 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
 def _kin(session: Session, scan: Scan, halves: dict[int, Part], aside: NDArray[np.bool_]) -> dict[int, Part]:
     """Of the halves those that share what others share, and what is like them in the classes without such a half: poison that is
     spread over its target classes (all to all) is thin in each, but has one trigger."""
-    if len(halves) < FEW_CLASSES:
+    enough = max(FEW_CLASSES, MIN_ALIKE * scan.num_classes)
+    if len(halves) < enough:
         return {}
     groups = [likely > 0.5 for _, likely in halves.values()]
     same = alike(beyond_content(session.ordered(session.source), scan.labels, groups))
     kin = {label: part for (label, part), is_alike in zip(halves.items(), same, strict=True) if is_alike}
     log.info("parts of %d classes share the same", len(kin))
-    if len(kin) < max(FEW_CLASSES, MIN_ALIKE * scan.num_classes):
+    if len(kin) < enough:
         return {}
     others = same_parts(scan, aside, np.any([likely > 0.5 for _, likely in kin.values()], axis=0))
     kin |= {group.label: (group, likely) for group, likely in others}
@@ -124,8 +125,8 @@ def _named(
         network = without(absent | others, name)
         logits, rest = _read(session, network).logits, []
         # One trigger, one verdict: what it makes of an image may look like one of the classes to a network that never saw it.
-        kin = np.any([np.zeros(len(scan), bool), *(likely > 0.5 for group, likely in parts if group.alike)], axis=0)
-        kin_named = float((logits.argmax(1) == scan.labels)[kin].mean()) if kin.any() else None
+        kin = [likely > 0.5 for group, likely in parts if group.alike]
+        kin_named = float((logits.argmax(1) == scan.labels)[np.any(kin, axis=0)].mean()) if kin else None
         for group, likely in parts:
             if ((scan.labels == group.label) & ~absent).sum() < MIN_SEEDS:
                 continue  # a network that never saw the class cannot tell what is foreign to it

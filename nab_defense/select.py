@@ -216,12 +216,18 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[tuple[Group, ND
         members = (scan.labels == label) & ~aside
         likely, separation, valley = _in_two(scan.features, members)
         likely = likely if (likely > 0.5).mean() <= 0.5 else 1 - likely
-        group = Group(label, 0, separation, valley, int((likely > 0.5).sum()), 0.0)
-        if separation > MIN_SEPARATION and valley > SOME_VALLEY and group.size >= FEW:
-            everyone = np.zeros(len(scan))
-            everyone[members] = likely
-            found.append((group, everyone))
+        if separation > MIN_SEPARATION and valley > SOME_VALLEY and (likely > 0.5).sum() >= FEW:
+            found.append(_part(label, members, likely, separation, valley))
     return found
+
+
+def _part(
+    label: int, members: NDArray[np.bool_], likely: NDArray[np.float64], separation: float, valley: float
+) -> tuple[Group, NDArray[np.float64]]:
+    """The group of a class's likely members, and the probability of each of all samples to be in it."""
+    everyone = np.zeros(len(members))
+    everyone[members] = likely
+    return Group(label, 0, separation, valley, int((likely > 0.5).sum()), 0.0), everyone
 
 
 def same_parts(scan: Scan, aside: NDArray[np.bool_], some: NDArray[np.bool_]) -> list[tuple[Group, NDArray[np.float64]]]:
@@ -234,19 +240,20 @@ def same_parts(scan: Scan, aside: NDArray[np.bool_], some: NDArray[np.bool_]) ->
 
     Returns: as smaller_halves."""
     features, own = StandardScaler().fit_transform(scan.features), np.isin(scan.labels, scan.labels[some]) & ~aside
-    probe = LogisticRegression(C=0.1, class_weight="balanced", max_iter=200).fit(features[own], some[own])
+    probe = _probe().fit(features[own], some[own])
     values, found = probe.decision_function(features), []
     for label in np.unique(scan.labels[~own & ~aside]).tolist():
         members = (scan.labels == label) & ~aside
         if members.sum() < 2 * MIN_SEEDS:
             continue
         likely, separation, valley = split_in_two(values[members])
-        group = Group(label, 0, separation, valley, int((likely > 0.5).sum()), 0.0)
-        if separation > MIN_SEPARATION and valley > MIN_VALLEY and FEW <= group.size <= members.sum() / 2:
-            everyone = np.zeros(len(scan))
-            everyone[members] = likely
-            found.append((group, everyone))
+        if separation > MIN_SEPARATION and valley > MIN_VALLEY and FEW <= (likely > 0.5).sum() <= members.sum() / 2:
+            found.append(_part(label, members, likely, separation, valley))
     return found
+
+
+def _probe() -> LogisticRegression:
+    return LogisticRegression(C=0.1, class_weight="balanced", max_iter=200)
 
 
 def _grow(
@@ -262,8 +269,7 @@ def _grow(
     group = start
     for _ in range(ROUNDS):
         # Out-of-fold, since a probe with many features tells any samples it was fitted to from the rest.
-        probe = LogisticRegression(C=0.1, class_weight="balanced", max_iter=200)
-        values = cross_val_predict(probe, features, group, cv=FOLDS, method="decision_function")
+        values = cross_val_predict(_probe(), features, group, cv=FOLDS, method="decision_function")
         likely, separation, valley = split_in_two(values[members])
         grown = np.zeros_like(group)
         grown[members] = likely > 0.5
