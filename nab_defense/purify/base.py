@@ -16,7 +16,7 @@ from ..changes import Universal
 from ..clean import CleanSet, Pixels, mixed
 from ..registry import Registry
 from ..runtime import Runtime
-from ..universal import pool_of
+from ..universal import Pool
 
 __all__ = [
     "Attacked",
@@ -61,7 +61,7 @@ class Purifier(Protocol):
         Raises: ValueError: Says what is missing."""
         ...
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
         """Repaired networks, one after another, each with a name that tells the knob ("round 3", "threshold 0.4").
 
         Which one is shipped is not decided here: see run.purify. The network is measured and copied before the next is asked
@@ -70,6 +70,7 @@ class Purifier(Protocol):
         Args:
             network: Takes pixels; a copy that may be changed in place.
             clean: Images to fit on.
+            pool: Universal perturbations made on this network with these images, for methods that train against some.
             runtime: Device, precision, seed."""
         ...
 
@@ -168,10 +169,6 @@ class Hardening(Stepping, Protocol):
     """The settings that methods which train against universal perturbations share; see IBAU."""
 
     @property
-    def radius(self) -> float: ...
-    @property
-    def patch(self) -> int: ...
-    @property
     def fraction(self) -> float: ...
 
 
@@ -221,13 +218,14 @@ def hardened(
     optimizer: torch.optim.Optimizer,
     slope: Callable[[Attacked], None],
     *,
+    pool: Pool,
     runtime: Runtime,
 ) -> Candidates:
     """Training against universal perturbations, with a rate that falls to zero along a cosine.
 
     Args: slope: Sets the gradients that the optimizer follows, from a batch; they come in cleared."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.steps)
-    for batch in _attacked(how, network, teacher, clean, runtime=runtime):
+    for batch in _attacked(how, network, teacher, clean, pool, runtime):
         optimizer.zero_grad()
         slope(batch)
         optimizer.step()
@@ -236,14 +234,15 @@ def hardened(
             yield f"step {batch.step}", network
 
 
-def _attacked(how: Hardening, network: Pixels, teacher: Pixels, clean: CleanSet, *, runtime: Runtime) -> Iterator[Attacked]:
+def _attacked(
+    how: Hardening, network: Pixels, teacher: Pixels, clean: CleanSet, pool: Pool, runtime: Runtime
+) -> Iterator[Attacked]:
     """The batches of a training against universal perturbations, which climb on the network as it is at that step.
 
     They are made on the teacher, the original network. The radius and the part of a batch that is attacked fall along a cosine,
     with the learning rates: the end belongs to accuracy. Of the others a part are mixtures, on which the original's answers are
     held: a few images then stand for many."""
     generator = torch.Generator().manual_seed(runtime.seed)
-    pool = pool_of(teacher, clean, radius=how.radius, patch=how.patch, runtime=runtime)
     batches = clean.endless(how.batch_size, runtime=runtime, seed=runtime.seed, augment=how.augment)
     for step in range(1, how.steps + 1):
         images, rows = next(batches)

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..clean import CleanSet, Pixels
 from ..runtime import Runtime
+from ..universal import Pool
 from .base import Attacked, Candidates, check_finite, divergence, frozen, hardened, purifiers, train_norms
 
 __all__ = ["Distill", "layers_by_depth", "reinitialise", "shares"]
@@ -71,7 +72,6 @@ class Distill:
         lr, momentum, weight_decay: Of SGD, whose rate falls to zero along a cosine.
         temperature: Softens both answers.
         first, last, head: Shares of weights re-initialised in the first layer, the last before the head, and the head.
-        radius, patch: Of the perturbations, see IBAU.
         fraction: Part of a batch that carries one, at first; 0: distillation as published.
         augment: Random crops and flips.
     """
@@ -89,8 +89,6 @@ class Distill:
     first: float = 0.002
     last: float = 0.01
     head: float = 0.007
-    radius: float = 6.0
-    patch: int = 5
     fraction: float = 0.45
     augment: bool = True
 
@@ -98,7 +96,7 @@ class Distill:
         if not layers_by_depth(network, images):
             raise ValueError("distill re-initialises convolutions and linear layers; this network has none")
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
         teacher = frozen(copy.deepcopy(network))
         self._reinitialise(network, runtime.put(clean.images[:2].float() / 255), runtime.seed)
         network.requires_grad_(True)
@@ -114,7 +112,7 @@ class Distill:
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), CLIP)
 
-        yield from hardened(self, network, teacher, clean, optimizer, slope, runtime=runtime)
+        yield from hardened(self, network, teacher, clean, optimizer, slope, pool=pool, runtime=runtime)
 
     def _reinitialise(self, network: Pixels, images: Tensor, seed: int) -> None:
         layers = layers_by_depth(network, images)

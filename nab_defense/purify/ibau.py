@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..clean import CleanSet, Pixels
 from ..runtime import Runtime
+from ..universal import Pool
 from .base import Attacked, Candidates, check_finite, divergence, frozen, hardened, purifiers, train_norms
 
 __all__ = ["IBAU", "hypergradient"]
@@ -94,8 +95,6 @@ class IBAU:
         rounds: Candidates, at equal distances in the second half, the last at the end.
         batch_size: Images a step.
         lr: Of SGD with momentum .9 on the weights, falling to zero along a cosine.
-        radius: Largest L2 norm of spread perturbations at 32 px, at first.
-        patch: Edge of patches at 32 px, in pixels.
         fraction: Part of a batch that carries a perturbation, at first, in (0, 1).
         hold: Weight of the divergence from the original's answers, beside the cross-entropy with the labels.
         form, terms, rate: See hypergradient; the default is what was measured.
@@ -109,8 +108,6 @@ class IBAU:
     rounds: int = 1
     batch_size: int = 64
     lr: float = 0.01
-    radius: float = 6.0
-    patch: int = 5
     fraction: float = 0.25
     hold: float = 2.0
     form: str = "none"
@@ -127,7 +124,7 @@ class IBAU:
     def check(self, network: Pixels, images: Tensor) -> None:
         network(images)
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
         assert clean.labels is not None
         teacher = frozen(copy.deepcopy(network))
         params = list(network.requires_grad_(True).parameters())
@@ -144,7 +141,7 @@ class IBAU:
                 param.grad = grad
             nn.utils.clip_grad_norm_(params, CLIP)
 
-        yield from hardened(self, network, teacher, clean, optimizer, slope, runtime=runtime)
+        yield from hardened(self, network, teacher, clean, optimizer, slope, pool=pool, runtime=runtime)
 
     def _outer(self, network: Pixels, batch: Attacked, truth: Tensor, runtime: Runtime, change: Tensor) -> Tensor:
         """What is to be low: labels and the original's answers missed, on images of which a part carries the change."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..clean import CleanSet, Pixels
 from ..runtime import Runtime
 from ..sites import Site, last_cut
+from ..universal import Pool
 from .base import Attacked, Candidates, check_finite, divergence, frozen, hardened, purifiers
 
 __all__ = ["Polarized", "Polarizer", "describe", "install"]
@@ -70,7 +71,6 @@ class Polarizer:
         rounds: Candidates, at equal distances in the second half, the last at the end.
         batch_size: Images a step.
         lr: Of Adam on the layer, falling to zero along a cosine.
-        radius, patch: Of the perturbations, see IBAU.
         fraction: Part of a batch that carries one, at first, in (0, 1). A layer that meets many gives up more than the trigger:
             at .4 it lost .026 of accuracy on one of the three networks measured, at .12 it lost .008 and left no more.
         hold: Weight of the divergence from the original's answers, beside the cross-entropy with the labels.
@@ -84,8 +84,6 @@ class Polarizer:
     rounds: int = 1
     batch_size: int = 64
     lr: float = 3e-3
-    radius: float = 6.0
-    patch: int = 5
     fraction: float = 0.12
     hold: float = 2.0
     augment: bool = True
@@ -93,7 +91,7 @@ class Polarizer:
     def check(self, network: Pixels, images: Tensor) -> None:
         _site(network, images)
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
         assert clean.labels is not None
         teacher = copy.deepcopy(frozen(network))
         layer = install(network.model, **asdict(_site(network, runtime.put(clean.images[:2].float() / 255))))
@@ -109,7 +107,7 @@ class Polarizer:
             check_finite(loss, "polarizer", batch.step)
             loss.backward()
 
-        yield from hardened(self, network, teacher, clean, optimizer, slope, runtime=runtime)
+        yield from hardened(self, network, teacher, clean, optimizer, slope, pool=pool, runtime=runtime)
 
 
 def _site(network: Pixels, images: Tensor) -> Site:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..clean import EVAL_BATCH, CleanSet, Pixels, logits_of
 from ..runtime import Runtime
+from ..universal import Pool
 from .base import Candidates, check_finite, divergence, frozen, purifiers, train_norms
 
 __all__ = ["RNP", "likely_target", "maskable", "masked", "prune", "ranking", "suspicion"]
@@ -132,7 +133,7 @@ class RNP:
         if sum(maskable(network).values()) < FEWEST:
             raise ValueError("rnp: the network has too few channels to prune: scales of BatchNorm or GroupNorm, hidden units")
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
         images, aside = clean.split(ASIDE, runtime.seed + 1)
         unlearned = self.unlearned(network, images, aside, runtime)
         target, share = likely_target(logits_of(unlearned, aside, runtime))

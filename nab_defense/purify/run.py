@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from ..changes import Universal
 from ..clean import CleanSet, Pixels, logits_of
 from ..runtime import Runtime, fixed_seed
-from ..universal import PROBE_BATCH, pool_of, pursued, started
+from ..universal import PROBE_BATCH, Pool, pool_of, pursued, started
 from .base import Purifier, frozen
 
 __all__ = ["PurifyResult", "count_outputs", "may_keep", "prepared", "purify"]
 
 log = logging.getLogger(__name__)
 Judge = Callable[[nn.Module], dict[str, Any]]
-RADIUS, PATCH = 6.0, 5  # of the probing perturbations at 32 px, see universal.Pool
+RADIUS, PATCH = 6.0, 5  # of the perturbations at 32 px, see universal.Pool
 PROBES, PROBE_IMAGES = 6, 250
 BATCHES = PROBE_BATCH, PROBE_BATCH // 2  # for perturbations that are made anew, and for those that go on
 LEAST_GAIN = 0.1  # of the proxy: less is noise, and no repair
@@ -67,13 +67,12 @@ class _Judge:
     that then promises the most. A network can learn to withstand a few given ones and keep its backdoor. Without labels, accuracy
     is what the original network expects it to be: the mean probability that it gives to the predictions."""
 
-    def __init__(self, network: Pixels, fit: CleanSet, held: CleanSet, runtime: Runtime) -> None:
+    def __init__(self, network: Pixels, fit: CleanSet, held: CleanSet, pool: Pool, runtime: Runtime) -> None:
         self.original, self.fit, self.held, self.runtime = network, fit, held, runtime
         chances = logits_of(network, held, runtime).softmax(1)
         self.trust = chances if held.labels is None else torch.eye(chances.shape[1])[held.labels]
         self.right = self.trust.gather(1, chances.argmax(1)[:, None])
-        pool = pool_of(network, fit, radius=RADIUS, patch=PATCH, runtime=runtime)
-        self.easiest = pool.suspicious[:PROBES]
+        self.easiest = [one.copied() for one in pool.suspicious[:PROBES]]  # the method may climb on with its own
 
     def __call__(self, network: nn.Module) -> dict[str, Any]:
         predicted = logits_of(network, self.held, self.runtime).argmax(1)
@@ -129,13 +128,14 @@ def purify(
     limits = {"max_drop": max_drop, "holdout": holdout}
     original, fit, held = prepared(model, clean, method, mean=mean, std=std, runtime=runtime, **limits)
     begun = time.perf_counter()
-    judge = _with_suspects(_Judge(original, fit, held, runtime), suspects, runtime)
+    pool = pool_of(original, fit, radius=RADIUS, patch=PATCH, runtime=runtime)
+    judge = _with_suspects(_Judge(original, fit, held, pool, runtime), suspects, runtime)
     before = judge(original)
     selecting = time.perf_counter() - begun
     fixed_seed(runtime.seed)
     records: list[dict[str, Any]] = []
     best: dict[tuple[bool, bool], tuple[dict[str, Any], nn.Module]] = {}  # of those that are (still turned, above max_drop)
-    for name, network in method.candidates(copy.deepcopy(original), fit, runtime=runtime):
+    for name, network in method.candidates(copy.deepcopy(original), fit, pool=pool, runtime=runtime):
         paused = time.perf_counter()
         record: dict[str, Any] = {"name": name, **judge(network), "seconds": paused - begun - selecting}
         records.append(record)

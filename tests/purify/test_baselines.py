@@ -12,6 +12,7 @@ from nab_defense.purify.finetune import FineTune
 from nab_defense.purify.ft_sam import FTSAM, adaptive_climb, still_statistics
 from nab_defense.runtime import Runtime
 from tests.bars import bars
+from tests.purify.offered import offered
 
 CPU = Runtime(device="cpu", precision="float32")
 PIXELS = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -33,7 +34,7 @@ def test_fine_tuning_learns_and_offers_its_rounds(method: Purifier) -> None:
     clean, model = bars(240), network()
     first = accuracy(model, clean)
     method.check(model, PIXELS)
-    names = [name for name, _ in method.candidates(model, clean, runtime=CPU)]
+    names = [name for name, _ in offered(method, model, clean)]
     assert names == ["step 7", "step 14", "step 21"]
     assert first < 0.5 and accuracy(model, clean) > 0.9
 
@@ -41,7 +42,7 @@ def test_fine_tuning_learns_and_offers_its_rounds(method: Purifier) -> None:
 @pytest.mark.parametrize("method", [FineTune(steps=3, lr=1e30, batch_size=40), FTSAM(steps=3, lr=1e30, batch_size=40)])
 def test_a_loss_without_end_is_an_error(method: Purifier) -> None:
     with pytest.raises(ValueError, match="lower lr"):
-        list(method.candidates(network(), bars(240), runtime=CPU))
+        list(offered(method, network(), bars(240)))
 
 
 def test_the_climb_is_steepest_where_changes_count_by_the_size_of_the_weight() -> None:
@@ -58,8 +59,8 @@ def test_the_climb_is_steepest_where_changes_count_by_the_size_of_the_weight() -
 
 def test_sam_without_climb_is_smoothed_fine_tuning() -> None:
     clean, plain, flat = bars(240), network(), network()
-    list(FTSAM(steps=4, rounds=1, batch_size=40, rho=0.0, smoothing=0.0).candidates(flat, clean, runtime=CPU))
-    list(FineTune(steps=4, rounds=1, batch_size=40).candidates(plain, clean, runtime=CPU))
+    list(offered(FTSAM(steps=4, rounds=1, batch_size=40, rho=0.0, smoothing=0.0), flat, clean))
+    list(offered(FineTune(steps=4, rounds=1, batch_size=40), plain, clean))
     ours, theirs = flat.state_dict(), plain.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if "num_batches" not in name)
 
@@ -112,7 +113,7 @@ def test_clp_silences_a_loud_channel_alone() -> None:
     model.model[0].weight.data[7] *= 30
     model.model[1].bias.data.fill_(1)
     before = model(PIXELS).view(2, 32, -1)
-    names = [name for name, _ in CLP(strictest=4.0, rounds=2).candidates(model, bars(240), runtime=CPU)]
+    names = [name for name, _ in offered(CLP(strictest=4.0, rounds=2), model, bars(240))]
     after = model(PIXELS).view(2, 32, -1)
     others = torch.arange(32) != 7
     assert names == ["u 5", "u 4"]

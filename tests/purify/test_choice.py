@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from nab_defense.changes import Spread
+from nab_defense.changes import Patch, Spread
 from nab_defense.clean import CleanSet, Pixels
 from nab_defense.purify import PurifyResult, run
 from nab_defense.purify.run import _Judge
@@ -26,6 +26,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[float, float, f
         accuracy, error, proxy = figures[network.get_submodule("model").label]
         return {"accuracy": accuracy, "error": error, "proxy": proxy, "class": 2}
 
+    monkeypatch.setattr(run, "pool_of", lambda *_, **__: None)
     monkeypatch.setattr(run, "_Judge", lambda *_: judge)
     return figures
 
@@ -72,12 +73,21 @@ class Flat(Always):
         return super().forward(images) + 0 * images.sum()
 
 
-def test_the_error_is_that_of_the_paired_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_is_that_of_the_paired_change() -> None:
     first, second = (Pixels(Flat(label), [0.5], [0.25]).eval() for label in (1, 0))
     labelled = CleanSet(IMAGES, torch.tensor([1] * 15 + [0] * 5))
     pool = type("Pool", (), {"suspicious": [Spread(2, torch.zeros(1, 4, 4), 1.0)]})
-    monkeypatch.setattr(run, "pool_of", lambda *_, **__: pool)
-    judge = _Judge(first, labelled, labelled, CPU)
+    judge = _Judge(first, labelled, labelled, pool, CPU)
     before, after = judge(first), judge(second)
     assert (before["accuracy"], before["error"], after["accuracy"]) == (0.75, 0.0, 0.25)
     assert after["error"] == pytest.approx((1 - 0.5**2) ** 0.5 / 20**0.5)  # 15 lost, 5 won
+
+
+def test_the_judge_keeps_its_perturbations_where_they_were_while_the_method_climbs_on() -> None:
+    network = Pixels(Flat(1), [0.5], [0.25]).eval()
+    shared = [Spread(2, torch.zeros(1, 4, 4), 1.0), Patch(2, torch.zeros(1, 4, 4), 3)]
+    judge = _Judge(network, CleanSet(IMAGES), CleanSet(IMAGES), type("Pool", (), {"suspicious": shared}), CPU)
+    for one in shared:
+        one.follow(network, torch.rand(4, 1, 4, 4), strength=1.0, runtime=CPU)
+    assert isinstance(shared[1], Patch) and shared[1].mask is not None
+    assert not any(kept.change.any() for kept in judge.easiest) and judge.easiest[1].mask is None  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from nab_defense.purify.base import divergence
 from nab_defense.purify.distill import Distill, layers_by_depth, reinitialise, shares
 from nab_defense.runtime import Runtime
 from tests.bars import bars
+from tests.purify.offered import offered
 
 CPU = Runtime(device="cpu", precision="float32")
 
@@ -52,11 +53,11 @@ def accuracy_and_asr(network: nn.Module) -> tuple[float, float]:
     return right.float().mean().item(), turned.float().mean().item()
 
 
-def distilled(network: Pixels, clean: CleanSet, **knobs: float) -> tuple[Pixels, list[str]]:
+def distilled(network: Pixels, clean: CleanSet, radius: float = 6.0, **knobs: float) -> tuple[Pixels, list[str]]:
     method = Distill(steps=120, rounds=2, batch_size=64, **knobs)  # type: ignore[arg-type]
     network = copy.deepcopy(network)
     method.check(network, clean.images[:2].float() / 255)
-    return network, [name for name, _ in method.candidates(network, clean, runtime=CPU)]
+    return network, [name for name, _ in offered(method, network, clean, radius=radius)]
 
 
 def test_a_planted_backdoor_goes_and_the_skill_stays_without_labels(backdoored: Pixels) -> None:

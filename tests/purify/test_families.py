@@ -13,6 +13,7 @@ from nab_defense.purify import purifiers
 from nab_defense.purify.rnp import maskable, ranking
 from nab_defense.runtime import Runtime
 from tests.purify.families import FAMILIES, family
+from tests.purify.offered import offered
 
 CPU = Runtime(device="cpu", precision="float32")
 CLEAN = CleanSet(
@@ -37,7 +38,7 @@ def candidates(method: str, network: Pixels) -> Iterator[tuple[str, nn.Module]]:
     if method == "rnp":  # an untrained network knows nothing that it could forget and recover: only the cuts
         ranked = ranking({name: torch.arange(count) / count for name, count in maskable(network).items()})
         return made._tuned_cuts(network, ranked, CLEAN, CLEAN, CPU)
-    return made.candidates(network, CLEAN, runtime=CPU)
+    return offered(made, network, CLEAN)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,8 +10,8 @@ import torch
 
 from nab_defense.clean import CleanSet, Pixels
 from nab_defense.purify.polarizer import Polarizer, describe, install
-from nab_defense.runtime import Runtime
 from nab_defense.sites import last_cut
+from tests.purify.offered import offered
 
 # What the site is: the last block, or the last convolution of a plain body.
 SITES = {
@@ -57,7 +57,7 @@ def test_only_the_polarizer_changes() -> None:
     clean = CleanSet(torch.randint(0, 256, (30, 1, 32, 32), dtype=torch.uint8), torch.arange(30) % 3)
     before = copy.deepcopy(network.state_dict())
     pixels = Pixels(network, [0.5], [0.25])
-    made = list(Polarizer(steps=4, rounds=2, batch_size=10).candidates(pixels, clean, runtime=Runtime(device="cpu")))
+    made = list(offered(Polarizer(steps=4, rounds=2, batch_size=10), pixels, clean))
     assert [name for name, _ in made] == ["step 3", "step 4"]
     after = {name.replace(".module.", "."): tensor for name, tensor in network.state_dict().items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -12,6 +12,7 @@ from nab_defense.purify.base import purifiers
 from nab_defense.purify.rnp import RNP, likely_target, maskable, masked, prune, ranking, suspicion
 from nab_defense.runtime import Runtime
 from tests.bars import bars
+from tests.purify.offered import offered
 
 CPU = Runtime(device="cpu", precision="float32")
 PIXELS = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -128,7 +129,7 @@ def test_the_network_forgets_and_recovers_by_masks_alone(trained: Pixels) -> Non
 
 def test_failed_recovery_is_an_error(trained: Pixels) -> None:
     with pytest.raises(ValueError, match="recovery failed"):
-        next(RNP(batch_size=40, recover_steps=1, mask_lr=1e-6).candidates(copy.deepcopy(trained), bars(400), runtime=CPU))
+        next(offered(RNP(batch_size=40, recover_steps=1, mask_lr=1e-6), copy.deepcopy(trained), bars(400)))
 
 
 def test_cuts_weaken_a_backdoor_and_stay_cut(trained: Pixels) -> None:
@@ -138,7 +139,7 @@ def test_cuts_weaken_a_backdoor_and_stay_cut(trained: Pixels) -> None:
     assert share(trained, clean.images, clean.labels) > 0.95 and share(trained, others, 0) > 0.9
     names: list[str] = []
     last: nn.Module | None = None
-    for name, network in SMALL.candidates(copy.deepcopy(trained), clean, runtime=CPU):
+    for name, network in offered(SMALL, copy.deepcopy(trained), clean):
         names.append(name)
         last = network
     assert last is not None and names[-7:] == [f"{k} of 32 channels, tuned" for k in (1, 2, 3, 5, 6, 8, 10)]

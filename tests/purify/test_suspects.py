@@ -13,6 +13,7 @@ from nab_defense.clean import CleanSet, Pixels
 from nab_defense.purify import purify, run
 from nab_defense.purify.base import Candidates
 from nab_defense.runtime import Runtime
+from nab_defense.universal import Pool
 
 CPU = Runtime(device="cpu", precision="float32")
 IMAGES = torch.zeros(20, 1, 4, 4, dtype=torch.uint8)
@@ -40,14 +41,15 @@ class Offers:
 
     def check(self, network: Pixels, images: Tensor) -> None: ...
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
         for label in self.labels:
             yield f"always {label}", Pixels(Always(label), [0.5], [0.25])
 
 
 @pytest.fixture(autouse=True)
 def judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a network in itself all are as good."""
+    """Of a network in itself all are as good, and none has a slope to make perturbations by."""
+    monkeypatch.setattr(run, "pool_of", lambda *_, **__: None)
     monkeypatch.setattr(run, "_Judge", lambda *_: lambda network: {"accuracy": 1.0, "error": 0.0, "proxy": 0.3, "class": 2})
 
 

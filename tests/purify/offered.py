@@ -1,0 +1,18 @@
+"""A method's candidates, with the perturbations that purify would hand it."""
+
+from __future__ import annotations
+
+import copy
+
+from nab_defense.clean import CleanSet, Pixels
+from nab_defense.purify.base import Candidates, Purifier, frozen
+from nab_defense.runtime import Runtime
+from nab_defense.universal import pool_of
+
+CPU = Runtime(device="cpu", precision="float32")
+
+
+def offered(method: Purifier, network: Pixels, clean: CleanSet, *, radius: float = 6.0) -> Candidates:
+    """As purify asks for them; the network is changed in place."""
+    pool = pool_of(frozen(copy.deepcopy(network)), clean, radius=radius, patch=5, runtime=CPU)
+    return method.candidates(network, clean, pool=pool, runtime=CPU)
