@@ -273,8 +273,8 @@ def _grow(
         likely, separation, valley = split_in_two(values[members])
         grown = np.zeros_like(group)
         grown[members] = likely > 0.5
-        if valley == 0 or grown.sum() < MIN_SEEDS:
-            break
+        if (valley == 0 and separation <= MIN_SEPARATION) or grown.sum() < MIN_SEEDS:
+            break  # one hump; a small group beside a large one is hidden in its slope until the probe tells them better
         group = grown
     inside = losses[members][likely > 0.5]
     others, lead = losses[rivals], 0.0

@@ -94,6 +94,20 @@ def test_two_target_classes_are_both_found() -> None:
     assert [group.label for group in selection.groups if group.distinct] == [0, 3]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_poison_that_is_most_of_its_class_is_found_from_seeds_among_it(seed: int) -> None:
+    # Clean-label: at first the probe takes poison outside the seeds for clean, and the few clean ones are the foot of one hump.
+    scan, poisoned = sample(seed=seed)
+    poisoned[np.random.default_rng(seed).permutation(np.flatnonzero(scan.labels == 2))[: round(0.16 * len(scan))]] = True
+    scan.features[poisoned, -3] += 14
+    scan = dataclasses.replace(scan, losses=np.where(poisoned, 0.05, 1.0).astype(np.float32) * scan.losses)
+    report = lowest(scan)
+    seeds = report.select(0.1) & (scan.labels == 2)
+    assert poisoned[seeds].mean() > 0.98 and seeds.sum() < 0.7 * poisoned.sum() < 0.7 * (scan.labels == 2).sum()
+    precision, recall = precision_and_recall(expand(report, scan, fraction=0.1).suspect, poisoned)
+    assert precision > 0.98 and recall > 0.98
+
+
 @pytest.mark.parametrize("fraction", [0.05, 0.1])
 @pytest.mark.parametrize("seed", range(10))
 def test_on_clean_data_nobody_is_accused(seed: int, fraction: float) -> None:
