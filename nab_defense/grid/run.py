@@ -40,8 +40,9 @@ def own_share(cells: list[Cell]) -> list[Cell]:
 def run_cells(cells: list[Cell], out: Path, *, tell: Tell) -> list[str]:
     """Run those that are not there yet.
 
-    A cell that cannot be run (ValueError) is written down as failed with its one line, and the others go on. Where the attack
-    does not work on the undefended network no defence is trained: there is nothing to defend.
+    A cell that cannot be run (ValueError) is written down as failed with its one line, and the others go on; the next run tries
+    it again, since what failed may be mended by then, such as a folder that was not there. Where the attack does not work on the
+    undefended network no defence is trained: there is nothing to defend.
 
     Args:
         cells: In their order.
@@ -50,7 +51,7 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell) -> list[str]:
 
     Returns: names of the cells that failed."""
     io.check_folder(out)
-    missing = [cell for cell in cells if not cell_path(out, cell).exists()]
+    missing = [cell for cell in cells if not _there(cell_path(out, cell))]
     done, failed, begun = len(cells) - len(missing), [], time.perf_counter()
     if done:
         tell(f"{done} of {len(cells)} cells are there already")
@@ -61,6 +62,10 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell) -> list[str]:
         left = (time.perf_counter() - begun) / number * (len(missing) - number)
         tell(f"{done + number}/{len(cells)} {cell.name}: {in_short(record)}; {left / 3600:.1f} h left")
     return failed
+
+
+def _there(path: Path) -> bool:
+    return path.exists() and io.load_json(path)["status"] != FAILED
 
 
 def _records(cells: list[Cell], out: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:

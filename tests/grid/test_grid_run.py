@@ -73,6 +73,8 @@ def test_a_failing_cell_is_written_down_and_the_others_go_on(tmp_path: Path, obe
     found, told = run(small_grid(tmp_path, defences=rows), tmp_path / "out")
     assert found["bad"]["status"] == "failed" and "needs 100" in found["bad"]["error"] and "figures" not in found["bad"]
     assert found["none"]["status"] == "done" and "failed" in told[0]
+    _, told = run(small_grid(tmp_path, defences=rows), tmp_path / "out")
+    assert told[0] == "1 of 2 cells are there already" and "failed" in told[1] and len(told) == 2  # tried again
     found, _ = run(small_grid(tmp_path, attacks={"sig": None}, rates=[0.5]), tmp_path / "sig")
     assert {record["status"] for record in found.values()} == {"failed"} and "largest possible" in found["none"]["error"]
 
