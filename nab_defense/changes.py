@@ -177,7 +177,7 @@ class Patch(Universal):
 
     def painted(self, images: Tensor, change: Tensor | None = None) -> Tensor:
         change = self.change if change is None else change
-        return images if self.mask is None else images + self.mask * (change - images)
+        return images if self.mask is None else _shown(images, self.mask, change)
 
     def climb(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:
         if self.mask is None:
@@ -220,7 +220,7 @@ class Patch(Universal):
         for pattern in ((slope > 0).to(slope.dtype), torch.ones_like(slope), torch.zeros_like(slope)):
             for some in masks.split(TRIED):
                 with runtime.autocast():
-                    logits = network((shown + some[:, None] * (pattern - shown)).flatten(0, 1)).float()
+                    logits = network(_shown(shown, some[:, None], pattern).flatten(0, 1)).float()
                 works = logits.log_softmax(1)[:, self.wanted].view(len(some), -1).mean(1)
                 if works.max() > best:
                     best, self.mask, self.change = works.max(), some[works.argmax()], pattern
@@ -229,6 +229,11 @@ class Patch(Universal):
         mask = torch.zeros_like(like[:1])
         mask[:, top : top + self.edge, left : left + self.edge] = 1
         return mask
+
+
+def _shown(images: Tensor, mask: Tensor, change: Tensor) -> Tensor:
+    """Images with the change where the mask is 1; shapes that broadcast."""
+    return images + mask * (change - images)
 
 
 def _spaced(last: int, stride: int) -> list[int]:

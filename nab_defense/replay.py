@@ -121,12 +121,13 @@ def _folder(key: str | None) -> Path | None:
     try:
         folder = io.cache_folder("scans")
         free = shutil.disk_usage(folder).free
-        if free < LARGEST:
-            raise ValueError(f"{free >> 20} MB are free in {folder}, and it may take {LARGEST >> 20}")
-        return folder / key
     except (OSError, ValueError) as error:
         log.info("the scan is not kept for other detectors: %s", error)
         return None
+    if free >= LARGEST:
+        return folder / key
+    log.info("the scan is not kept: %d MB are free in %s, and it may take %d", free >> 20, folder, LARGEST >> 20)
+    return None
 
 
 class _Kept:
