@@ -176,7 +176,8 @@ def expand(
             continue
         group, likely = max(grown, key=lambda pair: (pair[0].distinct, pair[0].separation))
         old = next((g for g in previous.groups if g.label == label and g.distinct), None)
-        accused = group.distinct and not (trained and group.lead < MIN_LEAD)
+        enough = members.sum() - group.size >= MIN_SEEDS  # of the rest, to tell what is content of the class
+        accused = group.distinct and enough and not (trained and group.lead < MIN_LEAD)
         if accused:
             doubt[members], suspect[members] = likely, likely > 0.5
         groups.append(old if old and not accused else dataclasses.replace(group, label=label, seeds=int(counts[label])))

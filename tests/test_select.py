@@ -108,6 +108,19 @@ def test_poison_that_is_most_of_its_class_is_found_from_seeds_among_it(seed: int
     assert precision > 0.98 and recall > 0.98
 
 
+def test_a_group_that_leaves_too_few_of_its_class_to_compare_it_with_is_not_accused() -> None:
+    whole, _ = sample()
+    rows = np.r_[np.flatnonzero(whole.labels != 2), np.flatnonzero(whole.labels == 2)[: 4 * MIN_SEEDS]]
+    for left, found in ((MIN_SEEDS, True), (MIN_SEEDS - 1, False)):
+        apart = np.arange(len(rows)) >= len(rows) - 4 * MIN_SEEDS + left
+        features = whole.features[rows] + 20 * apart[:, None] * np.eye(DIM, dtype=np.float32)[-3]
+        losses = np.where(apart, 0.001, 1.0).astype(np.float32) * whole.losses[rows]
+        scan = Scan(whole.labels[rows], losses, whole.logits[rows], features)
+        selection = expand(lowest(scan), scan, fraction=0.02)
+        (group,) = selection.groups
+        assert group.distinct and group.size == apart.sum() and selection.suspect.any() == found
+
+
 @pytest.mark.parametrize("fraction", [0.05, 0.1])
 @pytest.mark.parametrize("seed", range(10))
 def test_on_clean_data_nobody_is_accused(seed: int, fraction: float) -> None:
