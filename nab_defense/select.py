@@ -147,8 +147,9 @@ def expand(
     The seeds are the top `fraction` of the report. For each class with enough of them, a linear probe on the scan's own
     features tells its seeds from all other samples, and a mixture of two normals splits the probe's scores within the class;
     the higher group takes the seeds' place, a few times over. Where two groups with a valley between them remain, the higher
-    one is suspect. Its size, and so the poison rate, is never asked for. A class whose scores stay one hump is left alone: on
-    clean data the seeds are merely the easiest images of a continuum.
+    one is suspect, if it leaves MIN_SEEDS samples of its class to compare it with. Otherwise its size, and so the poison rate, is
+    never asked for. A class whose scores stay one hump is left alone: on clean data the seeds are merely the easiest images of a
+    continuum.
 
     Losses tell poison apart only for a while, features from then on: a group found on an earlier pass is grown again on this
     one, and stands wherever this pass shows none that is more distinct.

@@ -70,7 +70,8 @@ class Purifier(Protocol):
         Args:
             network: Takes pixels; a copy that may be changed in place.
             clean: Images to fit on.
-            pool: Universal perturbations made on this network with these images, for methods that train against some.
+            pool: Universal perturbations made on this network with these images, for methods that train against some, which may
+                move them.
             runtime: Device, precision, seed."""
         ...
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nab_defense.clean import CleanSet, Pixels
 from nab_defense.purify.base import divergence
 from nab_defense.purify.distill import Distill, layers_by_depth, reinitialise, shares
+from nab_defense.purify.run import RADIUS
 from nab_defense.runtime import Runtime
 from tests.bars import bars
 from tests.purify.offered import offered
@@ -53,7 +54,7 @@ def accuracy_and_asr(network: nn.Module) -> tuple[float, float]:
     return right.float().mean().item(), turned.float().mean().item()
 
 
-def distilled(network: Pixels, clean: CleanSet, radius: float = 6.0, **knobs: float) -> tuple[Pixels, list[str]]:
+def distilled(network: Pixels, clean: CleanSet, radius: float = RADIUS, **knobs: float) -> tuple[Pixels, list[str]]:
     method = Distill(steps=120, rounds=2, batch_size=64, **knobs)  # type: ignore[arg-type]
     network = copy.deepcopy(network)
     method.check(network, clean.images[:2].float() / 255)
