@@ -15,10 +15,11 @@ from .content import alike, beyond_content
 from .detectors import detectors
 from .look import imprints, make_finding
 from .naming import control, naming
+from .parts import Part, joined, same_parts, smaller_halves
 from .passes import clearest, confirmed
 from .plan import Finding
 from .scan import Scan, scan_model
-from .select import MIN_ALIKE, MIN_SEEDS, Group, Selection, expand, same_parts, smaller_halves
+from .select import MIN_ALIKE, MIN_SEEDS, Group, Selection, expand
 from .session import Session
 
 __all__ = ["Without", "look_again"]
@@ -29,7 +30,6 @@ LEARNED = 0.5  # share of images that it must name as labelled: a network that l
 BALANCED = 0.4  # share of a class above which its smaller part may as well be the clean one
 DOUBT = 0.02  # left out is what belongs to the part with this probability: the rest of the poison would teach its trigger
 Without = Callable[[NDArray[np.bool_], str], nn.Module]
-Part = tuple[Group, NDArray[np.float64]]  # of a class, and each sample's probability of being in it
 
 
 def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before: Finding, *, without: Without) -> Finding:
@@ -144,6 +144,10 @@ def _named(
             log.info("class %d, %s part, %d samples: %s", group.label, name, group.size, seen)
             if group.foreign:
                 namer = network
+                if not group.alike:
+                    likely = joined(scan, members, likely, logits)
+                    group = dataclasses.replace(group, size=int((likely > 0.5).sum()))
+                    log.info("class %d: %d samples join", group.label, group.size - part.sum())
             elif group.size > BALANCED * members.sum():
                 larger = int(members.sum()) - group.size
                 rest.append((dataclasses.replace(group, size=larger, alike=0.0), np.where(members, 1 - likely, 0)))

@@ -20,11 +20,14 @@ from .types import SuspectReport
 
 __all__ = [
     "MIN_SEEDS",
+    "MIN_SEPARATION",
+    "MIN_VALLEY",
     "Group",
     "Selection",
     "expand",
-    "same_parts",
-    "smaller_halves",
+    "grow",
+    "in_two",
+    "probe",
     "split_in_two",
     "take_fraction",
     "too_few",
@@ -35,11 +38,9 @@ MIN_VALLEY = 0.25  # the density between the groups must fall this far below the
 MIN_LEAD = 0.8  # share of pairs in which a suspect has a lower loss than a sample of another class that is named right
 MIN_SEEDS = 20
 MIN_IMPRINT = 0.5  # share of other images that what a group shares must turn to be called a trigger
-SOME_VALLEY = 0.1  # enough of one to look closer
 MAX_NAMED = 0.25  # of a group that is not what its label says: share named so by a network that never saw it
 MIN_SURE = 0.2  # that network must be about as sure of it as of ordinary images; of a style it never saw it is not
 MIN_SPREAD = 0.8  # the names it gets, as mixed as content is (entropies); a style resembles one or two classes
-FEW = 5  # of a class, where other classes have such a part, too
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
 MIN_SOURCE = 0.25  # or what it shares must turn so many images of the class that it is named after; of a style next to none
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
@@ -172,7 +173,7 @@ def expand(
         members = (scan.labels == label) & ~(previous.suspect & trained)
         start = _half(features, members, report.scores) if trained else seeds & members
         starts = [start, previous.suspect & members]
-        grown = [_grow(features, members, start, scan.losses, right & ~members) for start in starts if start.sum() >= MIN_SEEDS]
+        grown = [grow(features, members, start, scan.losses, right & ~members) for start in starts if start.sum() >= MIN_SEEDS]
         if not grown:
             continue
         group, likely = max(grown, key=lambda pair: (pair[0].distinct, pair[0].separation))
@@ -191,74 +192,25 @@ def _half(features: NDArray[np.float32], members: NDArray[np.bool_], scores: NDA
     On CIFAR-10 the classes of clean data stay one hump (valley below .1), and backdoored ones have a valley of .2 to 1 once
     the network obeys the trigger."""
     half = np.zeros_like(members)
-    likely, separation, valley = _in_two(features, members)
+    likely, separation, valley = in_two(features, members)
     if separation > MIN_SEPARATION and valley > MIN_VALLEY:
         upper, inside = likely > 0.5, scores[members]
         half[members] = upper if roc_auc_score(upper, inside) > 0.5 else ~upper
     return half
 
 
-def _in_two(features: NDArray[np.float32], members: NDArray[np.bool_]) -> tuple[NDArray[np.float64], float, float]:
+def in_two(features: NDArray[np.float32], members: NDArray[np.bool_]) -> tuple[NDArray[np.float64], float, float]:
     """split_in_two of a class along its top singular direction [Tran et al. 2018]; separation 0 where it is too small."""
     if members.sum() < 2 * MIN_SEEDS:
         return np.zeros(int(members.sum())), 0.0, 0.0
     return split_in_two(project(features, np.flatnonzero(members), 1)[:, 0])
 
 
-def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[tuple[Group, NDArray[np.float64]]]:
-    """Classes that fall in two in a trained network's features, for whatever reason and however faintly.
-
-    Args:
-        scan: What a trained network saw.
-        aside: (N,) bool, samples that are left aside.
-
-    Returns: of each such class a group, its smaller part, and for each sample of it (N,) the probability of being in that."""
-    found = []
-    for label in range(scan.num_classes):
-        members = (scan.labels == label) & ~aside
-        likely, separation, valley = _in_two(scan.features, members)
-        likely = likely if (likely > 0.5).mean() <= 0.5 else 1 - likely
-        if separation > MIN_SEPARATION and valley > SOME_VALLEY and (likely > 0.5).sum() >= FEW:
-            found.append(_part(label, members, likely, separation, valley))
-    return found
-
-
-def _part(
-    label: int, members: NDArray[np.bool_], likely: NDArray[np.float64], separation: float, valley: float
-) -> tuple[Group, NDArray[np.float64]]:
-    """The group of a class's likely members, and the probability of each of all samples to be in it."""
-    everyone = np.zeros(len(members))
-    everyone[members] = likely
-    return Group(label, 0, separation, valley, int((likely > 0.5).sum()), 0.0), everyone
-
-
-def same_parts(scan: Scan, aside: NDArray[np.bool_], some: NDArray[np.bool_]) -> list[tuple[Group, NDArray[np.float64]]]:
-    """Of each class that `some` are not of, the part that a probe which tells them from the rest of their own classes tells, too.
-
-    Args:
-        scan: What a trained network saw.
-        aside: (N,) bool, samples that are left aside.
-        some: (N,) bool, none of them aside.
-
-    Returns: as smaller_halves."""
-    features, own = StandardScaler().fit_transform(scan.features), np.isin(scan.labels, scan.labels[some]) & ~aside
-    probe = _probe().fit(features[own], some[own])
-    values, found = probe.decision_function(features), []
-    for label in np.unique(scan.labels[~own & ~aside]).tolist():
-        members = (scan.labels == label) & ~aside
-        if members.sum() < 2 * MIN_SEEDS:
-            continue
-        likely, separation, valley = split_in_two(values[members])
-        if separation > MIN_SEPARATION and valley > MIN_VALLEY and FEW <= (likely > 0.5).sum() <= members.sum() / 2:
-            found.append(_part(label, members, likely, separation, valley))
-    return found
-
-
-def _probe() -> LogisticRegression:
+def probe() -> LogisticRegression:
     return LogisticRegression(C=0.1, class_weight="balanced", max_iter=200)
 
 
-def _grow(
+def grow(
     features: NDArray[np.float32],
     members: NDArray[np.bool_],
     start: NDArray[np.bool_],
@@ -271,7 +223,7 @@ def _grow(
     group = start
     for _ in range(ROUNDS):
         # Out-of-fold, since a probe with many features tells any samples it was fitted to from the rest.
-        values = cross_val_predict(_probe(), features, group, cv=FOLDS, method="decision_function")
+        values = cross_val_predict(probe(), features, group, cv=FOLDS, method="decision_function")
         likely, separation, valley = split_in_two(values[members])
         grown = np.zeros_like(group)
         grown[members] = likely > 0.5

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nab_defense.scan import Scan
-from nab_defense.select import MIN_LEAD, MIN_SEEDS, Selection, expand, same_parts, split_in_two, take_fraction, too_few
+from nab_defense.select import MIN_LEAD, MIN_SEEDS, Selection, expand, split_in_two, take_fraction, too_few
 from nab_defense.types import SuspectReport
 
 CLASSES, DIM = 5, 24
@@ -211,16 +211,3 @@ def test_take_fraction_takes_exactly_that() -> None:
 def test_too_few_samples_are_known_beforehand() -> None:
     assert too_few(np.arange(399) % 20, 0.05) and not too_few(np.arange(400) % 20, 0.05)
     assert not too_few(np.repeat([0, 1], 2 * MIN_SEEDS), 0.05)  # a half of a class may do
-
-
-def test_the_same_is_found_in_classes_where_it_does_not_stand_apart_by_itself() -> None:
-    scan, poisoned = sample(targets=range(CLASSES), rate=0.05, shift=12.0)
-    features = scan.features.copy()
-    features[poisoned, -CLASSES:] = features[poisoned, -CLASSES:].max(axis=1, keepdims=True)  # one direction in all classes
-    seen, some = dataclasses.replace(scan, features=features), poisoned & (scan.labels < 3)
-    nobody = np.zeros(len(scan), dtype=bool)
-    found = {group.label: likely > 0.5 for group, likely in same_parts(seen, nobody, some)}
-    assert sorted(found) == [3, 4]
-    for label, part in found.items():
-        np.testing.assert_array_equal(part, poisoned & (scan.labels == label))
-    assert not same_parts(seen, poisoned & ~some, some)  # the rest of these classes has nothing like it

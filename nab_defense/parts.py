@@ -1,0 +1,89 @@
+"""Parts of classes in a trained network's features: what may be poison that shares no trigger which can be added to others."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+from sklearn.preprocessing import StandardScaler
+
+from .scan import Scan
+from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, Group, grow, in_two, probe, split_in_two
+
+__all__ = ["Part", "joined", "same_parts", "smaller_halves"]
+
+SOME_VALLEY = 0.1  # enough of one to look closer
+FEW = 5  # of a class, where other classes have such a part, too
+
+Part = tuple[Group, NDArray[np.float64]]  # of a class, and each sample's probability of being in it
+
+
+def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
+    """Classes that fall in two in a trained network's features, for whatever reason and however faintly.
+
+    Args:
+        scan: What a trained network saw.
+        aside: (N,) bool, samples that are left aside.
+
+    Returns: of each such class a group, its smaller part, and for each sample of it (N,) the probability of being in that."""
+    found = []
+    for label in range(scan.num_classes):
+        members = (scan.labels == label) & ~aside
+        likely, separation, valley = in_two(scan.features, members)
+        likely = likely if (likely > 0.5).mean() <= 0.5 else 1 - likely
+        if separation > MIN_SEPARATION and valley > SOME_VALLEY and (likely > 0.5).sum() >= FEW:
+            found.append(_part(label, members, likely, separation, valley))
+    return found
+
+
+def _part(label: int, members: NDArray[np.bool_], likely: NDArray[np.float64], separation: float, valley: float) -> Part:
+    """The group of a class's likely members, and the probability of each of all samples to be in it."""
+    everyone = np.zeros(len(members))
+    everyone[members] = likely
+    return Group(label, 0, separation, valley, int((likely > 0.5).sum()), 0.0), everyone
+
+
+def same_parts(scan: Scan, aside: NDArray[np.bool_], some: NDArray[np.bool_]) -> list[Part]:
+    """Of each class that `some` are not of, the part that a probe which tells them from the rest of their own classes tells, too.
+
+    Args:
+        scan: What a trained network saw.
+        aside: (N,) bool, samples that are left aside.
+        some: (N,) bool, none of them aside.
+
+    Returns: as smaller_halves."""
+    features, own = StandardScaler().fit_transform(scan.features), np.isin(scan.labels, scan.labels[some]) & ~aside
+    teller = probe().fit(features[own], some[own])
+    values, found = teller.decision_function(features), []
+    for label in np.unique(scan.labels[~own & ~aside]).tolist():
+        members = (scan.labels == label) & ~aside
+        if members.sum() < 2 * MIN_SEEDS:
+            continue
+        likely, separation, valley = split_in_two(values[members])
+        if separation > MIN_SEPARATION and valley > MIN_VALLEY and FEW <= (likely > 0.5).sum() <= members.sum() / 2:
+            found.append(_part(label, members, likely, separation, valley))
+    return found
+
+
+def joined(
+    scan: Scan, members: NDArray[np.bool_], likely: NDArray[np.float64], logits: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """A part of a class that is accused, and what is like it, by a probe on what two networks see.
+
+    The trained one knows the trigger, where an image shows enough of it; the other, which never saw the part, goes by content,
+    and only what it names after another class joins.
+
+    Args:
+        scan: What the trained network saw.
+        members: (N,) bool, the class.
+        likely: (N,) probability of each sample to be in the part.
+        logits: (N, K) of the other network.
+
+    Returns: (N,) as `likely`, raised where samples join."""
+    part, other = likely > 0.5, logits.argmax(1) != scan.labels
+    both = StandardScaler().fit_transform(np.c_[scan.features, softmax(logits, axis=1)])
+    _, grown = grow(both, members, part, scan.losses, np.zeros_like(part))
+    joining = members & other
+    raised = likely.copy()
+    raised[joining] = np.maximum(likely[joining], grown[joining[members]])
+    return raised

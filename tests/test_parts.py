@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from nab_defense.parts import joined, same_parts
+from nab_defense.scan import Scan
+from tests.test_select import CLASSES, sample
+
+
+def test_the_same_is_found_in_classes_where_it_does_not_stand_apart_by_itself() -> None:
+    scan, poisoned = sample(targets=range(CLASSES), rate=0.05, shift=12.0)
+    features = scan.features.copy()
+    features[poisoned, -CLASSES:] = features[poisoned, -CLASSES:].max(axis=1, keepdims=True)  # one direction in all classes
+    seen, some = dataclasses.replace(scan, features=features), poisoned & (scan.labels < 3)
+    nobody = np.zeros(len(scan), dtype=bool)
+    found = {group.label: likely > 0.5 for group, likely in same_parts(seen, nobody, some)}
+    assert sorted(found) == [3, 4]
+    for label, part in found.items():
+        np.testing.assert_array_equal(part, poisoned & (scan.labels == label))
+    assert not same_parts(seen, poisoned & ~some, some)  # the rest of these classes has nothing like it
+
+
+@pytest.mark.parametrize("content", [True, False])
+def test_what_shows_little_of_the_trigger_joins_an_accused_part_where_its_content_is_foreign(content: bool) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(CLASSES), 400)
+    trigger = np.zeros(len(labels))
+    trigger[:100], trigger[100:150] = 8.0, 5.0  # class 0: found by itself, shown in part, clean
+    features = rng.normal(size=(len(labels), 12)).astype(np.float32)
+    features[:, 0] += trigger
+    names = np.where((trigger > 0) & content, rng.integers(1, CLASSES, len(labels)), labels)
+    names[150:170] = 1  # clean, and hard to tell
+    logits = (3 * np.eye(CLASSES)[names] + rng.normal(size=(len(labels), CLASSES))).astype(np.float32)
+    logits[np.arange(len(labels)), names] = logits.max(axis=1) + 0.1
+    scan = Scan(labels, np.zeros(len(labels), np.float32), np.eye(CLASSES, dtype=np.float32)[labels], features)
+    part = (np.arange(len(labels)) < 100).astype(np.float64)
+    now = joined(scan, labels == 0, part, logits) > 0.5
+    assert now[:100].all() and not now[400:].any() and now[150:400].sum() <= 10
+    assert now[100:150].mean() > 0.8 if content else not now[100:150].any()
+    assert part.sum() == 100  # not written to
