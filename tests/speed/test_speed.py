@@ -59,7 +59,9 @@ def test_wrapper() -> None:
 
 
 def test_defended() -> None:
-    check_pair(fitting.defended(count=16, **TINY)["inference"], 2)
+    found = fitting.defended(count=16, **TINY)
+    for network in ("small", "resnet18"):
+        check_pair(found[network], 2)
 
 
 def test_scan() -> None:
