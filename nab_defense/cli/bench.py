@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import io
-from ..grid import Grid, cells_of, draw, find_cells, load_grid, markdown, own_share, read_results, run_cells
+from ..grid import Grid, cells_of, draw, find_cells, load_grid, markdown, on_ray, own_share, read_results, run_cells
 from ..speed import BENCHMARKS, run_speed
 from .common import Parser
 
@@ -17,6 +17,7 @@ EXAMPLES = [
     "nab bench recipes/bench/cpu.yaml --out runs/bench_cpu",
     "nab bench recipes/bench/digits.yaml --cell resnet-blend-10pct-nab-seed0",
     "nab bench recipes/bench/cpu.yaml --summarize",
+    "nab bench recipes/bench/cpu.yaml --launcher ray --workers 2",
     "nab bench results/bench/digits --summarize --out runs/summary",
     "nab bench --speed training kmeans",
 ]
@@ -30,11 +31,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help=where)
     parser.add_argument("--cell", metavar="KEY", help="run this cell alone, with what it needs: its key, or a part of its name")
     parser.add_argument("--summarize", action="store_true", help="write tables and plots of what is finished, and run nothing")
+    parser.add_argument("--launcher", choices=("here", "ray"), default="here", help="ray: spread the settings over a Ray cluster")
+    parser.add_argument("--workers", type=int, metavar="N", help="with --launcher ray: N processors of this machine, no cluster")
     speed = f"instead: what the parts cost on this machine, each beside what it replaces or wraps; of {', '.join(BENCHMARKS)}"
     parser.add_argument("--speed", nargs="*", metavar="NAME", help=f"{speed}; default all, half an hour on two idle cores")
     args = parser.parse_args(argv)
     if (args.speed is None) == (args.grid is None):
         parser.error("give either a grid or --speed")
+    if args.workers is not None and (args.launcher != "ray" or args.workers < 1):
+        parser.error(f"--workers {args.workers}: at least 1, and with --launcher ray")
     if args.speed is not None:
         return _speed(args.out or Path("runs") / "speed", args.speed)
     if args.summarize and Path(args.grid).is_dir():
@@ -45,7 +50,8 @@ def main(argv: list[str]) -> int:
         return _summarize(out, grid, None)
     cells = cells_of(grid, str(args.grid))
     cells = own_share(cells) if args.cell is None else find_cells(cells, args.cell)
-    failed = run_cells(cells, out, tell=lambda line: print(line, flush=True))
+    runner = on_ray(args.workers) if args.launcher == "ray" else None
+    failed = run_cells(cells, out, tell=lambda line: print(line, flush=True), runner=runner)
     print(f"{len(cells)} cells, {len(failed)} failed; written to {out}")
     return 0
 

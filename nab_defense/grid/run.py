@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from .. import io
 from ..defences import Outcome, defences
@@ -19,25 +16,19 @@ from .cells import Cell, Setting, grouped
 from .figures import attack_works, figures
 from .schema import NONE, ORACLE
 
-__all__ = ["ATTACK_FAILED", "DONE", "FAILED", "cell_path", "own_share", "run_cells"]
+__all__ = ["ATTACK_FAILED", "DONE", "FAILED", "Record", "Runner", "as_record", "cell_path", "records", "run_cells"]
 
 DONE, ATTACK_FAILED, FAILED = "done", "attack failed", "failed"
+Record = dict[str, Any]
 Tell = Callable[[str], None]
+Runner = Callable[[list[Cell], Path], Iterator[tuple[Cell, Record]]]
 
 
 def cell_path(out: Path, cell: Cell) -> Path:
     return out / "cells" / f"{cell.name}.json"
 
 
-def own_share(cells: list[Cell]) -> list[Cell]:
-    """This process's part where torchrun started several: whole settings in turn, so that no two train the same twin."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
-    return [cell for group in grouped(cells)[rank::world] for cell in group]
-
-
-def run_cells(cells: list[Cell], out: Path, *, tell: Tell) -> list[str]:
+def run_cells(cells: list[Cell], out: Path, *, tell: Tell, runner: Runner | None = None) -> list[str]:
     """Run those that are not there yet.
 
     A cell that cannot be run (ValueError) is written down as failed with its one line, and the others go on; the next run tries
@@ -48,6 +39,7 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell) -> list[str]:
         cells: In their order.
         out: Folder of the grid; gets cells/, twins/ and sheets/, with a picture of each attack.
         tell: Called with a line a cell.
+        runner: Takes the missing cells and `out`, and gives each with its record as it is finished; None: one after the other, here.
 
     Returns: names of the cells that failed."""
     io.check_folder(out)
@@ -55,7 +47,7 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell) -> list[str]:
     done, failed, begun = len(cells) - len(missing), [], time.perf_counter()
     if done:
         tell(f"{done} of {len(cells)} cells are there already")
-    for number, (cell, record) in enumerate(_records(missing, out), start=1):
+    for number, (cell, record) in enumerate((runner or records)(missing, out), start=1):
         io.save_json(cell_path(out, cell), record)
         if record["status"] == FAILED:
             failed.append(cell.name)
@@ -68,18 +60,19 @@ def _there(path: Path) -> bool:
     return path.exists() and io.load_json(path)["status"] != FAILED
 
 
-def _records(cells: list[Cell], out: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def records(cells: list[Cell], out: Path) -> Iterator[tuple[Cell, Record]]:
+    """Run cells in their order, each setting opened once."""
     for group in grouped(cells):
         with tempfile.TemporaryDirectory(prefix="bench_") as work:
             begun = time.perf_counter()
             case = _opened(group[0].setting, out, Path(work))
             for number, cell in enumerate(group):
                 found = _found(cell, case, Path(work) / str(number))
-                yield cell, {**_about(cell), **found, "wall_seconds": time.perf_counter() - begun}
+                yield cell, as_record(cell, found, time.perf_counter() - begun)
                 begun = time.perf_counter()
 
 
-def _opened(setting: Setting, out: Path, work: Path) -> Case | dict[str, Any]:
+def _opened(setting: Setting, out: Path, work: Path) -> Case | Record:
     """The case with its twins; or how it fails, as all its cells then do: it is tried once."""
     try:
         case = Case(setting, out, work)
@@ -90,7 +83,7 @@ def _opened(setting: Setting, out: Path, work: Path) -> Case | dict[str, Any]:
     return case
 
 
-def _found(cell: Cell, case: Case | dict[str, Any], folder: Path) -> dict[str, Any]:
+def _found(cell: Cell, case: Case | Record, folder: Path) -> Record:
     if isinstance(case, dict):
         return case
     try:
@@ -99,21 +92,23 @@ def _found(cell: Cell, case: Case | dict[str, Any], folder: Path) -> dict[str, A
         return _failed(error)
 
 
-def _failed(error: ValueError) -> dict[str, Any]:
+def _failed(error: ValueError) -> Record:
     return {"status": FAILED, "error": " ".join(str(error).split())}
 
 
-def _about(cell: Cell) -> dict[str, Any]:
+def as_record(cell: Cell, found: Record, seconds: float) -> Record:
+    """What a cell's file holds: which cell it is, what was found, and the seconds that passed."""
     setting = cell.setting
     place = {"network": setting.network, "attack": setting.attack, "rate": setting.rate, "seed": setting.seed}
-    return {"key": cell.key, "cell": {**place, "defence": cell.defence}, "config": cell.config}
+    about = {"key": cell.key, "cell": {**place, "defence": cell.defence}, "config": cell.config}
+    return {**about, **found, "wall_seconds": seconds}
 
 
-def _run(cell: Cell, case: Case, folder: Path) -> dict[str, Any]:
+def _run(cell: Cell, case: Case, folder: Path) -> Record:
     twins = case.twins
     works = attack_works(twins.figures)
     plain = twins.seconds["undefended"]
-    found: dict[str, Any] = {
+    found: Record = {
         "status": DONE if works is not False else ATTACK_FAILED,
         **provenance(case.session.runtime),
         "twins": twins.figures,
@@ -135,7 +130,7 @@ def _run(cell: Cell, case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
-def in_short(record: dict[str, Any]) -> str:
+def in_short(record: Record) -> str:
     """What a cell showed, for people who watch."""
     took = f"{record['wall_seconds']:.0f} s"
     if record["status"] == FAILED:

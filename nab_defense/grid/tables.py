@@ -10,12 +10,11 @@ from typing import Any
 
 from .. import io
 from .cells import cells_of
-from .run import ATTACK_FAILED, DONE, FAILED
+from .run import ATTACK_FAILED, DONE, FAILED, Record
 from .schema import NONE, ORACLE, Grid
 
-__all__ = ["ASR", "GAP", "Record", "Results", "markdown", "measured", "read_results"]
+__all__ = ["ASR", "GAP", "Results", "markdown", "measured", "read_results"]
 
-Record = dict[str, Any]
 Reader = Callable[[Record], float | None]
 
 

@@ -13,6 +13,7 @@ import pytest
 from nab_defense import io
 from nab_defense.cli import main
 from nab_defense.grid import cells_of, load_grid, own_share
+from nab_defense.grid.run import cell_path
 from tests.digits_runs import ROOT
 from tests.grid.small import small_grid
 
@@ -73,3 +74,16 @@ def test_ranks_share_whole_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sorted(parts[0] + parts[1]) == sorted(cell.name for cell in cells)
     assert [len(part) for part in parts] == [4, 2]
     assert {name.split("-")[1] for name in parts[0]} == {"badnets", "none"}
+
+
+def test_two_workers_of_ray_find_what_one_process_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    grid, out, plain = small_grid(tmp_path, attacks=ATTACKS), tmp_path / "out", tmp_path / "plain"
+    assert main(["bench", str(grid), "--out", str(out), "--launcher", "ray", "--workers", "2"]) == 0
+    assert "6 cells, 0 failed" in capfd.readouterr().out
+    assert main(["bench", str(grid), "--out", str(plain)]) == 0
+    cells = cells_of(load_grid(grid))
+    for cell in cells:
+        ours, theirs = (io.load_json(cell_path(folder, cell)) for folder in (out, plain))
+        assert ours["figures"] == theirs["figures"] and ours["twins"] == theirs["twins"]
+    assert main(["bench", str(grid), "--out", str(out), "--launcher", "ray", "--workers", "2"]) == 0
+    assert "6 of 6 cells are there already" in capfd.readouterr().out
