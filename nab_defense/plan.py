@@ -30,6 +30,15 @@ class Finding:
     plan: NABPlan
     confidence: NDArray[np.float32]
 
+    @property
+    def ranking(self) -> NDArray[np.float32]:
+        """(N,), higher = more suspicious in the end: the accused before all others, then by doubt, then by the detector's score.
+
+        That score alone tells little after a second look: it is the loss of a trained network, in which poison and all else are
+        low, and it accused nobody."""
+        facts = np.c_[self.plan.suspect, self.selection.doubt, self.report.scores]
+        return np.unique(facts, axis=0, return_inverse=True)[1].reshape(-1).astype(np.float32)
+
 
 def paper_plan(scan: Scan, suspect: NDArray[np.bool_], proposed: NDArray[np.int64]) -> NABPlan:
     """The textbook rule [NAB, arXiv:2307.15539, section 4]: every suspect takes its proposed label, and the stamp where that

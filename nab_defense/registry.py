@@ -59,6 +59,11 @@ class Registry(Generic[T]):
             raise ValueError(f"no {self.kind} {name!r}; known: {', '.join(self.names())}{nearest(name, self._items)}")
         return self._items[name]
 
+    def defaults(self, name: str) -> dict[str, str]:
+        """The settings of the entry `name` that may be left out, each with its default as text."""
+        knobs = inspect.signature(self.get(name)).parameters.values()
+        return {knob.name: repr(knob.default) for knob in knobs if knob.default is not knob.empty}
+
     def create(self, name: str, **knobs: Any) -> T:
         """Build the entry `name`; an unknown knob raises ValueError naming the known ones."""
         item = self.get(name)

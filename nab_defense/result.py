@@ -46,7 +46,7 @@ def describe(
     measured: dict[str, Any] = {"selected": int(plan.suspect.sum()), "altered": int(plan.changed.sum())}
     if session.truth is not None:
         poisoned = session.truth.poisoned
-        measured |= detection(plan.suspect, finding.report.scores, poisoned)
+        measured |= detection(plan.suspect, finding.ranking, poisoned)
         accuracy = relabel_accuracy(plan, session.truth.true_labels)
         if accuracy is not None:
             measured["relabel_accuracy"] = accuracy.value

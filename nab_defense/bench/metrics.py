@@ -11,7 +11,10 @@ from sklearn.metrics import roc_auc_score
 
 from ..types import NABPlan, Rate
 
-__all__ = ["defense_effectiveness", "detection", "hits_at", "relabel_accuracy", "share", "wilson"]
+__all__ = [
+    "area", "best_effectiveness", "defense_effectiveness", "detection", "difference", "hits_at", "relabel_accuracy", "share",
+    "wilson",
+]  # fmt: skip
 
 
 def wilson(hits: int, n: int, z: float = 1.96) -> Rate:
@@ -41,6 +44,36 @@ def share(mask: NDArray[np.bool_]) -> Rate:
     return wilson(int(np.count_nonzero(mask)), len(mask))
 
 
+def difference(first: Rate, second: Rate) -> tuple[float, float, float]:
+    """first - second with its 95 % interval [Newcombe 1998, method 10]: value, low, high, in [-1, 1].
+
+    It takes the two for independent; of two networks on the same images it is wider than it need be."""
+    value = first.value - second.value
+    down = math.hypot(first.value - first.low, second.high - second.value)
+    up = math.hypot(first.high - first.value, second.value - second.low)
+    return value, max(-1.0, value - down), min(1.0, value + up)
+
+
+def area(scores: NDArray[Any], poisoned: NDArray[np.bool_], z: float = 1.96) -> Rate | None:
+    """AUROC of a ranking with its interval [Hanley and McNeil 1982]; n is the number of poisoned samples.
+
+    Args:
+        scores: (N,), higher = more suspicious.
+        poisoned: (N,) bool, the truth.
+        z: As in wilson.
+
+    Returns:
+        None where nothing or everything is poisoned."""
+    many, few = int(np.count_nonzero(~poisoned)), int(np.count_nonzero(poisoned))
+    if not many or not few:
+        return None
+    value = float(roc_auc_score(poisoned, scores))
+    above, below = value / (2 - value), 2 * value**2 / (1 + value)
+    variance = (value * (1 - value) + (few - 1) * (above - value**2) + (many - 1) * (below - value**2)) / (few * many)
+    half = z * math.sqrt(max(variance, 0.0))
+    return Rate(value, few, low=max(0.0, value - half), high=min(1.0, value + half))
+
+
 def detection(
     suspect: NDArray[np.bool_], scores: NDArray[Any] | None, poisoned: NDArray[np.bool_]
 ) -> dict[str, int | float | None]:
@@ -57,16 +90,16 @@ def detection(
     """
     selected, total = int(np.count_nonzero(suspect)), int(np.count_nonzero(poisoned))
     hits = int(np.count_nonzero(suspect & poisoned))
-    ranked = scores is not None and 0 < total < len(poisoned)
+    ranked = None if scores is None else area(scores, poisoned)
     return {
         "selected": selected,
         "precision": hits / selected if selected else None,
         "recall": hits / total if total else None,
-        "auroc": float(roc_auc_score(poisoned, scores)) if ranked else None,
+        "auroc": None if ranked is None else ranked.value,
     }
 
 
-def hits_at(scores: NDArray[Any], poisoned: NDArray[np.bool_], *, false_alarms: float) -> float | None:
+def hits_at(scores: NDArray[Any], poisoned: NDArray[np.bool_], *, false_alarms: float) -> Rate | None:
     """Share of the poison that ranks above all but this share of the clean samples (TPR at a fixed FPR).
 
     Ties count against the detector: a sample is found where it scores higher than the threshold.
@@ -77,12 +110,12 @@ def hits_at(scores: NDArray[Any], poisoned: NDArray[np.bool_], *, false_alarms: 
         false_alarms: In [0, 1).
 
     Returns:
-        In [0, 1]; None where nothing or everything is poisoned."""
+        n is the number of poisoned samples; None where nothing or everything is poisoned."""
     clean = np.sort(scores[~poisoned])[::-1]
     if not len(clean) or not poisoned.any():
         return None
     threshold = clean[int(false_alarms * len(clean))]
-    return float((scores[poisoned] > threshold).mean())
+    return share(scores[poisoned] > threshold)
 
 
 def defense_effectiveness(before: tuple[float, float], after: tuple[float, float]) -> float:
@@ -92,6 +125,13 @@ def defense_effectiveness(before: tuple[float, float], after: tuple[float, float
 
     Returns: (max(0, fall of ASR) - max(0, fall of ACC) + 1) / 2, in [0, 1]."""
     return (max(0.0, before[0] - after[0]) - max(0.0, before[1] - after[1]) + 1) / 2
+
+
+def best_effectiveness(before: float) -> float:
+    """DER of a defence that undoes the attack at no cost, the most that can be had.
+
+    Args: before: ASR of the undefended network, in [0, 1]."""
+    return defense_effectiveness((before, 0.0), (0.0, 0.0))
 
 
 def relabel_accuracy(plan: NABPlan, true_labels: NDArray[np.int64]) -> Rate | None:

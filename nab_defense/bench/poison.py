@@ -99,11 +99,11 @@ def choose_poison(
     return np.sort(rng.choice(eligible, size=count, replace=False))
 
 
-def choose_cover(free: BoolArray, *, fraction: float, rng: np.random.Generator) -> IntArray:
-    """Draw round(fraction * N) covers among the samples that are free for it, ascending."""
-    eligible, count = np.flatnonzero(free), round(fraction * len(free))
+def choose_cover(free: BoolArray, *, count: int, rng: np.random.Generator) -> IntArray:
+    """Draw so many covers among the samples that are free for it, (N,) bool; ascending."""
+    eligible = np.flatnonzero(free)
     if count > len(eligible):
-        raise ValueError(f"cover_fraction {fraction} needs {count} images, {len(eligible)} are left beside the poison; lower it")
+        raise ValueError(f"covers asks for {count} images, {len(eligible)} are left beside the poison; lower it")
     return np.sort(rng.choice(eligible, size=count, replace=False))
 
 
@@ -141,7 +141,7 @@ def poison_source(
         labels[chosen] = wanted_labels(source.labels[chosen], target=goal, mode=mode, num_classes=classes)
         if isinstance(part, CoverAttack):
             free = (which < 0) & _coverable(part, source.labels, goal)
-            chosen = choose_cover(free, fraction=part.cover_fraction, rng=rng)
+            chosen = choose_cover(free, count=round(part.covers * len(chosen)), rng=rng)
             which[chosen], cover[chosen] = len(painters), True
             painters.append(part.cover)
     change = f"poison: {attack!r} rate={rate} target={target} mode={mode} seed={seed} probe={_probe(source, attack.apply, seed)}"

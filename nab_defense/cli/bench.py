@@ -32,14 +32,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cell", metavar="KEY", help="run this cell alone, with what it needs: its key, or a part of its name")
     parser.add_argument("--summarize", action="store_true", help="write tables and plots of what is finished, and run nothing")
     parser.add_argument("--launcher", choices=("here", "ray"), default="here", help="ray: spread the settings over a Ray cluster")
-    parser.add_argument("--workers", type=int, metavar="N", help="with --launcher ray: N processors of this machine, no cluster")
+    parser.add_argument("--workers", type=int, metavar="N", help="with --launcher ray: start N of its workers on this machine")
     speed = f"instead: what the parts cost on this machine, each beside what it replaces or wraps; of {', '.join(BENCHMARKS)}"
     parser.add_argument("--speed", nargs="*", metavar="NAME", help=f"{speed}; default all, half an hour on two idle cores")
     args = parser.parse_args(argv)
     if (args.speed is None) == (args.grid is None):
         parser.error("give either a grid or --speed")
     if args.workers is not None and (args.launcher != "ray" or args.workers < 1):
-        parser.error(f"--workers {args.workers}: at least 1, and with --launcher ray")
+        raise ValueError(f"--workers {args.workers}: at least 1, and with --launcher ray")
     if args.speed is not None:
         return _speed(args.out or Path("runs") / "speed", args.speed)
     if args.summarize and Path(args.grid).is_dir():

@@ -59,13 +59,15 @@ class Task:
         return session
 
     def remember(self, name: str, make: Callable[[], Any]) -> tuple[Any, float]:
-        """What `make` gives, and the seconds it took; made once for all defences that ask for it by this name.
+        """What `make` gives, and the seconds it took; made once for all defences that ask for it by this name, with the same
+        settings of the scan.
 
         It must follow from the task alone, and nobody may change it."""
-        if name not in self.shared:
+        key = name + self.recipe.model_dump_json(include={"scan", "fraction", "relabel"})
+        if key not in self.shared:
             begun = time.perf_counter()
-            self.shared[name] = make(), time.perf_counter() - begun
-        return self.shared[name]
+            self.shared[key] = make(), time.perf_counter() - begun
+        return self.shared[key]
 
     def fitted(self, session: Session, plan: NABPlan, arm: str) -> tuple[nn.Module, float]:
         """A network trained under a plan for this task's source, and its seconds; where the plan changes nothing that is the
@@ -96,7 +98,9 @@ class Outcome:
 
 
 class Defence(Protocol):
-    """A way to a network that does not obey triggers."""
+    """A way to a network that does not obey triggers.
+
+    One that runs another registered method has a property `inner` with that method's defaults, which its results hang on, too."""
 
     def defend(self, task: Task) -> Outcome:
         """Raises: ValueError: It cannot serve this task; the line says why."""

@@ -22,4 +22,4 @@ class Drop:
         (finding, _), seconds = task.remember("look", lambda: look(session))
         plan = dataclasses.replace(NABPlan.empty(task.source.labels), suspect=finding.plan.suspect, keep=~finding.plan.suspect)
         network, training = task.fitted(session, plan, "dropped")
-        return Outcome(network, {"scan": seconds, "train": training}, plan, finding.report.scores)
+        return Outcome(network, {"scan": seconds, "train": training}, plan, finding.ranking)

@@ -33,7 +33,7 @@ class NAB:
             return task.undefended
 
         finding, network, _ = protect(session, clock, first=lambda: first, fitted=fitted)
-        return Outcome(defend(session, network, finding.plan), clock.seconds, finding.plan, finding.report.scores)
+        return Outcome(defend(session, network, finding.plan), clock.seconds, finding.plan, finding.ranking)
 
 
 @defences.register("nab_paper", source="arXiv:2307.15539")
@@ -52,6 +52,10 @@ class NABPaper:
     def __post_init__(self) -> None:
         detectors.create(self.detector)
 
+    @property
+    def inner(self) -> dict[str, str]:
+        return detectors.defaults(self.detector)
+
     def defend(self, task: Task) -> Outcome:
         scan = task.recipe.scan.model_copy(update={"detector": self.detector, "params": {}})
         session = task.session(rule="paper", scan=scan)
@@ -61,4 +65,4 @@ class NABPaper:
         finding = clock("scan", lambda: accuse(session, seen, network))
         trained, seconds = task.fitted(session, finding.plan, "defended")
         clock.add("train", seconds)
-        return Outcome(defend(session, trained, finding.plan), clock.seconds, finding.plan, finding.report.scores)
+        return Outcome(defend(session, trained, finding.plan), clock.seconds, finding.plan, finding.ranking)

@@ -32,6 +32,10 @@ class Repaired:
     def __post_init__(self) -> None:
         purifiers.create(self.method, **self.settings)
 
+    @property
+    def inner(self) -> dict[str, str]:
+        return purifiers.defaults(self.method)
+
     def defend(self, task: Task) -> Outcome:
         session, method = task.session(), purifiers.create(self.method, **self.settings)
         begun, (mean, std), recipe = time.perf_counter(), session.normalization, task.recipe

@@ -79,14 +79,18 @@ class Case:
         assert cases is not None  # cells_of refuses recipes without a test set
         return cases
 
+    @cached_property
+    def _triggered(self) -> Source | None:
+        session = self.session
+        return None if session.recipe.attack is None else session.triggered(session.test_source)[0]
+
     def show(self, path: Path) -> None:
         """Write the attack's contact sheet, where there is an attack: poison as it is trained on, then triggered test images."""
         session = self.session
-        if session.recipe.attack is None or path.exists():
+        if self._triggered is None or path.exists():
             return
         poison = session.source.subset(np.flatnonzero(self.truth.poisoned))
-        triggered, _ = session.triggered(session.test_source)
-        io.save_image(path, contact_sheet([(session.clean_source, poison), (session.test_source, triggered)]))
+        io.save_image(path, contact_sheet([(session.clean_source, poison), (session.test_source, self._triggered)]))
 
     def measured(self, model: nn.Module) -> dict[str, Any]:
         return to_dict(evaluate(model, self.cases, self.session.runtime))
@@ -107,8 +111,9 @@ class Case:
 
     @cached_property
     def twins(self) -> Twins:
-        """Taken from disk where an earlier cell left them."""
-        runtime, record = self.session.runtime, self.folder / f"{self.setting.name}-{self.setting.key}.json"
+        """From disk where an earlier cell left them, for these very images: an attack paints others once its code changes."""
+        shown = [source.fingerprint for source in (self.given, self._triggered) if source is not None]
+        runtime, record = self.session.runtime, self.folder / f"{self.setting.name}-{key_of([self.setting.key, *shown])}.json"
         undefended, seconds = self._twin(record.with_suffix(""), NABPlan.empty(self.given.labels))
         oracle, again = undefended, seconds
         if self.truth.poisoned.any():

@@ -11,9 +11,13 @@ from importlib.metadata import version
 from itertools import groupby
 from typing import Any
 
+from ..bench.attacks import attacks
+from ..defences import defences
+from ..detectors import detectors
 from ..methods import check_methods
+from ..relabel import relabelers
 from ..schema import Recipe
-from .schema import NONE, AttackRow, DefenceRow, Grid, merged, network_recipe
+from .schema import NONE, ORACLE, AttackRow, DefenceRow, Grid, merged, network_recipe
 
 __all__ = ["Cell", "Setting", "cells_of", "defended_recipe", "find_cells", "grouped", "key_of"]
 
@@ -46,11 +50,16 @@ class Setting:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Everything that determines it."""
+        """Everything that determines it, and the defaults of what is left out: a cell must not stand for another default."""
+        recipe = self.recipe
+        defaults = {"detector": detectors.defaults(recipe.scan.detector), "relabeler": relabelers.defaults(recipe.relabel.name)}
+        if recipe.attack is not None:
+            defaults["attack"] = attacks.defaults(recipe.attack.name)
         return {
-            "recipe": self.recipe.model_dump(mode="json", exclude={"name"}),
+            "recipe": recipe.model_dump(mode="json", exclude={"name"}),
             "clean": self.clean,
             "package": VERSION,
+            "defaults": defaults,
         }
 
     @cached_property
@@ -77,7 +86,11 @@ class Cell:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return {**self.setting.config, "defence": {"name": self.kind, "params": self.row.params, "recipe": self.row.recipe}}
+        row, defaults = self.row, {}
+        if self.kind != ORACLE:
+            defaults = {**defences.defaults(self.kind), **getattr(defences.create(self.kind, **row.params), "inner", {})}
+        given = {"name": self.kind, "params": row.params, "recipe": row.recipe, "defaults": defaults}
+        return {**self.setting.config, "defence": given}
 
     @cached_property
     def key(self) -> str:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from ..bench.evaluate import Loader
-from ..bench.metrics import defense_effectiveness, detection, hits_at, relabel_accuracy, share
+from ..bench.metrics import area, best_effectiveness, defense_effectiveness, difference, hits_at, relabel_accuracy, share
 from ..defences import Outcome
 from ..defended import DefendedModel
+from ..types import Rate
 from .case import Case
 
 __all__ = ["WORKS", "attack_works", "figures"]
@@ -45,19 +46,24 @@ def figures(outcome: Outcome, case: Case, *, detects: bool = True) -> dict[str, 
     }
 
 
-def compared(own: dict[str, Any], twins: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-    """A defence beside its twins: how much more it obeys than the oracle, what accuracy it lacks, DER, and the oracle's DER."""
+def compared(own: dict[str, Any], twins: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A defence beside its twins: how much more it obeys than the oracle, what accuracy it lacks, DER, and the most it can be."""
     undefended, oracle = twins["undefended"], twins["oracle"]
-    gap = oracle["acc"]["value"] - own["acc"]["value"]
+    gap = _minus(oracle["acc"], own["acc"])
     if "asr" not in own:
         return {"excess_asr": None, "acc_gap": gap, "der": None, "der_ceiling": None}
-    before, best, after = (_pair(figures) for figures in (undefended, oracle, own))
+    before, after = (_pair(figures) for figures in (undefended, own))
     return {
-        "excess_asr": after[0] - best[0],
+        "excess_asr": _minus(own["asr"], oracle["asr"]),
         "acc_gap": gap,
         "der": defense_effectiveness(before, after),
-        "der_ceiling": defense_effectiveness(before, best),
+        "der_ceiling": best_effectiveness(before[0]),
     }
+
+
+def _minus(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    value, low, high = difference(Rate(**first), Rate(**second))
+    return {"value": value, "n": first["n"], "low": low, "high": high}
 
 
 def _pair(figures: dict[str, Any]) -> tuple[float, float]:
@@ -69,9 +75,15 @@ def _detection(outcome: Outcome, case: Case) -> dict[str, Any] | None:
     plan, scores, poisoned = outcome.plan, outcome.scores, case.truth.poisoned
     if scores is None or plan is None:
         return None
-    found = detection(plan.suspect, scores, poisoned)
-    rates = {f"tpr_at_{name}": hits_at(scores, poisoned, false_alarms=rate) for name, rate in (("1pct", 0.01), ("01pct", 0.001))}
-    return {**found, **rates}
+    suspect = plan.suspect
+    found = {
+        "precision": share(poisoned[suspect]) if suspect.any() else None,
+        "recall": share(suspect[poisoned]) if poisoned.any() else None,
+        "auroc": area(scores, poisoned),
+        "tpr_at_1pct": hits_at(scores, poisoned, false_alarms=0.01),
+        "tpr_at_01pct": hits_at(scores, poisoned, false_alarms=0.001),
+    }
+    return {"selected": int(suspect.sum()), **{name: None if rate is None else asdict(rate) for name, rate in found.items()}}
 
 
 def _relabelled(outcome: Outcome, case: Case) -> dict[str, Any] | None:

@@ -15,6 +15,8 @@ from .run import FAILED, Record, Runner, as_record, records
 
 __all__ = ["on_ray", "own_share"]
 
+TOLD = ("NAB_CACHE", "HF_HUB_OFFLINE", "HF_HOME", "NO_ALBUMENTATIONS_UPDATE")  # of this process's environment, to workers
+
 
 def own_share(cells: list[Cell]) -> list[Cell]:
     """This process's part where torchrun started several: whole settings in turn, so that no two train the same twin."""
@@ -25,18 +27,18 @@ def own_share(cells: list[Cell]) -> list[Cell]:
 
 
 def on_ray(workers: int | None = None) -> Runner:
-    """A runner for `run_cells` that has Ray's workers run whole settings, each with `runtime.threads` processors (1 where the recipe
-    names none) and with a GPU where the cluster has any and the recipe does not name the CPU.
+    """A runner for `run_cells` that has the workers of a Ray cluster run whole settings, each with `runtime.threads` processors
+    (1 where the recipe names none), and with a GPU where the cluster has any and the recipe does not name the CPU.
 
-    Finished cells come back to this process, which writes them down. The workers must find the data under the same path; sheets and
-    twins stay where they were made, so nodes that share no disk train the twins that they miss anew. A worker that dies fails the
+    Finished cells come back to this process, which writes them down. The workers must find the data under the same path; twins
+    and sheets stay where they were made, so a machine that shares no disk trains twins of its own. A worker that dies fails the
     rest of its setting, which the next run tries again.
 
-    Args: workers: Processors to give to workers of this machine; None: those of the cluster that Ray finds (RAY_ADDRESS, or one that
-        `ray start` started here), or all of this machine's.
+    Args: workers: How many to start on this machine; None: those of the cluster that Ray finds (RAY_ADDRESS, or one that
+        `ray start` started here), or as many as this machine has processors for.
 
     Raises:
-        ValueError: Ray is not installed, or its cluster does not answer."""
+        ValueError: Ray is not installed, its cluster does not answer, or has no machine with so many processors."""
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError:
@@ -44,12 +46,17 @@ def on_ray(workers: int | None = None) -> Runner:
 
     def run(cells: list[Cell], out: Path) -> Iterator[tuple[Cell, Record]]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report home
-        own = {} if workers is None else {"address": "local", "num_cpus": workers}
+        most = max((_processors(cell.setting) for cell in cells), default=1)
+        own = {} if workers is None else {"address": "local", "num_cpus": workers * most}
+        told = {name: value for name, value in os.environ.items() if name in TOLD}
         try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning", **own)
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env={"env_vars": told}, **own)
         except ConnectionError as error:
-            raise ValueError(f"Ray's cluster does not answer: {' '.join(str(error).split())}; see RAY_ADDRESS") from None
+            raise ValueError(f"Ray's cluster does not answer, see RAY_ADDRESS: {' '.join(str(error).split())}") from None
         try:
+            largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes())
+            if most > largest:
+                raise ValueError(f"runtime.threads={most}, but no machine gives Ray more than {largest:g} processors; lower it")
             yield from _gathered(ray, cells, out)
         finally:
             ray.shutdown()
@@ -63,7 +70,9 @@ def _gathered(ray: Any, cells: list[Cell], out: Path) -> Iterator[tuple[Cell, Re
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     left = {}
     for group in grouped(cells):
-        task = work.options(**_needs(group[0].setting, has_gpus)).remote(group, str(out.absolute()), str(Path.cwd()))
+        setting = group[0].setting
+        gpus = int(has_gpus and setting.recipe.runtime.device != "cpu")
+        task = work.options(num_cpus=_processors(setting), num_gpus=gpus).remote(group, str(out.absolute()), str(Path.cwd()))
         left[task] = group
     while left:
         (task, *_), _ = ray.wait(list(left), num_returns=1)
@@ -81,9 +90,8 @@ def _gathered(ray: Any, cells: list[Cell], out: Path) -> Iterator[tuple[Cell, Re
             yield cell, record
 
 
-def _needs(setting: Setting, has_gpus: bool) -> dict[str, float]:
-    runtime = setting.recipe.runtime
-    return {"num_cpus": runtime.threads or 1, "num_gpus": int(has_gpus and runtime.device != "cpu")}
+def _processors(setting: Setting) -> int:
+    return setting.recipe.runtime.threads or 1
 
 
 def _in_worker(cells: list[Cell], out: str, folder: str) -> Iterator[Record]:

@@ -54,17 +54,21 @@ def _against(figure: Figure, results: Results, cells: list[Record]) -> None:
 
 
 def _by_rate(figure: Figure, results: Results, cells: list[Record]) -> None:
-    """Mean ASR of all attacks that work at a rate; a line a defence."""
+    """A line an attack in the color of the defence: a mean over attacks would be one over other attacks at each rate."""
     axes = figure.subplots()
     for number, defence in enumerate(results.defences):
-        points = []
-        for rate in sorted(rate for rate in results.rates if rate):
-            values, _ = _means([cell for cell in cells if cell["cell"]["rate"] == rate], "defence", defence)
-            if values:
-                points.append((100 * rate, mean(values)))
-        if points:
-            axes.plot(*zip(*points, strict=True), label=defence, marker=MARKERS[number % len(MARKERS)])
-    axes.set(xlabel="poison rate, %", ylabel="mean ASR of the attacks that work", xscale="log")
+        titles = [defence]
+        for attack in results.attacks:
+            points = []
+            for rate in sorted(rate for rate in results.rates if rate):
+                here = [cell for cell in cells if (cell["cell"]["rate"], cell["cell"]["attack"]) == (rate, attack)]
+                values, _ = _means(here, "defence", defence)
+                if values:
+                    points.append((100 * rate, mean(values)))
+            if points:
+                (line,) = axes.plot(*zip(*points, strict=True), color=f"C{number}", alpha=0.6)
+                line.set(marker=MARKERS[number % len(MARKERS)], label=titles.pop() if titles else None)
+    axes.set(xlabel="poison rate, %", ylabel="ASR of each attack that works", xscale="log")
     axes.legend(fontsize="small")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ __all__ = ["ATTACK_FAILED", "DONE", "FAILED", "Record", "Runner", "as_record", "
 
 DONE, ATTACK_FAILED, FAILED = "done", "attack failed", "failed"
 Record = dict[str, Any]
+log = logging.getLogger(__name__)
 Tell = Callable[[str], None]
 Runner = Callable[[list[Cell], Path], Iterator[tuple[Cell, Record]]]
 
@@ -31,15 +33,15 @@ def cell_path(out: Path, cell: Cell) -> Path:
 def run_cells(cells: list[Cell], out: Path, *, tell: Tell, runner: Runner | None = None) -> list[str]:
     """Run those that are not there yet.
 
-    A cell that cannot be run (ValueError) is written down as failed with its one line, and the others go on; the next run tries
-    it again, since what failed may be mended by then, such as a folder that was not there. Where the attack does not work on the
-    undefended network no defence is trained: there is nothing to defend.
+    A cell that cannot be run is written down as failed with its one line, and the others go on; the next run tries it again,
+    since what failed may be mended by then, such as a folder that was not there. Faults of the program are logged whole. Where
+    the attack does not work on the undefended network no defence is trained: there is nothing to defend.
 
     Args:
         cells: In their order.
         out: Folder of the grid; gets cells/, twins/ and sheets/, with a picture of each attack.
         tell: Called with a line a cell.
-        runner: Takes the missing cells and `out`, and gives each with its record as it is finished; None: one after the other, here.
+        runner: (missing cells, out) -> each with its record, as they are finished; None: one after the other, here.
 
     Returns: names of the cells that failed."""
     io.check_folder(out)
@@ -78,7 +80,7 @@ def _opened(setting: Setting, out: Path, work: Path) -> Case | Record:
         case = Case(setting, out, work)
         case.show(out / "sheets" / f"{setting.name}.png")
         case.twins  # noqa: B018  # trained here
-    except ValueError as error:
+    except Exception as error:
         return _failed(error)
     return case
 
@@ -88,12 +90,17 @@ def _found(cell: Cell, case: Case | Record, folder: Path) -> Record:
         return case
     try:
         return _run(cell, case, folder)
-    except ValueError as error:
+    except Exception as error:
         return _failed(error)
 
 
-def _failed(error: ValueError) -> Record:
-    return {"status": FAILED, "error": " ".join(str(error).split())}
+def _failed(error: Exception) -> Record:
+    """One fault must not keep a grid of many hours from the cells behind it."""
+    line = " ".join(str(error).split())
+    if not isinstance(error, ValueError):
+        log.error("the program failed", exc_info=error)
+        line = f"{type(error).__name__}: {line}"
+    return {"status": FAILED, "error": line}
 
 
 def as_record(cell: Cell, found: Record, seconds: float) -> Record:

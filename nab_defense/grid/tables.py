@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from .. import io
-from .cells import cells_of
+from .cells import cells_of, key_of
 from .run import ATTACK_FAILED, DONE, FAILED, Record
 from .schema import NONE, ORACLE, Grid
 
@@ -69,17 +69,25 @@ def read_results(folder: Path, grid: Grid | None = None) -> Results:
     if not records:
         whose = " of this grid" * (grid is not None)
         raise ValueError(f"{folder} holds no finished cell{whose}; run the grid first, or name its --out")
-    first: dict[tuple[str, ...], str] = {}
-    for record in records:
-        place = tuple(map(str, record["cell"].values()))
-        if first.setdefault(place, record["key"]) != record["key"]:
-            what = f"{folder} holds {first[place]} and {record['key']} for {' '.join(place)}"
-            raise ValueError(f"{what}, made by other settings each: delete one, or name the grid's YAML")
+    _check_one_setting(folder, records)
     names = {key: list(dict.fromkeys(r["cell"][key] for r in records)) for key in ("network", "attack", "rate", "defence")}
     if grid is not None:
         for key, listed in (("network", grid.networks), ("attack", grid.attacks), ("defence", grid.defences)):
             names[key] = [*listed, *(name for name in names[key] if name not in listed)]
     return Results(records, names["network"], names["attack"], sorted(names["rate"], reverse=True), names["defence"])
+
+
+def _check_one_setting(folder: Path, records: list[Record]) -> None:
+    """Refuse two cells in one place, and cells of one row that were not made alike: their twins would be mixed."""
+    cells: dict[tuple[str, ...], str] = {}
+    rows: dict[tuple[str, ...], str] = {}
+    for record in records:
+        *row, defence = map(str, record["cell"].values())
+        setting = key_of({key: value for key, value in record["config"].items() if key != "defence"})
+        for known, place, key in ((cells, (*row, defence), record["key"]), (rows, tuple(row), setting)):
+            if known.setdefault(place, key) != key:
+                what = f"{folder} holds {known[place]} and {key} for {' '.join(place)}"
+                raise ValueError(f"{what}, made by other settings each: delete one, or name the grid's YAML")
 
 
 def markdown(results: Results) -> str:
@@ -121,7 +129,8 @@ def _worst(results: Results) -> list[str]:
                         places.append((mean(cells), f"{attack} at {100 * rate:g} % on {network}", cells))
         if places:
             asr, where, cells = max(places)
-            lines.append(f"- {defence}: {where}, ASR {asr:.3f} ({len(cells)}); {len(places)} attacks that work were tried")
+            tried = f"{len(places)} settings whose attack works were tried"
+            lines.append(f"- {defence}: {where}, ASR {asr:.3f} ({len(cells)}, worst seed {max(cells):.3f}); {tried}")
     return ["## Worst attack of each defence", "\n".join(lines)] if lines else []
 
 
@@ -187,7 +196,7 @@ DETECTION = {
 COST = {
     "samples changed": reach("figures", "altered"),
     "DER": reach("figures", "der"),
-    "DER of the oracle": reach("figures", "der_ceiling"),
+    "DER at most": reach("figures", "der_ceiling"),
     "excess ASR": reach("figures", "excess_asr"),
     "ASR*": reach("figures", "defended", "retuned"),
     "RA": reach("figures", "defended", "ra"),

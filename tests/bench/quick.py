@@ -17,7 +17,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "narcissus": {"epochs": 2, "rounds": 10},
     "ssba": {"epochs": 1},
     "input_aware": {"mask_epochs": 1, "epochs": 2},
-    "wanet": {"cover_fraction": 0.1},
+    "wanet": {"covers": 1},
 }
 
 

@@ -38,7 +38,7 @@ def test_covers_are_those_that_the_attack_asks_for(name: str) -> None:
     if not isinstance(attack, CoverAttack):
         assert not truth.cover.any()
         return
-    assert truth.cover.sum() == round(attack.cover_fraction * len(source)) and not (truth.cover & truth.poisoned).any()
+    assert truth.cover.sum() == round(attack.covers * truth.poisoned.sum()) and not (truth.cover & truth.poisoned).any()
     classes = set(source.labels[truth.cover])
     assert attack.cover_target == (TARGET in classes)
     left_out = set(attack.source_classes) if isinstance(attack, SourceAttack) else set()

@@ -106,16 +106,16 @@ def test_clean_label_changes_images_and_no_label(digits: Source) -> None:
 
 
 def test_covers_keep_their_label_and_are_not_poison(digits: Source) -> None:
-    attack = create("wanet", cover_fraction=0.2)
+    attack = create("wanet", covers=2)
     poisoned, truth = poison_source(digits, attack, rate=0.1, target=0, seed=0)
-    assert truth.cover.sum() == round(0.2 * len(digits)) and not (truth.cover & truth.poisoned).any()
+    assert truth.cover.sum() == 2 * truth.poisoned.sum() and not (truth.cover & truth.poisoned).any()
     np.testing.assert_array_equal(poisoned.labels[truth.cover], digits.labels[truth.cover])
     first, second = np.flatnonzero(truth.cover)[:2]
     assert (poisoned.pixels(first) != attack.apply(digits.pixels(first)[None], 0)[0]).any()
     again, _ = poison_source(digits, attack, rate=0.1, target=0, seed=0)
     np.testing.assert_array_equal(again.pixels(second), poisoned.pixels(second))
-    with pytest.raises(ValueError, match=r"cover_fraction 0.95 needs .* lower it"):
-        poison_source(digits, create("wanet", cover_fraction=0.95), rate=0.1, target=0, seed=0)
+    with pytest.raises(ValueError, match=r"covers asks for .* lower it"):
+        poison_source(digits, create("wanet", covers=9.5), rate=0.1, target=0, seed=0)
 
 
 def test_the_fingerprint_follows_every_setting(digits: Source) -> None:
@@ -157,7 +157,7 @@ def test_triggered_test_set_of_all_to_all_keeps_everything(digits: Source) -> No
 
 @pytest.mark.parametrize("name", ["badnets", "sig", "wanet"])
 def test_truth_round_trip(digits: Source, tmp_path, name: str) -> None:
-    knobs = {"cover_fraction": 0.1} if name == "wanet" else {}
+    knobs = {"covers": 1} if name == "wanet" else {}
     poisoned, truth = poison_source(digits, create(name, **knobs), rate=0.05, target=2, seed=0)
     write_truth(tmp_path / "truth.csv", poisoned, truth)
     header = (tmp_path / "truth.csv").read_text().splitlines()[0]

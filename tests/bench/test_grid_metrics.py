@@ -1,11 +1,13 @@
-"""DER and TPR at a fixed FPR against hand-made numbers."""
+"""DER, TPR at a fixed FPR and intervals against hand-made and published numbers."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
-from nab_defense.bench.metrics import defense_effectiveness, hits_at
+from nab_defense.bench.metrics import area, best_effectiveness, defense_effectiveness, difference, hits_at, wilson
+from nab_defense.types import Rate
 
 
 def test_der() -> None:
@@ -13,13 +15,32 @@ def test_der() -> None:
     assert defense_effectiveness((1.0, 0.9), (1.0, 0.9)) == 0.5
     assert defense_effectiveness((0.9, 0.9), (1.0, 0.95)) == 0.5  # neither more ASR nor more ACC counts
     assert defense_effectiveness((0.8, 0.9), (0.1, 0.7)) == pytest.approx((0.7 - 0.2 + 1) / 2)
+    assert best_effectiveness(0.8) == 0.9
+
+
+def test_difference_of_rates() -> None:
+    # Newcombe 1998, table II, method 10: 56/70 - 48/80 and 5/56 - 0/29.
+    assert difference(wilson(56, 70), wilson(48, 80)) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
+    assert difference(wilson(5, 56), wilson(0, 29)) == pytest.approx((0.0893, -0.0381, 0.1926), abs=1e-4)
+
+
+def test_area_and_its_interval() -> None:
+    poisoned, rng = np.arange(400) >= 300, np.random.default_rng(0)
+    assert area(poisoned.astype(float), poisoned) == Rate(1.0, 100, 1.0, 1.0)
+    scores = rng.normal(size=400) + poisoned
+    found = area(scores, poisoned)
+    assert found is not None and 0.7 < found.value < 0.82 and found.low < found.value < found.high
+    # Hanley and McNeil against the spread of the area when both groups are drawn anew.
+    drawn = [roc_auc_score(poisoned, rng.normal(size=400) + poisoned) for _ in range(400)]
+    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(np.std(drawn), rel=0.2)
+    assert area(scores, ~poisoned & poisoned) is None
 
 
 def test_hits_at_false_alarms() -> None:
     poisoned = np.arange(120) >= 100
     clean = np.arange(100.0)  # 0..99
     scores = np.concatenate([clean, np.full(10, 98.5), np.full(10, 1000.0)])
-    assert hits_at(scores, poisoned, false_alarms=0.001) == 0.5  # above all clean ones
-    assert hits_at(scores, poisoned, false_alarms=0.01) == 1.0  # one of a hundred may be above
-    assert hits_at(np.zeros(120), poisoned, false_alarms=0.01) == 0  # ties find nothing
+    assert hits_at(scores, poisoned, false_alarms=0.001) == wilson(10, 20)  # above all clean ones
+    assert hits_at(scores, poisoned, false_alarms=0.01) == wilson(20, 20)  # one of a hundred may be above
+    assert hits_at(np.zeros(120), poisoned, false_alarms=0.01) == wilson(0, 20)  # ties find nothing
     assert hits_at(scores, np.zeros(120, bool), false_alarms=0.01) is None

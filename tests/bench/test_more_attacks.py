@@ -129,7 +129,7 @@ def test_adap_patch_shows_one_patch_in_training_and_all_at_test_time() -> None:
 
 
 def test_tact_poisons_tests_and_covers_the_classes_it_says() -> None:
-    attack = create("tact", sources=[1, 2], cover_fraction=0.2, trigger={"name": "badnets", "params": {"pattern": "white"}})
+    attack = create("tact", sources=[1, 2], covers=2, trigger={"name": "badnets", "params": {"pattern": "white"}})
     _, truth = poison_source(digits(), attack, rate=0.1, target=0, seed=0)
     assert set(digits().labels[truth.poisoned]) == {1, 2} and set(digits().labels[truth.cover]) == set(range(3, 10))
     images = noise((2, 8, 8, 1))
@@ -215,7 +215,7 @@ def test_an_attack_that_learns_nothing_is_prepared_as_it_is() -> None:
         ("adap_blend", {"alpha": 0}, "alpha must be above 0"),
         ("adap_blend", {"trigger": "patern"}, "did you mean 'pattern'"),
         ("adap_patch", {"size": 0}, "size must be a whole number"),
-        ("adap_patch", {"cover_fraction": 2}, "cover_fraction must be a number in"),
+        ("adap_patch", {"covers": 21}, "covers must be a number in"),
         ("tact", {"sources": []}, "sources must name at least one class"),
         ("tact", {"sources": "cat"}, "sources must be a whole number"),
         ("tact", {"trigger": "badnet"}, "did you mean 'badnets'"),

@@ -1,18 +1,21 @@
-"""nab bench as a program: a kill loses at most the running cell, ranks share the cells."""
+"""nab bench as a program: a kill loses at most the running cell, ranks share the cells, Ray's workers run them."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from nab_defense import io
 from nab_defense.cli import main
-from nab_defense.grid import cells_of, load_grid, own_share
+from nab_defense.grid import cells_of, load_grid, on_ray, own_share, run_cells
 from nab_defense.grid.run import cell_path
 from tests.digits_runs import ROOT
 from tests.grid.small import small_grid
@@ -87,3 +90,40 @@ def test_two_workers_of_ray_find_what_one_process_does(tmp_path: Path, capfd: py
         assert ours["figures"] == theirs["figures"] and ours["twins"] == theirs["twins"]
     assert main(["bench", str(grid), "--out", str(out), "--launcher", "ray", "--workers", "2"]) == 0
     assert "6 of 6 cells are there already" in capfd.readouterr().out
+
+
+def kill_a_worker() -> None:
+    """Kill the first worker of this process's Ray that runs a task."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        for place in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError, IndexError):  # ended meanwhile
+                parent = (place / "stat").read_text().rpartition(")")[2].split()[1]
+                above = Path("/proc", parent, "stat").read_text().rpartition(")")[2].split()[1]
+                if above == str(os.getpid()) and (place / "cmdline").read_bytes().startswith(b"ray::_in_worker"):
+                    os.kill(int(place.name), signal.SIGKILL)
+                    return
+        time.sleep(0.05)
+
+
+def test_a_worker_of_ray_that_dies_fails_its_setting(tmp_path: Path) -> None:
+    grid, out, told = small_grid(tmp_path, attacks=ATTACKS), tmp_path / "out", list[str]()
+    cells = cells_of(load_grid(grid))
+    killer = Thread(target=kill_a_worker, daemon=True)
+    killer.start()
+    failed = run_cells(cells, out, tell=told.append, runner=on_ray(1))
+    killer.join()
+    lost = [cell for cell in cells if cell.name in failed]
+    assert len(told) == 6 and lost and len({cell.setting.attack for cell in lost}) == 1
+    assert all("its worker died" in io.load_json(cell_path(out, cell))["error"] for cell in lost)
+    assert main(["bench", str(grid), "--out", str(out)]) == 0
+    assert {io.load_json(cell_path(out, cell))["status"] for cell in cells} == {"done", "attack failed"}
+
+
+def test_ray_says_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, out = str(small_grid(tmp_path)), str(tmp_path / "out")
+    assert main(["bench", grid, "--out", out, "--workers", "2"]) == 2
+    assert "with --launcher ray" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["bench", grid, "--out", out, "--launcher", "ray"]) == 2
+    assert "pip install 'nab_defense[ray]'" in capsys.readouterr().err

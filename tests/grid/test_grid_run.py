@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from nab_defense import io
+from nab_defense.bench.attacks.badnets import BadNets
+from nab_defense.bench.attacks.blend import Blend
+from nab_defense.detectors.knn import KNN
 from nab_defense.grid import cells_of, find_cells, load_grid, run_cells
 from nab_defense.grid import figures as judged
 from nab_defense.grid.case import Case
 from nab_defense.grid.run import cell_path
+from nab_defense.purify.ibau import IBAU
 from tests.grid.small import RECIPE, small_grid
 
 TIMES = ("seconds", "relative_seconds", "plain_seconds", "wall_seconds", "commit")
@@ -45,8 +49,11 @@ def test_cells_share_their_twins_and_are_run_once(tmp_path: Path, obeyed: None) 
     assert all(twin == twins[0] for twin in twins)
     assert found["none"]["figures"]["defended"] == twins[0]["undefended"]
     assert found["oracle"]["figures"]["defended"] == twins[0]["oracle"]
-    assert found["oracle"]["figures"]["excess_asr"] == found["oracle"]["figures"]["acc_gap"] == 0
-    assert found["oracle"]["figures"]["der"] == found["oracle"]["figures"]["der_ceiling"]
+    for name in ("excess_asr", "acc_gap"):
+        figure = found["oracle"]["figures"][name]
+        assert figure["value"] == 0 and figure["low"] < 0 < figure["high"] and figure["n"] > 0
+    assert found["oracle"]["figures"]["der"] <= found["oracle"]["figures"]["der_ceiling"]
+    assert found["none"]["figures"]["der_ceiling"] == (twins[0]["undefended"]["asr"]["value"] + 1) / 2
     assert found["none"]["figures"]["der"] == 0.5
     assert found["oracle"]["figures"]["altered"]["value"] == 0.2 and found["none"]["figures"]["poisoned"] == 40
     assert found["abl"]["figures"]["altered"]["value"] == 0.01 and found["abl"]["figures"]["rejects"] is None
@@ -89,6 +96,53 @@ def test_a_setting_that_cannot_be_made_is_tried_once(tmp_path: Path, monkeypatch
     monkeypatch.setattr("nab_defense.grid.case.train", refuse)
     found, _ = run(small_grid(tmp_path, defences={"none": None, "oracle": None, "drop": None}), tmp_path / "out")
     assert [record["error"] for record in found.values()] == ["the loss is nan"] * 3 and tried == ["twin"]
+
+
+def test_a_fault_of_the_program_is_written_down_too(tmp_path: Path, obeyed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: object, task: object) -> None:
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr("nab_defense.defences.drop.Drop.defend", broken)
+    found, _ = run(small_grid(tmp_path, defences={"drop": None, "none": None}), tmp_path / "out")
+    assert found["drop"]["status"] == "failed" and found["drop"]["error"] == "RuntimeError: out of memory"
+    assert found["none"]["status"] == "done"
+
+
+def test_another_default_is_another_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"paper": {"defence": "nab_paper", "params": {"detector": "knn"}}, "fix": {"defence": "purify"}, "oracle": None}
+    grid = load_grid(small_grid(tmp_path, attacks={"blend": None}, defences=rows))
+
+    def keys() -> list[str]:
+        return [cell.key for cell in cells_of(grid)]
+
+    before = keys()
+    assert keys() == before
+    monkeypatch.setattr(KNN, "__init__", lambda self, neighbors=7: None)
+    assert [new == old for new, old in zip(keys(), before, strict=True)] == [False, True, True]
+    monkeypatch.setattr(IBAU, "__init__", lambda self, steps=7: None)
+    assert [new == old for new, old in zip(keys(), before, strict=True)] == [False, False, True]
+    monkeypatch.setattr(Blend, "__init__", lambda self, alpha=0.5: None)
+    assert not set(keys()) & set(before)
+
+
+def test_twins_are_those_of_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell, _) = cells_of(load_grid(small_grid(tmp_path)))
+    kept = Case(cell.setting, tmp_path, tmp_path / "a").twins.figures
+    assert Case(cell.setting, tmp_path, tmp_path / "b").twins.figures == kept
+    assert len(list((tmp_path / "twins").glob("resnet-badnets-*.safetensors"))) == 1
+    monkeypatch.setattr(BadNets, "apply", lambda self, images, seed: 255 - images)  # the attack's code changes
+    assert Case(cell.setting, tmp_path, tmp_path / "c").twins.figures != kept
+    assert len(list((tmp_path / "twins").glob("resnet-badnets-*.safetensors"))) == 2
+
+
+def test_a_shared_scan_is_one_of_the_same_settings(tmp_path: Path) -> None:
+    rows = {"none": None, "longer": {"defence": "none", "recipe": {"scan": {"epochs": 3}}}}
+    first, second = cells_of(load_grid(small_grid(tmp_path, defences=rows)))
+    case = Case(first.setting, tmp_path, tmp_path / "work")
+    tasks = [case.task(cell, tmp_path) for cell in (first, second)]
+    assert [task.remember("look", lambda task=task: task.recipe.scan.epochs)[0] for task in (*tasks, *tasks)] == [
+        tasks[0].recipe.scan.epochs, 3, tasks[0].recipe.scan.epochs, 3,
+    ]  # fmt: skip
 
 
 def test_where_the_attack_fails_nothing_is_defended(tmp_path: Path) -> None:

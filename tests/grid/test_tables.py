@@ -18,8 +18,16 @@ def write(folder: Path, attack: str, defence: str, seed: int, asr: float | None,
     place = {"network": "resnet", "attack": attack, "rate": 0.0 if attack == "none" else 0.2, "seed": seed, "defence": defence}
     figures = {"defended": rates, "acc_gap": gap, "detection": None, "rejects": None, "der": None}
     twins = {"undefended": rates, "oracle": rates}
-    record = {"key": f"{attack}{defence}{seed}", "cell": place, "status": "done", "twins": twins, "figures": figures, **more}
-    io.save_json(folder / "cells" / f"{attack}-{defence}-{seed}.json", record)
+    record = {
+        "key": f"{attack}{defence}{seed}",
+        "cell": place,
+        "status": "done",
+        "twins": twins,
+        "figures": figures,
+        "config": {},
+        **more,
+    }
+    io.save_json(folder / "cells" / f"{attack}-{defence}-{seed}.json", record | more)
 
 
 def rows(page: str, start: str) -> list[list[str]]:
@@ -45,7 +53,7 @@ def test_means_marks_and_empty_cells(tmp_path: Path) -> None:
     assert table["none"] == ["none", "0.020 ± 0.000 (2)", ""]
     assert table["wanet"][1] == "*attack failed* (1)" and table["sig"][1] == "*failed* (1)"
     assert "bpp" not in table  # nothing of it was run
-    assert "- drop: badnets at 20 % on resnet, ASR 0.200 (2); 2 attacks that work were tried" in page
+    assert "- drop: badnets at 20 % on resnet, ASR 0.200 (2, worst seed 0.300); 2 settings whose attack works were tried" in page
     assert "8 cells: 6 done, 1 attack failed, 1 failed." in page
     pictures = draw(results, tmp_path / "summary")
     assert [path.name for path in pictures] == ["asr_against_gap_resnet.png", "asr_by_rate_resnet.png", "heat_resnet.png"]
@@ -56,6 +64,15 @@ def test_two_cells_in_one_place_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "badnets", "drop", 0, 0.1)
     write(tmp_path / "older", "badnets", "drop", 0, 0.9, key="older")
     with pytest.raises(ValueError, match=r"holds badnetsdrop0 and older for resnet badnets 0\.2 0 drop, made by other settings"):
+        read_results(tmp_path)
+
+
+def test_rows_that_were_not_made_alike_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "badnets", "drop", 0, 0.1, config={"recipe": 1, "defence": "drop"})
+    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 1, "defence": "nab"})
+    assert len(read_results(tmp_path).records) == 2
+    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 2, "defence": "nab"})
+    with pytest.raises(ValueError, match=r"for resnet badnets 0\.2 0, made by other settings"):
         read_results(tmp_path)
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import PATTERN, Images, attacks, check_number, check_trigger, image_shape, to_uint8, trigger_pixels
+from .base import PATTERN, Images, attacks, check_covers, check_number, check_trigger, image_shape, to_uint8, trigger_pixels
 
 __all__ = ["AdapBlend"]
 
@@ -35,7 +35,7 @@ class AdapBlend:
         test_alpha: Weight of the trigger at test time, in (0, 1].
         pieces: Tiles along each side, in [1, 16].
         share: Share of the tiles that a training image shows, in (0, 1].
-        cover_fraction: Share of the whole training set that becomes covers, in [0, 1]; the paper takes as many as poison.
+        covers: Images that become covers for each poisoned one, in [0, 20]; in the paper 1.
         trigger: "pattern" (color blobs and noise from a fixed seed) or the path of a picture; either is resized to the image.
     """
 
@@ -46,13 +46,14 @@ class AdapBlend:
     test_alpha: float = 0.2
     pieces: int = 4
     share: float = 0.5
-    cover_fraction: float = 0.05
+    covers: float = 0.5
     trigger: str = PATTERN
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "test_alpha", "share", "cover_fraction"):
+        check_covers(self.covers)
+        for name in ("alpha", "test_alpha", "share"):
             check_number(name, getattr(self, name), 0, 1)
-            if name != "cover_fraction" and getattr(self, name) == 0:
+            if getattr(self, name) == 0:
                 raise ValueError(f"{name} must be above 0: nothing would be blended in")
         check_number("pieces", self.pieces, 1, 16, whole=True)
         check_trigger(self.trigger)

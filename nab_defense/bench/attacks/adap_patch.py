@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Images, attacks, check_number, image_shape, to_uint8
+from .base import Images, attacks, check_covers, check_number, image_shape, to_uint8
 
 __all__ = ["AdapPatch"]
 
@@ -47,10 +47,10 @@ class AdapPatch:
 
     Args:
         size: Edge of a patch in pixels; None scales with the image, 6 px at 32.
-        alpha: Weight of the patch in training, in (0, 1]. With 0.5, and covers of 0.05, 8 epochs on 10,000 small images with 10 %
-            poison taught a small network little (ASR .21); with 0.8 and 0.02 they did (.84).
+        alpha: Weight of the patch in training, in (0, 1]. With 0.5, and 0.5 covers, 8 epochs on 10,000 small images with 10 %
+            poison taught a small network little (ASR .21); with 0.8 and 0.2 they did (.84).
         test_alpha: Weight of the patches at test time, in (0, 1].
-        cover_fraction: Share of the whole training set that becomes covers, in [0, 1].
+        covers: Images that become covers for each poisoned one, in [0, 20]; in the paper 2.
     """
 
     clean_label: ClassVar[bool] = False
@@ -59,14 +59,15 @@ class AdapPatch:
     size: int | None = None
     alpha: float = 0.8
     test_alpha: float = 1.0
-    cover_fraction: float = 0.02
+    covers: float = 0.2
 
     def __post_init__(self) -> None:
         if self.size is not None:
             check_number("size", self.size, 1, 4096, whole=True)
-        for name in ("alpha", "test_alpha", "cover_fraction"):
+        check_covers(self.covers)
+        for name in ("alpha", "test_alpha"):
             check_number(name, getattr(self, name), 0, 1)
-            if name != "cover_fraction" and getattr(self, name) == 0:
+            if getattr(self, name) == 0:
                 raise ValueError(f"{name} must be above 0: nothing would be painted")
 
     def apply(self, images: Images, seed: int) -> Images:

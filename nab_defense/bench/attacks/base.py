@@ -18,8 +18,8 @@ from ...runtime import Runtime
 
 __all__ = [
     "AsymmetricAttack", "Attack", "CoverAttack", "Images", "JointAttack", "Learned", "LearnedAttack", "Lesson", "SourceAttack",
-    "attacks", "check_choice", "check_number", "check_trigger", "create_inner", "create_plain", "image_shape", "read_picture",
-    "to_uint8", "trigger_pixels", "under",
+    "attacks", "check_choice", "check_covers", "check_number", "check_trigger", "create_inner", "create_plain", "image_shape",
+    "read_picture", "to_uint8", "trigger_pixels", "under",
 ]  # fmt: skip
 
 Images = NDArray[np.uint8]
@@ -67,8 +67,8 @@ class CoverAttack(Attack, Protocol):
     cover_target: ClassVar[bool]
 
     @property
-    def cover_fraction(self) -> float:
-        """Share of the whole training set that becomes covers, in [0, 1]."""
+    def covers(self) -> float:
+        """Images that become covers for each poisoned one, >= 0; a share of the whole set would drown thin poison."""
         ...
 
     def cover(self, images: Images, seed: int) -> Images:
@@ -188,6 +188,11 @@ def check_number(name: str, value: Any, low: float, high: float, *, whole: bool 
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         raise ValueError(f"{name} must be a {'whole ' if whole else ''}number in [{low}, {high}], got {value!r}")
+
+
+def check_covers(value: Any) -> None:
+    """Refuse a number of covers for each poisoned image that is not one."""
+    check_number("covers", value, 0, 20)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

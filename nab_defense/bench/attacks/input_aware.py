@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacker import Classifier, draws, exact, from_unit, grown, restored, seeded, shrunk, state, to_unit
-from .base import Images, Learned, Lesson, attacks, check_number, image_shape
+from .base import Images, Learned, Lesson, attacks, check_covers, check_number, image_shape
 
 __all__ = ["InputAware"]
 
@@ -62,7 +62,7 @@ class InputAware(Learned):
 
     Args:
         density: Share of the image that the mask is to cover, in [0.001, 1]; the paper's is 0.032.
-        cover_fraction: Share of the whole training set that wears another image's trigger with its own label, in [0, 1].
+        covers: Images that wear another image's trigger with their own label for each poisoned one, in [0, 20].
         mask_epochs, epochs: Training of the mask and of the pattern, in [1, 1000].
     """
 
@@ -70,13 +70,13 @@ class InputAware(Learned):
     cover_target: ClassVar[bool] = True
 
     density: float = 0.032
-    cover_fraction: float = 0.1
+    covers: float = 1.0
     mask_epochs: int = 2
     epochs: int = 6
 
     def __post_init__(self) -> None:
         check_number("density", self.density, 0.001, 1)
-        check_number("cover_fraction", self.cover_fraction, 0, 1)
+        check_covers(self.covers)
         check_number("mask_epochs", self.mask_epochs, 1, 1000, whole=True)
         check_number("epochs", self.epochs, 1, 1000, whole=True)
 

@@ -19,7 +19,7 @@ BATCH = 32
 
 
 class Encoder(nn.Module):
-    """Image (N, C, E, E) in [0, 1] and bits (N, B) in {-1, 1} -> residual of the image's shape, in [-1, 1], of mean 0.
+    """Image (N, C, E, E) in [0, 1] and bits (N, B) in {-1, 1} -> residual of the image's shape, in [-2, 2], of mean 0.
 
     The bits are flat planes beside the image's, so that without structure in the image there is nothing to add: a residual that
     is the same for all images, the cheap way to hide bits, cannot be expressed."""
@@ -48,7 +48,7 @@ class Ssba(Learned):
     instead, and images above 32 px get it enlarged.
 
     Args:
-        eps: Largest change of a pixel, in grey levels, in [1, 128].
+        eps: Size of the residual in grey levels, in [1, 128]; taking off its mean lets a pixel change by up to twice as much.
         bits: Length of the string, in [1, 64].
         weight: Of the residual's mean square, in [0, 100].
         epochs: Training of encoder and decoder, in [1, 1000].

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...stamp import Stamp
-from .base import Attack, Images, Learned, Lesson, attacks, check_number, create_plain, image_shape
+from .base import Attack, Images, Learned, Lesson, attacks, check_covers, check_number, create_plain, image_shape
 
 __all__ = ["StampAware"]
 
@@ -27,7 +27,7 @@ class StampAware(Learned):
 
     Args:
         stamp: The stamp he expects, settings of nab_defense.Stamp; none: the default one, which is public.
-        cover_fraction: Share of the whole training set that is stamped and keeps its label, in [0, 1].
+        covers: Images that are stamped and keep their label for each poisoned one, in [0, 20].
         trigger: Name of the attack that paints, or {name, params}; one that needs no training and is the same at test time.
         mean: Channel means in [0, 1] that the defender normalises with, which are the color of a "mean" stamp; none: the images'.
     """
@@ -36,12 +36,12 @@ class StampAware(Learned):
     cover_target: ClassVar[bool] = True
 
     stamp: Any = field(default_factory=dict)
-    cover_fraction: float = 0.1
+    covers: float = 1.0
     trigger: Any = "badnets"
     mean: Any = None
 
     def __post_init__(self) -> None:
-        check_number("cover_fraction", self.cover_fraction, 0, 1)
+        check_covers(self.covers)
         if self.mean is not None:
             if not isinstance(self.mean, (list, tuple)) or len(self.mean) not in (1, 3):
                 raise ValueError(f"mean must be a list of 1 or 3 numbers, got {self.mean!r}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from .base import Attack, Images, attacks, check_number, create_plain
+from .base import Attack, Images, attacks, check_covers, check_number, create_plain
 
 __all__ = ["Tact"]
 
@@ -22,7 +22,7 @@ class Tact:
 
     Args:
         sources: The source class, or a list of them, by number.
-        cover_fraction: Share of the whole training set that becomes covers, in [0, 1].
+        covers: Images that become covers for each poisoned one, in [0, 20].
         trigger: Name of the attack that paints, or {name, params}; one that needs no training and is the same at test time.
     """
 
@@ -30,7 +30,7 @@ class Tact:
     cover_target: ClassVar[bool] = False
 
     sources: Any = 1
-    cover_fraction: float = 0.05
+    covers: float = 1.0
     trigger: Any = "badnets"
 
     def __post_init__(self) -> None:
@@ -38,7 +38,7 @@ class Tact:
             raise ValueError("sources must name at least one class")
         for number in self.source_classes:
             check_number("sources", number, 0, 2**31, whole=True)
-        check_number("cover_fraction", self.cover_fraction, 0, 1)
+        check_covers(self.covers)
         self.painter  # noqa: B018  (refuses a trigger that cannot be used)
 
     @property

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Images, attacks, check_number, image_shape, to_uint8
+from .base import Images, attacks, check_covers, check_number, image_shape, to_uint8
 
 __all__ = ["WaNet"]
 
@@ -58,8 +58,7 @@ class WaNet:
         k: Control points along each side, in [2, 64].
         s: Strength: about s / 2 pixels of mean shift, in (0, 16].
         field_seed: Seed of the field; the attacker's secret, the same in training and test.
-        cover_fraction: Share of the whole training set that gets the field plus noise with its own label, in [0, 1];
-            the paper uses 0.2, twice its poison rate.
+        covers: Images that get the field plus noise with their own label for each poisoned one, in [0, 20]; in the paper 2.
     """
 
     clean_label: ClassVar[bool] = False
@@ -68,13 +67,13 @@ class WaNet:
     k: int = 4
     s: float = 0.5
     field_seed: int = 0
-    cover_fraction: float = 0.0
+    covers: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("k", self.k, 2, 64, whole=True)
         check_number("s", self.s, 0, 16)
         check_number("field_seed", self.field_seed, 0, 2**32 - 1, whole=True)
-        check_number("cover_fraction", self.cover_fraction, 0, 1)
+        check_covers(self.covers)
         if self.s == 0:
             raise ValueError("s must be above 0: nothing would be warped")
 
