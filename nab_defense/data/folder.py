@@ -1,4 +1,4 @@
-"""Read an image folder strictly: every file is decoded once, and whatever is odd about it is counted and named."""
+"""Read image files strictly: every one is decoded once, and whatever is odd about it is counted and named."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,18 @@ from PIL import Image
 
 from ..registry import nearest
 
-__all__ = ["Folder", "read_folder"]
+__all__ = ["EXTENSIONS", "File", "Folder", "read_files", "read_folder"]
 
 EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 CACHE_BYTES = 1 << 30  # decoded images stay in memory up to this size
 KINDS = {"1": "grey", "L": "grey", "LA": "grey", "P": "palette", "PA": "palette", "RGBA": "alpha", "CMYK": "CMYK", "RGB": ""}
 BROKEN = ("zero-byte", "truncated", "unreadable")
+
+
+class File(Protocol):
+    """A path, or a place inside another file; it must pickle."""
+
+    def read_bytes(self) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Folder:
 class _FileImages:
     """Index -> image in `mode`: from memory, or decoded anew from its file. A copy in another process has the files alone."""
 
-    files: list[Path]
+    files: list[File]
     cache: dict[int, Image.Image]
     mode: str
 
@@ -72,10 +78,10 @@ def decode(data: bytes) -> tuple[Image.Image, str]:
     return (image if image.mode in ("L", "RGB") else image.convert("L" if kind == "grey" else "RGB")), kind
 
 
-def _inspect(path: Path) -> tuple[Image.Image | None, str, str]:
+def _inspect(file: File) -> tuple[Image.Image | None, str, str]:
     """(image or None, kind, digest) of one file."""
     try:
-        data = path.read_bytes()
+        data = file.read_bytes()
     except OSError:
         return None, "unreadable", ""
     digest = hashlib.sha256(data).hexdigest()
@@ -100,12 +106,24 @@ def read_folder(root: Path, channels: int | None, strict: bool) -> Folder:
         ValueError: No folder, no classes, no images, unreadable files, or only grey ones for three channels.
     """
     classes, files, labels = _list(root)
+    return read_files(root, classes, files, labels, [path.relative_to(root).as_posix() for path in files], channels, strict)
+
+
+def read_files(
+    root: Path,
+    classes: tuple[str, ...],
+    files: Sequence[File],
+    labels: list[int],
+    ids: list[str],
+    channels: int | None,
+    strict: bool,
+) -> Folder:
+    """Read N files with their labels and ids; `root` is what messages name, the rest is as in read_folder."""
     kept: list[int] = []
     cache: dict[int, Image.Image] = {}
     cached = 0
     irregular: dict[str, list[str]] = {}
     digests = []
-    ids = [path.relative_to(root).as_posix() for path in files]
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(files), 256):  # in blocks, so that memory stays bounded
             block = files[start : start + 256]

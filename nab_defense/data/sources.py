@@ -1,4 +1,4 @@
-"""open_source: scikit-learn's digits, an image folder, or any name that timm's create_dataset takes.
+"""open_source: scikit-learn's digits, an image folder, WebDataset shards, or any name that timm's create_dataset takes.
 
 A source is a map-style data set with stable sample ids and a fingerprint. It never swaps an unreadable file for a
 neighbour (timm's ImageDataset does): such files are counted and named, and either refused or left out.
@@ -20,10 +20,11 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset
 
 from .folder import read_folder
+from .shards import read_shards
 
 __all__ = ["Chosen", "Loader", "Source", "View", "open_source"]
 
-TIMM_PREFIXES = ("torch", "hfds")
+TIMM_PREFIXES, SHARDS = ("torch", "hfds"), "wds/"
 Loader = Callable[[int], Image.Image]
 
 
@@ -132,7 +133,8 @@ def open_source(name: str, *, split: str = "train", channels: int | None = None,
     """Open a data set by name.
 
     Args:
-        name: "digits"; a folder with one sub-folder a class; or a timm name such as "torch/cifar10", "hfds/cifar10".
+        name: "digits"; a folder with one sub-folder a class; "wds/FOLDER", a folder of WebDataset shards; or a timm name such as
+            "torch/cifar10", "hfds/cifar10".
         split: Which part of a named data set; a folder is taken as it is.
         channels: 1 or 3, what the model takes; None: what the images have.
         strict: Refuse data with unreadable files; False leaves those files out, counted and named.
@@ -151,7 +153,8 @@ def open_source(name: str, *, split: str = "train", channels: int | None = None,
     elif name.split("/")[0].lower() in TIMM_PREFIXES:
         source = _from_timm(name, split, channels, options)
     else:
-        folder = read_folder(Path(name).expanduser(), channels, strict)
+        read, place = (read_shards, name[len(SHARDS) :]) if name.startswith(SHARDS) else (read_folder, name)
+        folder = read(Path(place).expanduser(), channels, strict)
         mark = fingerprint(folder.ids, folder.labels, folder.digests)
         source = Source(name, folder.classes, folder.labels, folder.ids, folder.load, folder.mode, mark, folder.irregular)
     counts = np.bincount(source.labels, minlength=len(source.classes))
