@@ -27,13 +27,16 @@ EXAMPLES = [
     "nab scan digits",
     "nab scan path/to/images --out runs/look data.limit=5000",
     "nab scan path/to/images data.strict=false scan.epochs=20 data.size=96",
+    "nab scan wds/path/to/shards scan.epochs=5",
     "nab scan torch/cifar10 data.options.root=data data.options.download=true",
 ]
 
 
 def main(argv: list[str]) -> int:
     parser = Parser("nab scan", "Rank the images of a data set by suspicion. Nothing is changed, no model is shipped.", EXAMPLES)
-    parser.add_argument("source", help="digits, a folder with one sub-folder a class, or a timm data set name")
+    parser.add_argument(
+        "source", help="digits, a folder with one sub-folder a class, wds/FOLDER of WebDataset shards, or a timm data set name"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe settings, see the examples")
     parser.add_argument("--detector", default="lga", metavar="NAME", help=f"{detectors.listing()}; default lga")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results; default runs/scan_<source>")
