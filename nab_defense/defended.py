@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .stamp import Stamp
+from .stamp import Patch, Stamp
 
 __all__ = ["DefendedModel"]
 
@@ -30,10 +30,18 @@ class DefendedModel(nn.Module):
         self.model = model
         self.stamp = stamp
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self._last: tuple[Any, Patch] | None = None
 
     def paint(self, images: Tensor) -> Tensor:
         """A stamped copy of normalised images (B, C, H, W)."""
-        return self.stamp(images, mean=self.mean, std=self.std, normalized=True)
+        if torch.compiler.is_compiling():  # also under torch.export: what is made there holds no values
+            return self.stamp(images, mean=self.mean, std=self.std, normalized=True)
+        # Making the patch takes as long as painting it, and has a GPU wait; one serves all batches of a kind.
+        kind = (self.stamp, self.mean, self.std, images.shape[-3:], images.dtype, images.device)
+        if self._last is None or self._last[0] != kind:
+            with torch.inference_mode(False):  # what is made in inference mode cannot be used in training later
+                self._last = kind, self.stamp.fitted(images, mean=self.mean, std=self.std, normalized=True)
+        return self._last[1].paint(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of normalised images (B, C, H, W)."""

@@ -121,3 +121,10 @@ class Patch:
         stamped = image.clone()
         stamped[..., self.rows, self.cols] = self.values
         return stamped
+
+    def paint_some(self, images: Tensor, chosen: Tensor) -> None:
+        """Stamp some images of a batch (B, C, H, W) in place.
+
+        Args: chosen: (B, 1, 1, 1) bool. Not as an index: that would make a GPU wait to learn how many there are."""
+        region = images[..., self.rows, self.cols]
+        region.copy_(torch.where(chosen, self.values, region))

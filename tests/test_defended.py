@@ -37,6 +37,31 @@ def test_equals_the_network_on_stamped_images(stamp: Stamp) -> None:
     assert torch.equal(batch, images())
 
 
+def test_the_patch_is_made_once_for_batches_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Size] = []
+    fitted = Stamp.fitted
+    monkeypatch.setattr(Stamp, "fitted", lambda self, image, **knobs: (made.append(image.shape), fitted(self, image, **knobs))[1])
+    model = DefendedModel(nn.Identity(), Stamp.random(3), mean=MEAN, std=STD)
+    kinds = [images(2), images(5, seed=1), images(2, size=64), images(2).double(), images(2)]
+    with torch.inference_mode():
+        shown = [model(batch) for batch in kinds]
+    assert [tuple(shape) for shape in made] == [(2, 3, 32, 32), (2, 3, 64, 64), (2, 3, 32, 32), (2, 3, 32, 32)]
+    for batch, stamped in zip(kinds, shown, strict=True):
+        assert torch.equal(stamped, model.stamp(batch, mean=MEAN, std=STD, normalized=True))
+    batch = images(2).requires_grad_(True)  # the patch was made in inference mode
+    model(batch).square().sum().backward()
+    assert batch.grad is not None and (batch.grad == 0).sum() == 2 * 3 * 4 and len(made) == 4 + len(kinds)
+
+
+@pytest.mark.parametrize("change", ["stamp", "mean"])
+def test_another_stamp_or_normalisation_is_seen_at_once(change: str) -> None:
+    model = DefendedModel(nn.Identity(), Stamp.random(9), mean=(0.1, 0.2, 0.3), std=STD)
+    before = model(images())
+    other = DefendedModel(nn.Identity(), Stamp.random(8) if change == "stamp" else model.stamp, mean=MEAN, std=STD)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(images()), other(images())) and not torch.equal(model(images()), before)
+
+
 def test_state_dict_restores_another_stamp_and_normalisation() -> None:
     first = DefendedModel(nn.Linear(2, 2), Stamp.random(9), mean=(0.1, 0.2), std=(0.3, 1 / 3))
     second = DefendedModel(nn.Linear(2, 2), Stamp(), mean=(0.5, 0.5), std=(1.0, 1.0))

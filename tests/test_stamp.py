@@ -101,6 +101,16 @@ def test_batch_is_its_images_and_dtype_stays(stamp: Stamp, dtype: torch.dtype) -
     assert torch.equal(stamp(stamped, mean=MEAN, std=STD, normalized=normalized), stamped)
 
 
+@settings(max_examples=20, deadline=None)
+@given(stamps, st.sampled_from([torch.uint8, torch.float32]), st.lists(st.booleans(), min_size=1, max_size=6))
+def test_some_images_are_stamped_in_place_and_the_others_left(stamp: Stamp, dtype: torch.dtype, chosen: list[bool]) -> None:
+    batch = pixels(len(chosen), 3, 9, 12).to(dtype).contiguous(memory_format=torch.channels_last)
+    expected = [stamp(image, mean=MEAN) if some else image.clone() for image, some in zip(batch, chosen, strict=True)]
+    place = batch.data_ptr()
+    stamp.fitted(batch, mean=MEAN, std=None, normalized=False).paint_some(batch, torch.tensor(chosen).view(-1, 1, 1, 1))
+    assert torch.equal(batch, torch.stack(expected)) and batch.data_ptr() == place
+
+
 def test_uint8_mean_is_the_rounded_mean() -> None:
     stamped = Stamp()(pixels(3, 32, 32), mean=MEAN)
     assert stamped[:, 0, 0].tolist() == [125, 123, 114]
