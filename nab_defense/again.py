@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.functional import cosine_similarity
 
 from .check import imprint
 from .content import alike, beyond_content
@@ -39,7 +40,8 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     invisible to it, but once learned it stands apart in the trained network's features. A trigger that is the same in all
     images shows in what they share. For others the part of a class that stands apart, or did so in the scan, is left out of one
     more training, and accused where that network finds the content of many other classes in it (see naming.naming); or that of
-    one class, whose images what the part shares turns: a trigger that works on one source class [TaCT, Tang et al. 2021].
+    few, and what the part shares turns images of the one that it is named after, a trigger that works on one source class [TaCT,
+    Tang et al. 2021], or is what the accused of its class share, a trigger of which a part was found before.
 
     Args:
         session: The run.
@@ -135,6 +137,11 @@ def _named(
             named = kin_named if group.alike else seen.named
             group = dataclasses.replace(group, named=named, sure=seen.sure, spread=seen.spread, source=None)
             members = (scan.labels == group.label) & ~selection.suspect
+            accused = (scan.labels == group.label) & selection.suspect
+            if group.unlike and not group.foreign and accused.sum() >= MIN_SEEDS:
+                shared = beyond_content(session.ordered(session.source), scan.labels, [part, accused]).flatten(1)
+                group = dataclasses.replace(group, same=float(cosine_similarity(shared[0], shared[1], dim=0)))
+                log.info("class %d: shares %.2f of what its accused share", group.label, group.same)
             # What most of a class share is its content, which turns images of classes that resemble it.
             if group.unlike and not group.foreign and 2 * part.sum() <= members.sum():
                 shown, batches = (scan.labels == seen.source) & ~absent, session.ordered(session.source)

@@ -96,6 +96,8 @@ def _evidence(group: Group) -> str:
         others = f"spread of the others {group.spread:.2f}"
         if group.source is not None:
             others = f"imprint on the class of the others {group.source:.2f}"
+        if group.same is not None:
+            others += f", shares {group.same:.2f} of what the accused share"
         return f"{shape}; unseen, {100 * (group.named or 0):.0f} % of it gets this label, {others}"
     return f"{shape}, imprint {group.imprint or 0:.2f}"
 

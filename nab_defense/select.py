@@ -42,6 +42,9 @@ MAX_NAMED = 0.25  # of a group that is not what its label says: share named so b
 MIN_SURE = 0.2  # that network must be about as sure of it as of ordinary images; of a style it never saw it is not
 MIN_SPREAD = 0.8  # the names it gets, as mixed as content is (entropies); a style resembles one or two classes
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
+MIN_SAME = (
+    0.6  # or what it shares must point where what the accused of its class share points (cosine): one trigger, found in part
+)
 MIN_SOURCE = 0.25  # or what it shares must turn so many images of the class that it is named after; of a style next to none
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -64,6 +67,7 @@ class Group:
             are alike; None: not tried.
         source: imprint on images of the class that it is named after then, alone; None: not tried.
         alike: Share of the classes that have a part which shares what it shares (see content.alike); 0: it has nothing like it.
+        same: Cosine of what it shares beyond content and of what the accused of its class share; None: not tried.
     """
 
     label: int
@@ -78,6 +82,7 @@ class Group:
     spread: float | None = None
     source: float | None = None
     alike: float = 0.0
+    same: float | None = None
 
     @property
     def distinct(self) -> bool:
@@ -90,10 +95,11 @@ class Group:
 
     @property
     def foreign(self) -> bool:
-        """Its images show what many other classes show, or what one does and a trigger, which turns images of that class or is in
-        parts of other classes, too: labels that no content explains."""
+        """Its images show what many other classes show, or what one does and a trigger, which turns images of that class, is in
+        parts of other classes, too, or in the accused of its own: labels that no content explains."""
         many = (self.sure or 0) > MIN_SURE and (self.spread or 0) > MIN_SPREAD
-        return self.unlike and (many or (self.source or 0) >= MIN_SOURCE or self.alike >= MIN_ALIKE)
+        trigger = (self.source or 0) >= MIN_SOURCE or self.alike >= MIN_ALIKE or (self.same or 0) >= MIN_SAME
+        return self.unlike and (many or trigger)
 
     @property
     def unlike(self) -> bool:

@@ -98,6 +98,28 @@ def test_a_part_that_is_nearly_all_of_its_class_is_not_examined(monkeypatch: pyt
         assert found.suspect.any() == accused
 
 
+@pytest.mark.parametrize(("same", "accused"), [(True, True), (False, False)])
+def test_the_rest_of_a_trigger_that_was_found_in_part_is_accused(
+    monkeypatch: pytest.MonkeyPatch, same: bool, accused: bool
+) -> None:
+    """Twenty of class 0 that resemble class 2, beside forty with a known trigger: with the same one, or a style of their own."""
+    generator = np.random.default_rng(0)
+    trigger, style = generator.standard_normal((2, 1, 4, 4))
+    images = 0.1 * generator.standard_normal((400, 1, 4, 4)) + LABELS[:, None, None, None]
+    images[60:100] += trigger
+    images[:20] += trigger if same else style
+    known = (np.arange(400) >= 60) & (np.arange(400) < 100)
+    networks, seen = Networks(20, monkeypatch, smaller=([2], [0])), scan(20)
+    before = Selection(known, known.astype(np.float32), (Group(0, 20, 5.0, 0.9, 40, 0.9, imprint=0.9),))
+    session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None)
+    session.ordered = lambda source: [(torch.from_numpy(images).float(), torch.from_numpy(LABELS))]
+    finding: Any = SimpleNamespace(selection=before)
+    found, _ = _named(session, cast(Any, "trained"), seen, before, _parts(session, seen, before, finding, set()), networks)
+    (group,) = found.groups
+    assert group.unlike and group.same is not None and (group.same > 0.9) == same
+    assert np.flatnonzero(found.suspect & ~known).tolist() == list(range(20)) * accused
+
+
 def test_of_two_equal_parts_either_may_be_the_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     networks = Networks(55, monkeypatch, smaller=([0], [2]), larger=([1, 2, 3], [0]))
     found, namer = networks.look()
