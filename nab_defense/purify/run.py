@@ -73,6 +73,7 @@ class _Judge:
         self.trust = chances if held.labels is None else torch.eye(chances.shape[1])[held.labels]
         self.right = self.trust.gather(1, chances.argmax(1)[:, None])
         self.easiest = [one.copied() for one in pool.suspicious[:PROBES]]  # the method may climb on with its own
+        self.order = torch.randperm(len(held), generator=torch.Generator().manual_seed(runtime.seed))  # folders come by class
 
     def __call__(self, network: nn.Module) -> dict[str, Any]:
         predicted = logits_of(network, self.held, self.runtime).argmax(1)
@@ -89,8 +90,8 @@ class _Judge:
         return {"accuracy": float(right.mean()), "error": error, "proxy": worst, "class": probes[rates.index(worst)].wanted}
 
     def _turned(self, network: nn.Module, plain: Tensor, one: Universal) -> float:
-        """Share of held-out images that the perturbation turns to its class, among those not given it anyway."""
-        others = (plain != one.wanted).nonzero().squeeze(1)[:PROBE_IMAGES]
+        """Share of held-out images that the perturbation turns to its class, of a random few of those not given it anyway."""
+        others = self.order[(plain != one.wanted)[self.order]][:PROBE_IMAGES].sort().values
         if not len(others):
             return 1.0  # a network that names everything alike is turned already
         turned = logits_of(network, self.held.take(others), self.runtime, one.painted).argmax(1)

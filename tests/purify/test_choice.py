@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from nab_defense.changes import Patch, Spread
 from nab_defense.clean import CleanSet, Pixels
@@ -91,3 +92,29 @@ def test_the_judge_keeps_its_perturbations_where_they_were_while_the_method_clim
         one.follow(network, torch.rand(4, 1, 4, 4), strength=1.0, runtime=CPU)
     assert isinstance(shared[1], Patch) and shared[1].mask is not None
     assert not any(kept.change.any() for kept in judge.easiest) and judge.easiest[1].mask is None  # type: ignore[attr-defined]
+
+
+class Reads(nn.Module):
+    """Names the class that every pixel of an image tells."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.one_hot((255 * images[:, 0, 0, 0]).round().long(), 10).float()
+
+
+class Watched(Spread):
+    """Notes which classes it is painted on."""
+
+    seen: ClassVar[dict[int, set[int]]] = {}
+
+    def painted(self, images: torch.Tensor, change: torch.Tensor | None = None) -> torch.Tensor:
+        self.seen.setdefault(self.wanted, set()).update(Reads()(images).argmax(1).tolist())
+        return images
+
+
+def test_the_judge_looks_at_every_class_of_images_that_come_by_class() -> None:
+    labels = torch.arange(10).repeat_interleave(60)
+    held = CleanSet(labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4), labels)
+    network = Pixels(Reads(), [0.0], [1.0]).eval()
+    ones = [Watched(k, torch.zeros(1, 4, 4), 1.0) for k in range(run.PROBES)]
+    _Judge(network, held, held, type("Pool", (), {"suspicious": ones}), CPU)(network)
+    assert Watched.seen == {k: set(range(10)) - {k} for k in range(run.PROBES)}
