@@ -61,10 +61,10 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
 class Polarizer:
     """Trains only the polarizer, on clean images and on images that a perturbation pushes toward a wrong class.
 
-    The whole network stays as it is. The layer starts as the identity and sees the whole stream: at the published place the skip
-    connection of a residual block leads the trigger around it. The paper attacks each image by itself, toward its runner-up
-    class; a trigger is one change that turns all images to its class, and so is the attack here, see IBAU. The
-    loss, too, is as there, in place of the paper's five terms.
+    The whole network stays as it is; a polarizer that it carries already is trained on. The layer starts as the identity and sees
+    the whole stream: at the published place the skip connection of a residual block leads the trigger around it. The paper
+    attacks each image by itself, toward its runner-up class; a trigger is one change that turns all images to its class, and so
+    is the attack here, see IBAU. The loss, too, is as there, in place of the paper's five terms.
 
     Args:
         steps: Updates.
@@ -94,8 +94,8 @@ class Polarizer:
     def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
         assert clean.labels is not None
         teacher = copy.deepcopy(frozen(network))
-        layer = install(network.model, **asdict(_site(network, runtime.put(clean.images[:2].float() / 255))))
-        optimizer = torch.optim.Adam(layer.own(), lr=self.lr)
+        own = _layer(network, runtime.put(clean.images[:2].float() / 255)).own()
+        optimizer = torch.optim.Adam([weight.requires_grad_(True) for weight in own], lr=self.lr)
         truths = clean.labels
 
         def slope(batch: Attacked) -> None:
@@ -108,6 +108,12 @@ class Polarizer:
             loss.backward()
 
         yield from hardened(self, network, teacher, clean, optimizer, slope, pool=pool, runtime=runtime)
+
+
+def _layer(network: Pixels, images: Tensor) -> Polarized:
+    """The polarizer that the network carries, or one put in: two in a row are no more than one, and only one is saved."""
+    carried = next((module for module in network.modules() if isinstance(module, Polarized)), None)
+    return carried or install(network.model, **asdict(_site(network, images)))
 
 
 def _site(network: Pixels, images: Tensor) -> Site:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
+from nab_defense import checkpoint
+from nab_defense.checkpoint import Network
 from nab_defense.clean import CleanSet, Pixels
-from nab_defense.purify.polarizer import Polarizer, describe, install
+from nab_defense.purify.polarizer import Polarized, Polarizer, describe, install
 from nab_defense.sites import last_cut
 from tests.purify.offered import offered
 
@@ -51,10 +55,15 @@ def test_no_gradient_goes_around_the_site() -> None:
     torch.testing.assert_close(logits[0], logits[1])
 
 
+def noise() -> CleanSet:
+    pixels = torch.randint(0, 256, (30, 1, 32, 32), generator=torch.Generator().manual_seed(0))
+    return CleanSet(pixels.to(torch.uint8), torch.arange(30) % 3)
+
+
 def test_only_the_polarizer_changes() -> None:
     torch.manual_seed(0)
     network = timm.create_model("test_resnet", num_classes=3, in_chans=1).eval()
-    clean = CleanSet(torch.randint(0, 256, (30, 1, 32, 32), dtype=torch.uint8), torch.arange(30) % 3)
+    clean = noise()
     before = copy.deepcopy(network.state_dict())
     pixels = Pixels(network, [0.5], [0.25])
     made = list(offered(Polarizer(steps=4, rounds=2, batch_size=10), pixels, clean))
@@ -63,3 +72,20 @@ def test_only_the_polarizer_changes() -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     moved = [name for name in after if name not in before]
     assert len(moved) == 2 and all(after[name].abs().max() > 0 for name in moved)
+
+
+def test_a_polarizer_that_is_there_is_trained_on_and_loads_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    about = Network("test_resnet", 3, 1)
+    network = about.build().eval()
+    images = noise().images.float() / 255
+    layer = install(network, **asdict(last_cut(network, images)))
+    with torch.no_grad():
+        layer.difference.normal_(std=0.1)
+    pixels, start = Pixels(network, [0.0], [1.0]), layer.difference.detach().clone()
+    list(offered(Polarizer(steps=2, rounds=1, batch_size=10), pixels, noise()))
+    assert [module for module in network.modules() if isinstance(module, Polarized)] == [layer]
+    assert 0 < (layer.difference - start).abs().max() < 0.01  # from where it was, two steps of at most lr
+    checkpoint.save(tmp_path / "model.safetensors", network, about, mean=[0.0], std=[1.0])
+    with torch.no_grad():
+        assert torch.equal(checkpoint.load(tmp_path)(images), network.eval()(images))
