@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..clean import CleanSet, Pixels
 from ..runtime import Runtime
@@ -48,7 +49,8 @@ def hypergradient(
     if form == "none":
         return value.detach(), grads
     if form == "exact":
-        (slope,) = torch.autograd.grad(inner(change), change, create_graph=True)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            (slope,) = torch.autograd.grad(inner(change), change, create_graph=True)
 
         def curve(vector: Tensor) -> Tensor:
             return torch.autograd.grad(slope, change, vector, retain_graph=True)[0]

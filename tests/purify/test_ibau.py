@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from nab_defense.purify.ibau import IBAU, hypergradient
+from nab_defense.clean import CleanSet, Pixels
+from nab_defense.purify.ibau import FORMS, IBAU, hypergradient
+from tests.purify.offered import offered
 
 TERMS, RATE = 4, 0.1
 
@@ -73,6 +76,21 @@ def test_hypergradient_converges_to_the_derivative_of_the_inner_minimum() -> Non
         torch.testing.assert_close(grad, weight.detach(), rtol=1e-5, atol=1e-5)
     _, (grad,) = hypergradient(outer, inner, weight.detach(), [weight], form="none", terms=200, rate=0.1)
     assert grad.abs().max() == 0
+
+
+def test_both_forms_go_one_step_on_a_network_with_attention() -> None:
+    pixels = torch.randint(0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    clean = CleanSet(pixels.to(torch.uint8), torch.arange(24) % 2)
+    moves = {}
+    for form in FORMS:
+        torch.manual_seed(0)
+        vit = timm.create_model("test_vit", img_size=8, patch_size=4, in_chans=1, num_classes=2)
+        before = nn.utils.parameters_to_vector(vit.parameters()).detach().clone()
+        list(offered(IBAU(form=form, rate=1.0, steps=1, batch_size=12), Pixels(vit, [0.5], [0.25]).eval(), clean))
+        moves[form] = nn.utils.parameters_to_vector(vit.parameters()).detach() - before
+    implicit = moves["exact"] - moves["none"]  # what the way of the inner minimum adds
+    assert implicit.norm() > 0
+    torch.testing.assert_close(moves["fd"] - moves["none"], implicit, rtol=0, atol=0.1 * implicit.abs().max().item())
 
 
 def test_a_setting_that_no_form_takes_is_refused() -> None:
