@@ -42,12 +42,14 @@ def hypergradient(
         terms, rate: Length of the Neumann series and step of the inner problem.
 
     Returns: the value of outer, and one gradient a weight."""
-    change = change.detach().requires_grad_(True)
+    implicit = form != "none"
+    change = change.detach().requires_grad_(implicit)
     value = outer(change)
-    push, *direct = torch.autograd.grad(value, [change, *params], allow_unused=True)
-    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, direct, strict=True)]
-    if form == "none":
+    found = torch.autograd.grad(value, [change, *params] if implicit else params, allow_unused=True)
+    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found[-len(params) :], strict=True)]
+    if not implicit:
         return value.detach(), grads
+    push = found[0]
     if form == "exact":
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             (slope,) = torch.autograd.grad(inner(change), change, create_graph=True)
