@@ -40,7 +40,7 @@ class Repair:
 
     Args:
         model: To be shipped: the repaired one, or the original, untouched, where none was accepted.
-        record: What result.json says of it; "status" is "accepted", "rejected" or "failed", "text" is for people.
+        record: What result.json says of it; "status" is "accepted" or "rejected", "text" is for people.
     """
 
     model: nn.Module
@@ -140,11 +140,7 @@ def _repaired(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABP
     n_fit, n_held = (len(part) for part in images.split(stage.holdout, session.runtime.seed))
     data = {"source": stage.clean, "fingerprint": trusted.fingerprint, "n_fit": n_fit, "n_held": n_held}
     record = {**stage.model_dump(exclude={"clean"}), "params": dataclasses.asdict(method), "data": data}
-    try:
-        found = purify(shipped, images, method, **_settings(session, stage), suspects=_accused(session, plan))
-    except ValueError as error:  # the method diverged; the training before it is worth shipping all the same
-        text = f"Not repaired, the model is shipped as it was: {error}."
-        return Repair(shipped, {"status": "failed", **record, "text": text})
+    found = purify(shipped, images, method, **_settings(session, stage), suspects=_accused(session, plan))
     text = in_words(found, stage.method, stage.max_drop, instead="the model is shipped as it was")
     return Repair(found.model, {**outcome(found), **record, "text": text})
 
@@ -167,22 +163,23 @@ def in_words(found: PurifyResult, method: str, max_drop: float, *, instead: str)
     """What came of it; "turned" stands in for the unknown ASR.
 
     Args: instead: What was done where no candidate was taken."""
+    ended = "" if found.stopped is None else f" It ended early: {found.stopped}."
     if found.chosen is not None:
         lost = found.before["accuracy"] - found.after["accuracy"] > max_drop
         doubt = f"; that is above max_drop={max_drop}, but by no more than so few images leave to chance" if lost else ""
         start = "Repaired" if found.repaired else "Not repaired, though improved,"
         return (
             f"{start} by {method}, {found.chosen}: on held-out images {_change(found.before, found.after)}{doubt}. "
-            "What the attacker's own trigger does cannot be told without it."
+            f"What the attacker's own trigger does cannot be told without it.{ended}"
         )
     if not found.candidates:
-        return f"Not repaired, {instead}: {method} gave no candidate."
+        return f"Not repaired, {instead}: {found.stopped or f'{method} gave no candidate'}."
     kept = [row for row in found.candidates if may_keep(found.before, row, max_drop)]
     best = min(kept, key=lambda row: row["proxy"]) if kept else max(found.candidates, key=lambda row: row["accuracy"])
     why = "is turned no less" if kept else f"loses more than max_drop={max_drop} of accuracy"
     return (
         f"Not repaired, {instead}: even the best candidate, {best['name']}, {why}; "
-        f"on held-out images {_change(found.before, best)}."
+        f"on held-out images {_change(found.before, best)}.{ended}"
     )
 
 

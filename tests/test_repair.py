@@ -21,6 +21,7 @@ from nab_defense.data import open_source
 from nab_defense.defended import DefendedModel
 from nab_defense.pipeline import run
 from nab_defense.purify import purify
+from nab_defense.purify.ibau import IBAU
 from nab_defense.recipe import load_recipe
 from nab_defense.repair import _draw, read_clean
 from nab_defense.schema import PurifyStage
@@ -73,18 +74,20 @@ def test_when(when: str, protected: bool, runs: bool, tmp_path: Path, monkeypatc
     def check(*given: Any) -> Any:
         return dataclasses.replace(judged(*given), protected=protected, text="As it was.")
 
-    def stopped(model: Any, *_: Any, **__: Any) -> Any:
-        called.append(model)
+    def stopped(_: Any, network: Any, *__: Any, **___: Any) -> Any:
+        called.append(network.model)
         raise ValueError("stop here")
+        yield
 
     monkeypatch.setattr(pipeline, "check", check)
-    monkeypatch.setattr(repairs, "purify", stopped)
+    monkeypatch.setattr(IBAU, "candidates", stopped)
     result = run_with(tmp_path, when=when)
     assert len(called) == runs and ("purify" in result["seconds"]) is runs
     assert result["verdict"]["protected"] is protected  # a purifier that fails costs nothing but its time
     assert same(weights(tmp_path / "run" / "model.safetensors"), weights(plain / "model.safetensors"))
     if runs:
-        assert isinstance(called[0], DefendedModel) and result["purify"]["status"] == "failed"
+        assert isinstance(called[0], DefendedModel) and result["purify"]["status"] == "rejected"
+        assert result["purify"]["stopped"] == "stop here" and result["purify"]["candidates"] == []
         assert result["verdict"]["text"] == "As it was. Not repaired, the model is shipped as it was: stop here."
     else:
         assert result["purify"] == {"status": "skipped", "when": when} and result["verdict"]["text"] == "As it was."

@@ -19,7 +19,7 @@ __all__ = ["Repaired"]
 class Repaired:
     """One of this package's purifiers on the undefended network, with all the trusted images of the task.
 
-    Where the purifier takes none of its candidates the network stays as it was, and the note says so.
+    Where none of the purifier's candidates is taken the network stays as it was, and the note says so, and why it stopped.
 
     Args:
         method: Any that `nab purify` knows.
@@ -44,5 +44,5 @@ class Repaired:
         )
         found = purify(task.undefended, images, method, mean=mean, std=std, runtime=session.runtime)
         seconds = {"train": task.plain_seconds, "purify": time.perf_counter() - begun}
-        note = f"{found.status}{'' if found.chosen is None else ': ' + found.chosen}"
+        note = ": ".join(part for part in (found.status, found.chosen, found.stopped) if part is not None)
         return Outcome(found.model, seconds, NABPlan.empty(task.source.labels), note=note)

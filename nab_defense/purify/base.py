@@ -72,7 +72,9 @@ class Purifier(Protocol):
             clean: Images to fit on.
             pool: Universal perturbations made on this network with these images, for methods that train against some, which may
                 move them.
-            runtime: Device, precision, seed."""
+            runtime: Device, precision, seed.
+
+        Raises: ValueError: It cannot go on; what it offered until then stands."""
         ...
 
 

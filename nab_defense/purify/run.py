@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..changes import Universal
 from ..clean import CleanSet, Pixels, logits_of
 from ..runtime import Runtime, fixed_seed
 from ..universal import PROBE_BATCH, Pool, pool_of, pursued, started
-from .base import Purifier, frozen
+from .base import Candidates, Purifier, frozen
 
 __all__ = ["PurifyResult", "count_outputs", "may_keep", "prepared", "purify"]
 
@@ -43,6 +43,7 @@ class PurifyResult:
         before, after: accuracy, proxy and its class, of the original and of what was taken; with suspects "obeyed", the share of
             these that are given their old label.
         seconds: "method" and "selection".
+        stopped: Why the method ended early: its loss was not finite, it did not recover; None where it went to its end.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class PurifyResult:
     before: dict[str, Any]
     after: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
+    stopped: str | None = None
 
     @property
     def repaired(self) -> bool:
@@ -76,7 +78,10 @@ class _Judge:
         self.order = torch.randperm(len(held), generator=torch.Generator().manual_seed(runtime.seed))  # folders come by class
 
     def __call__(self, network: nn.Module) -> dict[str, Any]:
-        predicted = logits_of(network, self.held, self.runtime).argmax(1)
+        logits = logits_of(network, self.held, self.runtime)
+        if not torch.isfinite(logits).all():
+            return {"accuracy": 0.0, "error": 0.0, "proxy": 1.0, "class": 0}  # of no use, and without a slope to climb on
+        predicted = logits.argmax(1)
         right = self.trust.gather(1, predicted[:, None])
         error = float((right - self.right).std(correction=0)) / len(right) ** 0.5
         probes = list(self.easiest)
@@ -112,6 +117,8 @@ def purify(
 ) -> PurifyResult:
     """Repair a model with a few clean images.
 
+    A method that cannot go on, and raises ValueError on its way, ends there: what it offered until then is judged as ever.
+
     Args:
         model: Takes images normalised by mean and std; it is not changed.
         clean: Trusted images; labels only where the method needs them.
@@ -125,7 +132,7 @@ def purify(
             them those labels is judged as one that is turned.
 
     Raises:
-        ValueError: The method cannot serve this network or these images."""
+        ValueError: The method cannot serve this network or these images; nothing was trained."""
     limits = {"max_drop": max_drop, "holdout": holdout}
     original, fit, held = prepared(model, clean, method, mean=mean, std=std, runtime=runtime, **limits)
     begun = time.perf_counter()
@@ -135,8 +142,10 @@ def purify(
     selecting = time.perf_counter() - begun
     fixed_seed(runtime.seed)
     records: list[dict[str, Any]] = []
+    stopped: list[str] = []
     best: dict[tuple[bool, bool], tuple[dict[str, Any], nn.Module]] = {}  # of those that are (still turned, above max_drop)
-    for name, network in method.candidates(copy.deepcopy(original), fit, pool=pool, runtime=runtime):
+    candidates = method.candidates(copy.deepcopy(original), fit, pool=pool, runtime=runtime)
+    for name, network in _up_to_failure(candidates, stopped):
         paused = time.perf_counter()
         record: dict[str, Any] = {"name": name, **judge(network), "seconds": paused - begun - selecting}
         records.append(record)
@@ -146,10 +155,19 @@ def purify(
             best[kind] = record, copy.deepcopy(network.get_submodule("model"))
         selecting += time.perf_counter() - paused
     seconds = {"method": time.perf_counter() - begun - selecting, "selection": selecting}
+    reason = stopped[0] if stopped else None
     for record, network in (best[kind] for kind in sorted(best)):
         if record["proxy"] <= before["proxy"] - LEAST_GAIN:
-            return PurifyResult(network.eval(), "accepted", record["name"], records, before, record, seconds)
-    return PurifyResult(model, "rejected", None, records, before, before, seconds)
+            return PurifyResult(network.eval(), "accepted", record["name"], records, before, record, seconds, reason)
+    return PurifyResult(model, "rejected", None, records, before, before, seconds, reason)
+
+
+def _up_to_failure(candidates: Candidates, stopped: list[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The candidates; the method's own error ends them, and is put down in `stopped`."""
+    try:
+        yield from candidates
+    except ValueError as error:
+        stopped.append(str(error))
 
 
 def may_keep(before: dict[str, Any], record: dict[str, Any], max_drop: float) -> bool:
@@ -176,6 +194,9 @@ def prepared(
     original: Pixels = frozen(runtime.place(Pixels(copy.deepcopy(model), mean, std)))  # type: ignore[assignment]
     if not 0 < holdout < 1 or not 0 <= max_drop < 1:
         raise ValueError(f"holdout must be in (0, 1) and max_drop in [0, 1), got {holdout} and {max_drop}")
+    for name in ("steps", "rounds", "batch_size"):
+        if getattr(method, name, 1) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(method, name)}")
     _check_images(clean, count_outputs(original, clean.images[:2], runtime), method)
     fit, held = clean.split(holdout, runtime.seed)
     if len(fit) < method.least:

@@ -164,6 +164,15 @@ def test_rejected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["test"]["attack"]["params"] == {"size": 1} and [p.name for p in (place / "out").iterdir()] == ["result.json"]
 
 
+def test_a_method_that_stops_is_no_wrong_input(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert foreign("steps=6", "lr=1e38", "--out", "out") == 3
+    found, shown = measured(place / "out"), capsys.readouterr()
+    assert found["status"] == "rejected" and found["candidates"] == [] and not found["verdict"]["protected"]
+    assert found["stopped"].startswith("ibau: the loss is ") and found["stopped"].endswith("lower lr, or give other clean images")
+    assert found["verdict"]["text"] == f"Not repaired, no model written: {found['stopped']}." and not shown.err
+    assert found["verdict"]["text"] in shown.out.splitlines() and not (place / "out" / "model.safetensors").exists()
+
+
 def test_nothing_gained_is_rejected(place: Path) -> None:
     assert foreign(*WEAK, "lr=1e-8", "--out", "out") == 3  # the candidate is the original, nearly
     assert "is turned no less" in measured(place / "out")["verdict"]["text"]

@@ -75,6 +75,14 @@ def test_a_cell_alone_and_from_scratch_gives_the_same_figures(tmp_path: Path, ob
     assert whole["lga"]["figures"]["plain"] is not None and set(whole["lga"]["figures"]["rejects"]) == {"clean", "triggered"}
 
 
+def test_a_repair_that_stops_is_not_repaired_and_no_failure(tmp_path: Path, obeyed: None) -> None:
+    row = {"defence": "purify", "params": {"method": "finetune", "settings": {"lr": 1e38, "steps": 9, "rounds": 1}}}
+    found, _ = run(small_grid(tmp_path, clean=100, defences={"diverged": row}), tmp_path / "out")
+    record = found["diverged"]
+    assert record["status"] == "done" and record["note"].startswith("rejected: finetune: the loss is ")
+    assert record["figures"]["defended"] == record["twins"]["undefended"]
+
+
 def test_a_failing_cell_is_written_down_and_the_others_go_on(tmp_path: Path, obeyed: None) -> None:
     rows = {"bad": {"defence": "purify", "params": {"method": "distill"}}, "none": None}
     found, told = run(small_grid(tmp_path, defences=rows), tmp_path / "out")

@@ -14,6 +14,7 @@ from nab_defense.runtime import Runtime
 
 IMAGES = torch.randint(0, 256, (60, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 LABELS = torch.arange(60) % 4
+KNOBS = {"rounds": 1, "steps": 1, "batch_size": 20}
 
 
 def network(outputs: int = 4) -> nn.Module:
@@ -23,7 +24,8 @@ def network(outputs: int = 4) -> nn.Module:
 
 def run(model: nn.Module | None = None, images: Tensor = IMAGES, labels: Tensor | None = LABELS, **settings: Any) -> Any:
     settings = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "runtime": Runtime(device="cpu", threads=1), **settings}
-    method = purifiers.create("ibau", rounds=1, steps=1, batch_size=20)
+    knobs = {name: settings.pop(name, value) for name, value in KNOBS.items()}
+    method = purifiers.create("ibau", **knobs)
     return purify(network() if model is None else model, CleanSet(images, labels), method, **settings)
 
 
@@ -60,6 +62,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model": network(5)}, "class 4 has 0 clean images; each of the 5 needs two"),
     ({"images": IMAGES[:7], "labels": LABELS[:7]}, "class 3 has 1 clean images"),
     ({"images": IMAGES[:22], "labels": LABELS[:22]}, "18 clean images are left to fit on, 4 being held out; IBAU needs 20"),
+    ({"steps": 0}, "steps must be at least 1, got 0"),
+    ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
     ({"holdout": 0.0}, r"holdout must be in \(0, 1\)"),
     ({"max_drop": 1.5}, r"max_drop in \[0, 1\)"),
 ]
