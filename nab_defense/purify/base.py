@@ -250,7 +250,7 @@ def _attacked(
     for step in range(1, how.steps + 1):
         images, rows = next(batches)
         left = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / how.steps)
-        count = round(how.fraction * max(LEAST_SHARE, left) * len(images))
+        count = max(1 if how.fraction else 0, round(how.fraction * max(LEAST_SHARE, left) * len(images)))
         alone = len(images) - round(MIXED * (len(images) - count))
         images = torch.cat([images[:alone], mixed(images, generator)[alone:]])
         with torch.no_grad(), runtime.autocast():

@@ -115,6 +115,7 @@ class RNP:
         tune_steps: After each cut; 0: the paper's method.
         hold: Weight of the divergence from the original's answers in fine-tuning, beside the cross-entropy with the labels.
         batch_size: Images a step.
+        augment: Random crops and flips.
     """
 
     labelled: ClassVar[bool] = True
@@ -127,6 +128,7 @@ class RNP:
     tune_steps: int = 60
     hold: float = 1.0
     batch_size: int = 128
+    augment: bool = True
 
     def check(self, network: Pixels, images: Tensor) -> None:
         network(images)
@@ -204,7 +206,7 @@ class RNP:
     ) -> Iterator[Tensor]:
         """For each of so many batches the losses (B,) of the network's logits, all finite; with what is held of the teacher's."""
         assert images.labels is not None
-        batches = images.endless(self.batch_size, runtime=runtime, seed=runtime.seed)
+        batches = images.endless(self.batch_size, runtime=runtime, seed=runtime.seed, augment=self.augment)
         for step, (batch, rows) in zip(range(steps), batches, strict=False):
             with runtime.autocast():
                 logits = network(batch)

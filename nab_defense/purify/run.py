@@ -190,7 +190,6 @@ def prepared(
 
     Raises:
         ValueError: What purify would refuse."""
-    runtime.place(model)
     original: Pixels = frozen(runtime.place(Pixels(copy.deepcopy(model), mean, std)))  # type: ignore[assignment]
     if not 0 < holdout < 1 or not 0 <= max_drop < 1:
         raise ValueError(f"holdout must be in (0, 1) and max_drop in [0, 1), got {holdout} and {max_drop}")

@@ -127,6 +127,19 @@ def test_the_network_forgets_and_recovers_by_masks_alone(trained: Pixels) -> Non
     assert len(values) == 32 and values.min() >= 0 and values.max() <= 1 and (values < 1).any()
 
 
+@pytest.mark.parametrize("augment", [True, False])
+def test_crops_and_flips_only_where_they_are_asked_for(augment: bool, trained: Pixels) -> None:
+    clean, shown = bars(80), []
+
+    def network(batch: Tensor) -> Tensor:
+        shown.append((255 * batch).round().byte())
+        return trained(batch)
+
+    list(RNP(batch_size=40, augment=augment)._losses(network, clean, CPU, 2))
+    seen, known = ({image.numpy().tobytes() for image in images} for images in (torch.cat(shown), clean.images))
+    assert (seen == known) is not augment
+
+
 def test_failed_recovery_is_an_error(trained: Pixels) -> None:
     with pytest.raises(ValueError, match="recovery failed"):
         next(offered(RNP(batch_size=40, recover_steps=1, mask_lr=1e-6), copy.deepcopy(trained), bars(400)))
