@@ -32,6 +32,7 @@ NO_OPTIONS = {
     "split": "data.test_split names the part to test on, and training takes 'train'",
     "channels": "model.in_chans says it",
     "strict": "data.strict says it",
+    "labelled": "purify.labelled says it of the images that repair, and all others have labels",
 }
 
 

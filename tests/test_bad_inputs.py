@@ -82,6 +82,7 @@ def test_recipe_that_cannot_be_read(tmp_path: Path, mistakes: Mistakes) -> None:
         ("data.std=null", ("data.mean and data.std go together",)),
         ("data.options.split=val", ("data.options={'split': 'val'}", "split cannot be an option", "data.test_split")),
         ("data.options={root: x, strict: true}", ("strict cannot be an option", "data.strict")),
+        ("data.options.labelled=false", ("labelled cannot be an option", "purify.labelled")),
         ("data.std=[0.0]", ("data.std must be positive",)),
         ("train.opt=sdg", ("timm has no optimizer 'sdg'", "did you mean 'sgd'?")),
         ("train.sched=step", ("after epoch 90 of 1: set decay_epochs",)),

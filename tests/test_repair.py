@@ -25,6 +25,7 @@ from nab_defense.purify.ibau import IBAU
 from nab_defense.recipe import load_recipe
 from nab_defense.repair import _draw, read_clean
 from nab_defense.schema import PurifyStage
+from nab_defense.session import Session
 from nab_defense.types import NABPlan
 from tests.digits_runs import Mistakes, write_images, write_recipe
 
@@ -202,6 +203,14 @@ def test_draw_is_balanced() -> None:
     counts = np.bincount(_draw(few, 60, 0, balanced=True).labels)
     assert counts.sum() == 60 and (counts[2:] == np.bincount(few.labels)[2:]).all() and abs(counts[0] - counts[1]) <= 1
     assert _draw(source, 10**6, 0, balanced=True) is _draw(source, None, 0, balanced=False) is source
+
+
+def test_trusted_images_without_labels_come_from_any_folder(tmp_path: Path) -> None:
+    flat = write_images(tmp_path / "images", classes=1, each=130, mode="L") / "c0"
+    stage = {"clean": str(flat), "labelled": False, "method": "distill"}
+    session = Session(load_recipe(write_recipe(tmp_path, purify=stage)), tmp_path / "run", resume=False)
+    trusted = repairs.trusted_images(session)
+    assert trusted is not None and trusted.images.labels is None and len(trusted.images) == 130
 
 
 def test_read_clean() -> None:

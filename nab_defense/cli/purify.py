@@ -106,7 +106,7 @@ def _parser() -> Parser:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="; ".join(SETTINGS))
     parser.add_argument("--clean", required=True, metavar="SOURCE", help="trusted images: a folder, digits, or a timm name")
     parser.add_argument("--method", required=True, metavar="NAME", help=", ".join(purifiers.names()))
-    parser.add_argument("--unlabeled", action="store_true", help="the labels of the clean images are not to be read")
+    parser.add_argument("--unlabeled", action="store_true", help="no labels are read; any folder of images will do")
     parser.add_argument("--test", metavar="SOURCE", help="measure ACC before and after; these images select nothing")
     parser.add_argument("--attack", metavar="NAME", help=f"and ASR, with this trigger on them: {', '.join(attacks.names())}")
     parser.add_argument("--trigger", type=Path, metavar="FILE", help=TRIGGER)
@@ -163,7 +163,8 @@ def _number(key: str, value: Any) -> float:
 
 
 def _read_clean(args: argparse.Namespace, suspect: Suspect, shared: dict[str, Any], seed: int) -> tuple[Source, CleanSet]:
-    source, labelled = open_source(args.clean, channels=len(suspect.mean)), not args.unlabeled
+    labelled = not args.unlabeled
+    source = open_source(args.clean, channels=len(suspect.mean), labelled=labelled)
     if labelled:
         check_classes(args.clean, source.classes, suspect.header())
     limit, hflip = shared["clean_limit"], shared["hflip"]

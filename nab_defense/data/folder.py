@@ -94,18 +94,19 @@ def _inspect(file: File) -> tuple[Image.Image | None, str, str]:
     return image, kind, digest
 
 
-def read_folder(root: Path, channels: int | None, strict: bool) -> Folder:
-    """Read a folder with one sub-folder a class.
+def read_folder(root: Path, channels: int | None, strict: bool, *, labelled: bool = True) -> Folder:
+    """Read a folder with one sub-folder a class; without labels, all images below it.
 
     Args:
         root: The folder.
         channels: 1 or 3, what the model takes; None: 1 where all images are grey, else 3.
         strict: Refuse the folder when a file cannot be read; False leaves such files out.
+        labelled: False: sub-folders mean nothing, and all images get label 0.
 
     Raises:
         ValueError: No folder, no classes, no images, unreadable files, or only grey ones for three channels.
     """
-    classes, files, labels = _list(root)
+    classes, files, labels = _list(root, labelled)
     return read_files(root, classes, files, labels, [path.relative_to(root).as_posix() for path in files], channels, strict)
 
 
@@ -149,22 +150,31 @@ def read_files(
     )
 
 
-def _list(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
+def _list(root: Path, labelled: bool) -> tuple[tuple[str, ...], list[Path], list[int]]:
     if not root.is_dir():
         siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
         raise ValueError(f"no such folder or data set: {root}{nearest(root.name, siblings)}")
-    classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
-    if not classes:
-        raise ValueError(f"{root} has no sub-folders; expected one for each class")
     files: list[Path] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-        files += found
-        labels += [label] * len(found)
+    if labelled:
+        classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+        if not classes:
+            raise ValueError(f"{root} has no sub-folders; expected one for each class")
+        for label, name in enumerate(classes):
+            found = _images(root / name)
+            files += found
+            labels += [label] * len(found)
+    else:
+        classes = ("unlabelled",)
+        files = [p for p in _images(root) if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+        labels = [0] * len(files)
     if not files:
         raise ValueError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")
     return classes, files, labels
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
 
 
 def _refuse_broken(root: Path, irregular: dict[str, list[str]], total: int, strict: bool) -> None:

@@ -129,7 +129,15 @@ class View(Dataset[Any]):
         return self.source.fingerprint
 
 
-def open_source(name: str, *, split: str = "train", channels: int | None = None, strict: bool = True, **options: Any) -> Source:
+def open_source(
+    name: str,
+    *,
+    split: str = "train",
+    channels: int | None = None,
+    strict: bool = True,
+    labelled: bool = True,
+    **options: Any,
+) -> Source:
     """Open a data set by name.
 
     Args:
@@ -138,6 +146,7 @@ def open_source(name: str, *, split: str = "train", channels: int | None = None,
         split: Which part of a named data set; a folder is taken as it is.
         channels: 1 or 3, what the model takes; None: what the images have.
         strict: Refuse data with unreadable files; False leaves those files out, counted and named.
+        labelled: False: labels will not be used, and a folder is any that holds images.
         options: Passed on to timm's create_dataset (root, download, ...).
 
     Raises:
@@ -153,10 +162,14 @@ def open_source(name: str, *, split: str = "train", channels: int | None = None,
     elif name.split("/")[0].lower() in TIMM_PREFIXES:
         source = _from_timm(name, split, channels, options)
     else:
-        read, place = (read_shards, name[len(SHARDS) :]) if name.startswith(SHARDS) else (read_folder, name)
-        folder = read(Path(place).expanduser(), channels, strict)
+        if name.startswith(SHARDS):
+            folder = read_shards(Path(name[len(SHARDS) :]).expanduser(), channels, strict)
+        else:
+            folder = read_folder(Path(name).expanduser(), channels, strict, labelled=labelled)
         mark = fingerprint(folder.ids, folder.labels, folder.digests)
         source = Source(name, folder.classes, folder.labels, folder.ids, folder.load, folder.mode, mark, folder.irregular)
+    if not labelled:
+        return source
     counts = np.bincount(source.labels, minlength=len(source.classes))
     if len(source.classes) < 2:
         raise ValueError(f"{name} has one class ({source.classes[0]!r}); a classifier needs at least two")

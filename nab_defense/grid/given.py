@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ def in_memory(source: Source, name: str) -> Source:
 
 
 @lru_cache(maxsize=4)
-def _read(name: str, split: str, channels: int, strict: bool, options: tuple[tuple[str, object], ...]) -> Source:
+def _read(name: str, split: str, channels: int, strict: bool, options: tuple[tuple[str, Any], ...]) -> Source:
     return in_memory(open_source(name, split=split, channels=channels, strict=strict, **dict(options)), name)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import nab_defense
-from nab_defense import checkpoint
+from nab_defense import checkpoint, io
 from nab_defense.checkpoint import Network
 from nab_defense.clean import CleanSet
 from nab_defense.cli import main
@@ -201,6 +201,22 @@ def test_a_model_of_this_package_says_everything_itself(small: nn.Module, place:
     assert header["network"] == measured(place / "out")["model"] and header["network"]["small_stem"]
     assert (header["classes"], header["input_size"], header["mean"], header["std"]) == (FACTS["classes"], 8, [0.3], [0.4])
     assert header["purified"]["method"] == "ibau" and header["verdict"]["protected"]
+
+
+def test_images_of_something_else_without_labels_or_class_folders(place: Path, lenient: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    (place / "other").mkdir()
+    for index in range(130):
+        shades = 255 * torch.rand(1, 1, 3, 3, generator=generator)
+        pixels = F.interpolate(shades, size=16, mode="bilinear")[0, 0].byte()
+        Image.fromarray(pixels.numpy()).save(place / "other" / f"{index}.png")
+    named = ["--model", "purify_nets:linear", "--checkpoint", "bad.pth", *OPEN, "--method", "distill", "steps=3", "max_drop=0.9"]
+    assert main(["purify", *named, "--clean", "other", "--unlabeled", "runtime.threads=1", "--out", "out"]) == 0
+    found, purified, before = measured(place / "out"), nab_defense.load("out", linear), linear()
+    assert not found["data"]["labelled"] and found["data"]["n_fit"] == 104 and found["data"]["n_held"] == 26
+    assert 0 < found["before"]["accuracy"] <= 1  # what the network expects of itself
+    before.load_state_dict({name: io.load_weights(place / "bad.pth")[0][f"module.{name}"] for name in before.state_dict()})
+    assert not torch.equal(purified.state_dict()["1.weight"], before.state_dict()["1.weight"])
 
 
 def test_weights_of_a_network_like_a_saved_one(small: nn.Module, place: Path, lenient: None) -> None:

@@ -98,6 +98,22 @@ def test_a_folder_is_read_in_order(folder: Path) -> None:
     assert view.fingerprint == source.fingerprint and len(view) == 7
 
 
+def test_without_labels_a_folder_is_all_the_images_below_it(folder: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    for place in ("b.png", "a.png", "deep/er/c.png", ".hidden/d.png", ".e.png"):
+        write(flat / place, color(len(place)))
+    source = open_source(str(flat), labelled=False)
+    assert source.ids == ("a.png", "b.png", "deep/er/c.png") and source.labels.tolist() == [0, 0, 0]
+    assert np.array_equal(source.pixels(2), np.asarray(color(len("deep/er/c.png"))))
+    by_class, any_way = open_source(str(folder)), open_source(str(folder), labelled=False)
+    assert by_class.ids == any_way.ids and by_class.fingerprint != any_way.fingerprint
+    with pytest.raises(ValueError, match="expected one for each class"):
+        open_source(str(flat / "deep" / "er"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no image"):
+        open_source(str(tmp_path / "empty"), labelled=False)
+
+
 def test_every_oddity_is_counted_and_named(folder: Path) -> None:
     for name in ODD:
         write(folder / "dog" / name, odd(name))
