@@ -7,20 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from . import checkpoint, io, ranks
-from .clean import CleanSet
+from .clean import CleanSet, logits_of
 from .data import Source, build_transform
 from .plan import relabelled
 from .purify import PurifyResult, purifiers, purify
+from .purify.rnp import suspicion
 from .purify.run import may_keep, prepared
+from .runtime import Runtime
 from .schema import PurifyStage
 from .session import Session
 from .types import NABPlan
 
-__all__ = ["Repair", "Trusted", "in_words", "outcome", "read_clean", "repair", "trusted_images"]
+__all__ = ["Repair", "Trusted", "in_words", "outcome", "ranking", "read_clean", "repair", "trusted_images"]
 
+RANKED_AT_ONCE = 4096  # images in memory
 MAX_SUSPECTS = 500  # accused images that help to judge
 ACCEPTED = "accepted"
 
@@ -155,8 +160,24 @@ def _accused(session: Session, plan: NABPlan) -> CleanSet | None:
 
 
 def outcome(found: PurifyResult) -> dict[str, Any]:
-    """Everything in it but the model, for result.json."""
-    return {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name != "model"}
+    """Everything in it but the networks, for result.json."""
+    names = [field.name for field in dataclasses.fields(found) if field.name not in ("model", "unlearned")]
+    return {name: getattr(found, name) for name in names}
+
+
+def ranking(original: nn.Module, unlearned: nn.Module, source: Source, *, size: int, runtime: Runtime) -> NDArray[np.float32]:
+    """(N,) how suspicious each training image is, higher = more: how well it was kept while clean images were forgotten.
+
+    Args:
+        original, unlearned: Take pixels; the second is PurifyResult.unlearned.
+        source: The training images with the labels they were given.
+        size: Edge in pixels."""
+    found = []
+    for rows in torch.arange(len(source)).split(RANKED_AT_ONCE):
+        some = CleanSet.read(source.subset(rows.numpy()).view(build_transform("none", size)))
+        assert some.labels is not None
+        found.append(suspicion(logits_of(original, some, runtime), logits_of(unlearned, some, runtime), some.labels))
+    return torch.cat(found).numpy()
 
 
 def in_words(found: PurifyResult, method: str, max_drop: float, *, instead: str) -> str:

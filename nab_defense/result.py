@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import io
 from .bench.evaluate import to_dict
@@ -23,11 +24,12 @@ from .select import Group
 from .session import Session
 from .types import EvalResult, NABPlan
 
-__all__ = ["describe", "provenance", "save_suspects", "summarize", "summarize_models"]
+__all__ = ["describe", "provenance", "save_ranking", "save_suspects", "summarize", "summarize_models"]
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "faiss-cpu", "albumentations")
 COLUMNS = {"acc": "ACC", "asr": "ASR", "ra": "RA", "retuned": "ASR*"}
 LEGEND = f"ASR*: the same after {STEPS} small steps on {IMAGES} triggered images with the attacker's label; compare the oracle's"
+SUSPECTS = ("id", "label", "proposed", "score", "action", "evidence")
 Models = dict[str, EvalResult | tuple[EvalResult, EvalResult]]
 
 
@@ -115,7 +117,18 @@ def save_suspects(path: Path, finding: Finding, source: Source) -> None:
             why = "trusted; shows the network a clean image with the stamp"
         given, proposed = source.classes[plan.labels[i]], source.classes[plan.new_labels[i]]
         rows.append((source.ids[i], given, proposed, f"{scores[i]:.6g}", _action(plan, int(i)), why))
-    io.save_csv(path, ("id", "label", "proposed", "score", "action", "evidence"), rows)
+    io.save_csv(path, SUSPECTS, rows)
+
+
+def save_ranking(path: Path, source: Source, scores: NDArray[np.float32], by: str) -> None:
+    """suspects.csv of a ranking that accuses nobody: a row for each sample, the most suspicious on top.
+
+    Args: scores: (N,), higher = more suspicious. by: What ranked them."""
+    rows = []
+    for place, i in enumerate(np.argsort(-scores, kind="stable"), 1):
+        given = source.classes[source.labels[i]]
+        rows.append((source.ids[i], given, given, f"{scores[i]:.6g}", "kept", f"{by}; {place} of {len(scores)}"))
+    io.save_csv(path, SUSPECTS, rows)
 
 
 def _action(plan: NABPlan, index: int) -> str:

@@ -14,13 +14,13 @@ from torch import nn
 from .. import checkpoint, io
 from ..bench.attacks import attacks
 from ..bench.evaluate import evaluate, to_dict
-from ..clean import CleanSet
+from ..clean import CleanSet, Pixels
 from ..data import Source, open_source
 from ..purify import PurifyResult, purifiers, purify
 from ..recipe import key_values, parse_recipe
 from ..registry import nearest
-from ..repair import in_words, outcome, read_clean
-from ..result import provenance, summarize_models
+from ..repair import in_words, outcome, ranking, read_clean
+from ..result import provenance, save_ranking, summarize_models
 from ..runtime import Runtime
 from ..schema import Recipe
 from .common import EXIT_UNPROTECTED, Parser, check_out
@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
     source, clean = _read_clean(args, suspect, shared, recipe.seed)
     if clean.labels is not None:
         suspect = dataclasses.replace(suspect, classes=source.classes)
+    training = _open_training(args, suspect)
     limits = {name: shared[name] for name in LIMITS}
     found = purify(suspect.model, clean, method, mean=suspect.mean, std=suspect.std, runtime=runtime, **limits)
     how = {"method": args.method, "knobs": dataclasses.asdict(method), **shared, "seed": recipe.seed}
@@ -85,13 +86,19 @@ def main(argv: list[str]) -> int:
         **provenance(runtime),
         "models": {},
     }
+    if training is not None and found.unlearned is not None:
+        original = runtime.place(Pixels(suspect.model, suspect.mean, suspect.std))
+        scores = ranking(original, found.unlearned, training, size=suspect.input_size, runtime=runtime)
+        save_ranking(out / "suspects.csv", training, scores, args.method)
+        result["ranked"] = {"source": args.rank, "fingerprint": training.fingerprint, "images": len(training)}
     io.save_json(out / "result.json", result)
     if args.test is not None:  # opened only now, so that nothing that was chosen can depend on it
         tests = {"attack": attack, "seed": recipe.seed, "runtime": recipe.runtime.model_dump()}
         _, cases = open_tests(args.test, suspect.header(), out, [], **tests)
         result["models"] = {name: to_dict(evaluate(model, cases, runtime)) for name, model in models.items()}
         io.save_json(out / "result.json", {**result, "test": {"source": args.test, "attack": attack}})
-    print("\n".join([*_table(found), *summarize_models(result["models"]), str(verdict["text"]), f"written to {out}"]))
+    lines = [*_table(found), *summarize_models(result["models"]), str(verdict["text"]), *_hint(found, suspect)]
+    print("\n".join([*lines, f"written to {out}"]))
     return 0 if found.repaired else EXIT_UNPROTECTED
 
 
@@ -107,6 +114,9 @@ def _parser() -> Parser:
     parser.add_argument("--clean", required=True, metavar="SOURCE", help="trusted images: a folder, digits, or a timm name")
     parser.add_argument("--method", required=True, metavar="NAME", help=", ".join(purifiers.names()))
     parser.add_argument("--unlabeled", action="store_true", help="no labels are read; any folder of images will do")
+    parser.add_argument(
+        "--rank", metavar="SOURCE", help="with --method rnp: rank these training images by suspicion, in suspects.csv"
+    )
     parser.add_argument("--test", metavar="SOURCE", help="measure ACC before and after; these images select nothing")
     parser.add_argument("--attack", metavar="NAME", help=f"and ASR, with this trigger on them: {', '.join(attacks.names())}")
     parser.add_argument("--trigger", type=Path, metavar="FILE", help=TRIGGER)
@@ -127,6 +137,8 @@ def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any],
     Raises:
         ValueError: Names the setting, what is allowed, and the nearest right spelling."""
     own = list(inspect.signature(purifiers.get(args.method)).parameters)
+    if args.rank is not None and args.method != "rnp":
+        raise ValueError(f"--rank ranks by the network that rnp has unlearn; {args.method} has none: choose --method rnp")
     knobs: dict[str, Any] = {}
     shared, trigger, rest = dict(SHARED), {}, []
     for item in args.settings:
@@ -171,6 +183,15 @@ def _read_clean(args: argparse.Namespace, suspect: Suspect, shared: dict[str, An
     return read_clean(source, size=suspect.input_size, limit=limit, labelled=labelled, hflip=hflip, seed=seed)
 
 
+def _open_training(args: argparse.Namespace, suspect: Suspect) -> Source | None:
+    """The images of --rank, opened before anything is trained."""
+    if args.rank is None:
+        return None
+    source = open_source(args.rank, channels=len(suspect.mean))
+    check_classes(args.rank, source.classes, suspect.header())
+    return source
+
+
 def _save(out: Path, model: nn.Module, suspect: Suspect, **header: Any) -> None:
     facts = {"classes": suspect.classes, "input_size": suspect.input_size, **header}
     checkpoint.save(out / "model.safetensors", model, suspect.network, mean=suspect.mean, std=suspect.std, **facts)
@@ -183,3 +204,11 @@ def _table(found: PurifyResult) -> list[str]:
         mark = " <- taken" if row["name"] == found.chosen else ""
         lines.append(f"{row['name']:20} {row['accuracy']:8.4f} {row['proxy']:8.4f}{mark}")
     return lines
+
+
+def _hint(found: PurifyResult, suspect: Suspect) -> list[str]:
+    if "likely_target" not in found.evidence:
+        return []
+    target, share = found.evidence["likely_target"], found.evidence["likely_target_share"]
+    name = target if suspect.classes is None else repr(suspect.classes[target])
+    return [f"having forgotten the clean images, the network calls {share:.2f} of them {name}: a hint at the target class"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ __all__ = [
     "Candidates",
     "FineTuning",
     "Hardening",
+    "Notes",
     "Purifier",
     "check_finite",
     "divergence",
@@ -40,6 +41,19 @@ LEAST_STRENGTH, LEAST_SHARE = 0.05, 0.25  # of the radius, and of the part of a 
 
 Candidates = Iterator[tuple[str, nn.Module]]
 Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(eq=False)
+class Notes:
+    """What a method learns about the backdoor, beside its candidates.
+
+    Args:
+        evidence: By name, JSON-able.
+        unlearned: A network that has forgotten the clean images, takes pixels, and may still know the backdoor.
+    """
+
+    evidence: dict[str, Any] = field(default_factory=dict)
+    unlearned: nn.Module | None = None
 
 
 class Purifier(Protocol):
@@ -61,7 +75,7 @@ class Purifier(Protocol):
         Raises: ValueError: Says what is missing."""
         ...
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
         """Repaired networks, one after another, each with a name that tells the knob ("round 3", "threshold 0.4").
 
         Which one is shipped is not decided here: see run.purify. The network is measured and copied before the next is asked
@@ -73,6 +87,7 @@ class Purifier(Protocol):
             pool: Universal perturbations made on this network with these images, for methods that train against some, which may
                 move them.
             runtime: Device, precision, seed.
+            notes: To be filled, where there is something to tell.
 
         Raises: ValueError: It cannot go on; what it offered until then stands."""
         ...

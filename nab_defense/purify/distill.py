@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..clean import CleanSet, Pixels
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Attacked, Candidates, check_finite, divergence, frozen, hardened, purifiers, train_norms
+from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, purifiers, train_norms
 
 __all__ = ["Distill", "layers_by_depth", "reinitialise", "shares"]
 
@@ -96,7 +96,7 @@ class Distill:
         if not layers_by_depth(network, images):
             raise ValueError("distill re-initialises convolutions and linear layers; this network has none")
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
         teacher = frozen(copy.deepcopy(network))
         self._reinitialise(network, runtime.put(clean.images[:2].float() / 255), runtime.seed)
         network.requires_grad_(True)

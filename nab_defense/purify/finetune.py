@@ -11,7 +11,7 @@ from torch import Tensor
 from ..clean import CleanSet, Pixels
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Candidates, check_finite, fine_tuned, purifiers
+from .base import Candidates, Notes, check_finite, fine_tuned, purifiers
 
 __all__ = ["FineTune"]
 
@@ -43,7 +43,7 @@ class FineTune:
     def check(self, network: Pixels, images: Tensor) -> None:
         network(images)
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
         def slope(images: Tensor, labels: Tensor, step: int) -> None:
             with runtime.autocast():
                 loss = F.cross_entropy(network(images), labels)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..clean import CleanSet, Pixels
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Candidates, check_finite, fine_tuned, norms, purifiers
+from .base import Candidates, Notes, check_finite, fine_tuned, norms, purifiers
 
 __all__ = ["FTSAM", "adaptive_climb"]
 
@@ -79,7 +79,7 @@ class FTSAM:
     def check(self, network: Pixels, images: Tensor) -> None:
         network(images)
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
         def slope(images: Tensor, labels: Tensor, step: int) -> None:
             self._accumulate(network, images, labels, runtime, step)
             with_grad = [p for p in network.parameters() if p.grad is not None]

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..clean import CleanSet, Pixels
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Attacked, Candidates, check_finite, divergence, frozen, hardened, purifiers, train_norms
+from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, purifiers, train_norms
 
 __all__ = ["IBAU", "hypergradient"]
 
@@ -128,7 +128,7 @@ class IBAU:
     def check(self, network: Pixels, images: Tensor) -> None:
         network(images)
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
         assert clean.labels is not None
         teacher = frozen(copy.deepcopy(network))
         params = list(network.requires_grad_(True).parameters())

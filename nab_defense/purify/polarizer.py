@@ -14,7 +14,7 @@ from ..clean import CleanSet, Pixels
 from ..runtime import Runtime
 from ..sites import Site, last_cut
 from ..universal import Pool
-from .base import Attacked, Candidates, check_finite, divergence, frozen, hardened, purifiers
+from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, purifiers
 
 __all__ = ["Polarized", "Polarizer", "describe", "install"]
 
@@ -91,7 +91,7 @@ class Polarizer:
     def check(self, network: Pixels, images: Tensor) -> None:
         _site(network, images)
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
         assert clean.labels is not None
         teacher = copy.deepcopy(frozen(network))
         own = _layer(network, runtime.put(clean.images[:2].float() / 255)).own()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..clean import EVAL_BATCH, CleanSet, Pixels, logits_of
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Candidates, check_finite, divergence, frozen, purifiers, train_norms
+from .base import Candidates, Notes, check_finite, divergence, frozen, purifiers, train_norms
 
 __all__ = ["RNP", "likely_target", "maskable", "masked", "prune", "ranking", "suspicion"]
 
@@ -135,11 +135,12 @@ class RNP:
         if sum(maskable(network).values()) < FEWEST:
             raise ValueError("rnp: the network has too few channels to prune: scales of BatchNorm or GroupNorm, hidden units")
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
         images, aside = clean.split(ASIDE, runtime.seed + 1)
         unlearned = self.unlearned(network, images, aside, runtime)
         target, share = likely_target(logits_of(unlearned, aside, runtime))
-        log.info("rnp: the unlearned network gives class %d to %.2f of the clean images, a hint at the target", target, share)
+        notes.evidence |= {"likely_target": target, "likely_target_share": share}
+        notes.unlearned = copy.deepcopy(unlearned)  # whose statistics the masks' batches will move
         before = _accuracy(logits_of(network, aside, runtime), aside)
         ranked = ranking(self.recovered(unlearned, images, aside, runtime, before))
         yield from self._cuts(copy.deepcopy(network), ranked, aside, runtime, before - MAX_CUT)

@@ -16,7 +16,7 @@ from ..changes import Universal
 from ..clean import CleanSet, Pixels, logits_of
 from ..runtime import Runtime, fixed_seed
 from ..universal import PROBE_BATCH, Pool, pool_of, pursued, started
-from .base import Candidates, Purifier, frozen
+from .base import Candidates, Notes, Purifier, frozen
 
 __all__ = ["PurifyResult", "count_outputs", "may_keep", "prepared", "purify"]
 
@@ -44,6 +44,7 @@ class PurifyResult:
             these that are given their old label.
         seconds: "method" and "selection".
         stopped: Why the method ended early: its loss was not finite, it did not recover; None where it went to its end.
+        evidence, unlearned: What the method learned about the backdoor, see base.Notes.
     """
 
     model: nn.Module
@@ -54,6 +55,8 @@ class PurifyResult:
     after: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
+    evidence: dict[str, Any] = field(default_factory=dict)
+    unlearned: nn.Module | None = None
 
     @property
     def repaired(self) -> bool:
@@ -142,9 +145,9 @@ def purify(
     selecting = time.perf_counter() - begun
     fixed_seed(runtime.seed)
     records: list[dict[str, Any]] = []
-    stopped: list[str] = []
+    stopped, notes = list[str](), Notes()
     best: dict[tuple[bool, bool], tuple[dict[str, Any], nn.Module]] = {}  # of those that are (still turned, above max_drop)
-    candidates = method.candidates(copy.deepcopy(original), fit, pool=pool, runtime=runtime)
+    candidates = method.candidates(copy.deepcopy(original), fit, pool=pool, runtime=runtime, notes=notes)
     for name, network in _up_to_failure(candidates, stopped):
         paused = time.perf_counter()
         record: dict[str, Any] = {"name": name, **judge(network), "seconds": paused - begun - selecting}
@@ -155,11 +158,11 @@ def purify(
             best[kind] = record, copy.deepcopy(network.get_submodule("model"))
         selecting += time.perf_counter() - paused
     seconds = {"method": time.perf_counter() - begun - selecting, "selection": selecting}
-    reason = stopped[0] if stopped else None
+    rest: dict[str, Any] = {"seconds": seconds, "stopped": stopped[0] if stopped else None, **vars(notes)}
     for record, network in (best[kind] for kind in sorted(best)):
         if record["proxy"] <= before["proxy"] - LEAST_GAIN:
-            return PurifyResult(network.eval(), "accepted", record["name"], records, before, record, seconds, reason)
-    return PurifyResult(model, "rejected", None, records, before, before, seconds, reason)
+            return PurifyResult(network.eval(), "accepted", record["name"], records, before, record, **rest)
+    return PurifyResult(model, "rejected", None, records, before, before, **rest)
 
 
 def _up_to_failure(candidates: Candidates, stopped: list[str]) -> Iterator[tuple[str, nn.Module]]:

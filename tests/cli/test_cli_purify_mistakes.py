@@ -71,6 +71,8 @@ RUN = ("purify", "--model", "purify_nets:linear", "--checkpoint", "bad.pth", *OP
         (["--checkpoint", "module.pth"], ("module.pth cannot be read as weights: it holds torch.nn.modules",)),
         (["--checkpoint", "nan.pth"], ("1.weight holds values that are not finite",)),
         (["--checkpoint", "wide.pth"], ("1.weight is (10, 65) in the file, (10, 64) in the network",)),
+        (["--rank", "clean"], ("--rank ranks by the network that rnp has unlearn", "choose --method rnp")),
+        (["--rank", "IMAGES", "--method", "rnp"], ("images has other classes than", "missing: ['c2', 'c3', 'c4']")),
         (["--attack", "badnets"], ("--attack measures on test images; add --test",)),
         (["--test", "clean", "attack.size=3"], ("attack.size sets an attack; name it with --attack",)),
         (["--test", "clean", "--attack", "badnet"], ("no attack 'badnet'", "did you mean 'badnets'?")),

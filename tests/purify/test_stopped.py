@@ -13,7 +13,7 @@ from torch import nn
 
 from nab_defense.clean import CleanSet, Pixels
 from nab_defense.purify import purifiers, purify, run
-from nab_defense.purify.base import Candidates
+from nab_defense.purify.base import Candidates, Notes
 from nab_defense.repair import in_words
 from nab_defense.runtime import Runtime
 from nab_defense.universal import Pool
@@ -25,8 +25,8 @@ from tests.purify.test_suspects import CPU, IMAGES, Always, Offers
 class Breaks(Offers):
     """Offers these, and then fails."""
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
-        yield from super().candidates(network, clean, pool=pool, runtime=runtime)
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
+        yield from super().candidates(network, clean, pool=pool, runtime=runtime, notes=notes)
         raise ValueError("x: the loss is nan in step 7")
 
 

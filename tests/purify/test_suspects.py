@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nab_defense.clean import CleanSet, Pixels
 from nab_defense.purify import purify, run
-from nab_defense.purify.base import Candidates
+from nab_defense.purify.base import Candidates, Notes
 from nab_defense.runtime import Runtime
 from nab_defense.universal import Pool
 
@@ -41,7 +41,7 @@ class Offers:
 
     def check(self, network: Pixels, images: Tensor) -> None: ...
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime) -> Candidates:
+    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
         for label in self.labels:
             yield f"always {label}", Pixels(Always(label), [0.5], [0.25])
 
