@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import tqdm
 
+from .. import ranks
 from ..changes import Universal
 from ..clean import CleanSet, Pixels, mixed
 from ..registry import Registry
@@ -33,6 +35,7 @@ __all__ = [
     "hardened",
     "norms",
     "purifiers",
+    "stepped",
     "train_norms",
 ]
 
@@ -136,7 +139,7 @@ def fine_tuned(
     optimizer = torch.optim.SGD(network.parameters(), how.lr, how.momentum, weight_decay=how.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.steps)
     batches = clean.endless(how.batch_size, runtime=runtime, seed=runtime.seed, augment=how.augment)
-    for step in range(1, how.steps + 1):
+    for step in stepped(how.steps, type(how).__name__):
         images, rows = next(batches)
         network.train()
         slope(images, clean.labels[rows].to(images.device), step)
@@ -144,6 +147,12 @@ def fine_tuned(
         schedule.step()
         if due(step, how.steps, how.rounds):
             yield f"step {step}", network
+
+
+def stepped(steps: int, title: str) -> Iterable[int]:
+    """1 to `steps`, with a progress bar where someone watches."""
+    disable = None if ranks.leads() else True
+    return tqdm(range(1, steps + 1), desc=title, unit="step", leave=False, disable=disable)
 
 
 def due(step: int, steps: int, rounds: int, *, late: bool = False) -> bool:
@@ -262,7 +271,7 @@ def _attacked(
     held: a few images then stand for many."""
     generator = torch.Generator().manual_seed(runtime.seed)
     batches = clean.endless(how.batch_size, runtime=runtime, seed=runtime.seed, augment=how.augment)
-    for step in range(1, how.steps + 1):
+    for step in stepped(how.steps, type(how).__name__):
         images, rows = next(batches)
         left = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / how.steps)
         count = max(1 if how.fraction else 0, round(how.fraction * max(LEAST_SHARE, left) * len(images)))

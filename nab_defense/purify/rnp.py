@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..clean import EVAL_BATCH, CleanSet, Pixels, logits_of
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Candidates, Notes, check_finite, divergence, frozen, purifiers, train_norms
+from .base import Candidates, Notes, check_finite, divergence, frozen, purifiers, stepped, train_norms
 
 __all__ = ["RNP", "likely_target", "maskable", "masked", "prune", "ranking", "suspicion"]
 
@@ -154,7 +154,7 @@ class RNP:
         floor, guess, lr = max(0.2, 2 / count), math.log(count), self.lr
         optimizer = torch.optim.SGD(copied.parameters(), lr=lr, momentum=MOMENTUM)
         train_norms(copied)
-        for step, losses in enumerate(self._losses(copied, images, runtime, MOST_STEPS)):
+        for step, losses in zip(stepped(MOST_STEPS, "rnp, forget"), self._losses(copied, images, runtime), strict=False):
             kept = copy.deepcopy(copied.state_dict())
             optimizer.zero_grad()
             (-losses.clamp(max=2 * guess).mean()).backward()
@@ -167,7 +167,7 @@ class RNP:
                 copied.load_state_dict(kept)
                 optimizer = torch.optim.SGD(copied.parameters(), lr=lr, momentum=MOMENTUM)
             elif risen >= guess or _accuracy(logits, aside) <= floor:
-                log.info("rnp: forgotten in %d steps, loss %.2f, accuracy %.3f", step + 1, risen, _accuracy(logits, aside))
+                log.info("rnp: forgotten in %d steps, loss %.2f, accuracy %.3f", step, risen, _accuracy(logits, aside))
                 return frozen(copied)
         raise ValueError(f"rnp: the network did not forget the clean images in {MOST_STEPS} steps of lr={self.lr}; change lr")
 
@@ -180,7 +180,8 @@ class RNP:
         masks = {name: torch.ones(count, device=device, requires_grad=True) for name, count in counts.items()}
         optimizer = torch.optim.SGD(masks.values(), lr=self.mask_lr, momentum=MOMENTUM)
         train_norms(unlearned)
-        for losses in self._losses(partial(masked, unlearned, masks), images, runtime, self.recover_steps):
+        every = self._losses(partial(masked, unlearned, masks), images, runtime)
+        for _, losses in zip(stepped(self.recover_steps, "rnp, recover"), every, strict=False):
             optimizer.zero_grad()
             losses.mean().backward()
             optimizer.step()
@@ -201,14 +202,13 @@ class RNP:
         network: Callable[[Tensor], Tensor],
         images: CleanSet,
         runtime: Runtime,
-        steps: int,
         *,
         teacher: Pixels | None = None,
     ) -> Iterator[Tensor]:
-        """For each of so many batches the losses (B,) of the network's logits, all finite; with what is held of the teacher's."""
+        """Without end, for each batch the losses (B,) of the network's logits, all finite; with what is held of the teacher's."""
         assert images.labels is not None
         batches = images.endless(self.batch_size, runtime=runtime, seed=runtime.seed, augment=self.augment)
-        for step, (batch, rows) in zip(range(steps), batches, strict=False):
+        for step, (batch, rows) in enumerate(batches, 1):
             with runtime.autocast():
                 logits = network(batch)
                 losses = F.cross_entropy(logits, images.labels[rows].to(batch.device), reduction="none")
@@ -234,8 +234,7 @@ class RNP:
         or left out where no rate will do."""
         teacher, rate = frozen(copy.deepcopy(network)), self.tune_lr
         optimizer = torch.optim.Adam(network.parameters())
-        most = self.tune_steps * len(SHARES) * (HALVINGS + 1)
-        every = self._losses(network, images, runtime, most, teacher=teacher)
+        every = self._losses(network, images, runtime, teacher=teacher)
         for cut in _depths(ranked):
             prune(network, ranked[:cut])
             kept = copy.deepcopy([network.state_dict(), optimizer.state_dict()])
@@ -255,8 +254,8 @@ class RNP:
     ) -> None:
         """Some steps whose rate falls to zero along a cosine."""
         network.eval().requires_grad_(True)
-        for step, losses in enumerate(islice(every, self.tune_steps)):
-            optimizer.param_groups[0]["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * step / self.tune_steps))
+        for step, losses in zip(stepped(self.tune_steps, "rnp, tune"), every, strict=False):
+            optimizer.param_groups[0]["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / self.tune_steps))
             optimizer.zero_grad()
             losses.mean().backward()
             optimizer.step()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from io import StringIO
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,15 @@ def test_fine_tuning_learns_and_offers_its_rounds(method: Purifier) -> None:
     names = [name for name, _ in offered(method, model, clean)]
     assert names == ["step 7", "step 14", "step 21"]
     assert first < 0.5 and accuracy(model, clean) > 0.9
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_steps_are_counted_where_someone_watches(watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = StringIO()
+    monkeypatch.setattr(told, "isatty", lambda: watched)
+    monkeypatch.setattr("sys.stderr", told)
+    list(offered(FineTune(steps=3, rounds=1, batch_size=40), network(), bars(240)))
+    assert ("FineTune" in told.getvalue() and "/3 [" in told.getvalue()) is watched
 
 
 @pytest.mark.parametrize("method", [FineTune(steps=3, lr=1e30, batch_size=40), FTSAM(steps=3, lr=1e30, batch_size=40)])
