@@ -13,12 +13,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from nab_defense import io
 from nab_defense.data import build_loader, build_transform, open_source
-from nab_defense.runtime import Runtime, fixed_seed
+from nab_defense.runtime import Runtime
 from nab_defense.train import TrainConfig, fit
 
 CPU = Runtime(device="cpu", precision="float32", seed=3)
@@ -99,35 +97,6 @@ def test_one_step_of_sgd_is_lr_times_the_gradient_of_the_given_loss() -> None:
     fit(model, toy, runtime=CPU, train=config(epochs=1, opt="momentum", weight_decay=0.0), loss=squared)
     for old, gradient, new in zip(before, gradients, model.parameters(), strict=True):
         torch.testing.assert_close(new, old - 0.05 * gradient, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("opt", "fused"), [("sgd", True), ("momentum", True), ("Adam", True), ("adamw", True), ("lamb", None), ("rmsprop", None)]
-)
-def test_a_fused_optimizer_takes_the_steps_of_timms(opt: str, fused: bool | None, tmp_path: Path) -> None:
-    model, reference, toy, state = network(norm=False), network(norm=False), Toy(batch=40), tmp_path / "state"
-    fit(model, toy, runtime=CPU, train=config(epochs=4, opt=opt, lr=0.01, sched="none"), state=state)
-    assert {group.get("fused") for group in io.load_state(state)["optimizer"]["param_groups"]} == {fused}
-    theirs = create_optimizer_v2(reference, opt=opt, lr=0.01, weight_decay=5e-4, momentum=0.9)
-    for epoch in range(4):
-        fixed_seed(CPU.seed, epoch)  # Toy shuffles, which moves the loss by rounding
-        for images, labels in toy:
-            theirs.zero_grad()
-            F.cross_entropy(reference(images), labels).backward()
-            theirs.step()
-    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-
-
-def test_a_state_that_was_left_by_an_optimizer_in_several_passes_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight, resumed, state = network(), network(), tmp_path / "state"
-    with monkeypatch.context() as before:
-        before.setattr("nab_defense.train.FUSED", ())
-        fit(straight, Toy(), runtime=CPU, train=config(opt="adamw"))
-        with pytest.raises(Interrupted):
-            fit(network(), Toy(stop=7), runtime=CPU, train=config(opt="adamw"), state=state)
-    fit(resumed, Toy(), runtime=CPU, train=config(opt="adamw"), state=state, resume=True)
-    assert same(resumed, straight)
 
 
 def test_cosine_runs_over_updates() -> None:
