@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import ranks
-from .data import ResidentLoader, Source, Store, build_loader, build_transform
+from .data import Distortion, ResidentLoader, Source, Store, build_loader, build_transform
 from .dataset import NABDataset
 from .runtime import Runtime
 from .stamp import Stamp
@@ -29,15 +29,25 @@ class Loaders:
         size: Edge of the network's input, in pixels.
         mean, std: Its normalisation, in [0, 1] units.
         hflip: Probability of a flip where images are augmented.
+        distortion: What crop_flip does to images besides.
         stamp: What plans paint.
         runtime: Device, memory format, loader processes.
     """
 
     def __init__(
-        self, *, size: int, mean: Sequence[float], std: Sequence[float], hflip: float, stamp: Stamp, runtime: Runtime
+        self,
+        *,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        hflip: float,
+        distortion: Distortion = Distortion(),  # noqa: B008  # it is frozen
+        stamp: Stamp,
+        runtime: Runtime,
     ) -> None:
         self.size, self.mean, self.std = size, mean, std
-        self.hflip, self.stamp, self.runtime = hflip, stamp, runtime
+        self.augmenting: dict[str, Any] = {"hflip": hflip, "distortion": distortion}
+        self.stamp, self.runtime = stamp, runtime
         self.store = Store(size, runtime.torch_device)
 
     def __call__(
@@ -79,8 +89,10 @@ class Loaders:
         }  # fmt: skip
         found = self.store.find(source, augment)
         if found is not None:
-            return ResidentLoader(source, *found, augment=augment, hflip=self.hflip, plan=plan, stamp=self.stamp, **given)
-        transform = build_transform(augment, self.size, hflip=self.hflip)
+            held, rows = found
+            given |= {"augment": augment, "plan": plan, "stamp": self.stamp, **self.augmenting}
+            return ResidentLoader(source, held, rows, **given)
+        transform = build_transform(augment, self.size, **self.augmenting)
         view: Any = source.view()
         if plan is not None:
             view = NABDataset(view, plan, self.stamp, mean=self.mean, std=self.std)

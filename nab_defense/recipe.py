@@ -20,7 +20,7 @@ __all__ = ["key_values", "load_recipe", "parse_recipe"]
 REFUSED = {
     "mixup": "Mixup blends images after the stamp is painted",
     "cutmix": "CutMix pastes over the stamp after it is painted",
-    "reprob": "the loader's random erasing can hide the stamp; use train.augment=albumentations, which erases before it",
+    "reprob": "the loader's random erasing can hide the stamp; use train.erase (and train.augment=crop_flip), which comes first",
 }  # fmt: skip
 HOLDERS = ("params", "kwargs", "options")  # where a section keeps the settings of what it names
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_serializer
 from pydantic_core import PydanticCustomError
 
 __all__ = ["Attack", "Model", "PurifyStage", "Recipe", "Schedule", "Section", "number"]
@@ -84,7 +85,9 @@ class Model(Section):
 
 
 class Schedule(Section):
-    """timm's names; what is not set keeps the stage's default."""
+    """timm's names; what is not set keeps the stage's default.
+
+    color_jitter, erase: see data.Distortion; timm's random erasing would come after the stamp."""
 
     epochs: Positive = 30
     batch_size: Positive = 128
@@ -106,6 +109,21 @@ class Schedule(Section):
     model_ema_decay: float = Field(0.9998, gt=0, lt=1)
     augment: Literal["none", "crop_flip", "timm", "albumentations"] = "timm"
     hflip: float = Field(0.5, ge=0, le=1)
+    color_jitter: float = Field(0.0, ge=0, le=1)
+    erase: float = Field(0.0, ge=0, le=1)
+
+    @field_validator("color_jitter", "erase")
+    @classmethod
+    def _with_crop_flip(cls, value: float, info: ValidationInfo) -> float:
+        augment = info.data.get("augment", "crop_flip")
+        if value and augment != "crop_flip":
+            raise PydanticCustomError("augment", f"goes with train.augment=crop_flip, and not with {augment}")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_zeros(self, made: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Without the settings above where they are not used, so that what ran before there were any keeps its name."""
+        return {key: value for key, value in made(self).items() if value or key not in ("color_jitter", "erase")}
 
 
 class ScanStage(Section):

@@ -22,7 +22,7 @@ from .bench.poison import Truth, poison_source, read_truth, triggered_source
 from .bench.retune import draw_lesson
 from .bench.trigger import load_trigger, prepared, save_trigger
 from .checkpoint import Network
-from .data import Source, open_source
+from .data import Distortion, Source, open_source
 from .loaders import Loaders
 from .methods import check_methods
 from .runtime import Runtime, fixed_seed
@@ -246,9 +246,9 @@ class Session:
 
     @cached_property
     def loaders(self) -> Loaders:
-        mean, std = self.normalization
-        hflip = self.recipe.train.hflip
-        return Loaders(size=self.size, mean=mean, std=std, hflip=hflip, stamp=self.stamp, runtime=self.runtime)
+        (mean, std), train = self.normalization, self.recipe.train
+        given: dict[str, Any] = {"hflip": train.hflip, "distortion": Distortion(train.color_jitter, train.erase)}
+        return Loaders(size=self.size, mean=mean, std=std, **given, stamp=self.stamp, runtime=self.runtime)
 
     def ordered(self, source: Source) -> Any:
         """Batches of a source in order, without augmentation."""

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from nab_defense.data import ResidentLoader, open_source
+from nab_defense.data import Distortion, ResidentLoader, open_source
 from nab_defense.loaders import Loaders
+from nab_defense.recipe import parse_recipe
 from nab_defense.runtime import Runtime
+from nab_defense.session import Session
 from nab_defense.stamp import Stamp
 from nab_defense.types import NABPlan
 
@@ -41,3 +44,18 @@ def test_both_ways_give_the_same_batches_of_a_plan() -> None:
 
     held, read = batches(room=True), batches(room=False)
     assert len(held) == 2 and all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(held, read, strict=True))
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["held", "read"])
+def test_a_recipes_distortion_reaches_training_alone(room: bool, tmp_path: Path) -> None:
+    data = {"source": "digits", "limit": 64, "mean": [0.0], "std": [1.0]}
+    train = {"augment": "crop_flip", "batch_size": 64, "color_jitter": 0.5, "erase": 1.0}
+    recipe = parse_recipe({"name": "r", "data": data, "train": train, "model": {"in_chans": 1}}, (), "r")
+    session = Session(recipe, tmp_path / "out", resume=False)
+    assert session.loaders.augmenting == {"hflip": 0.5, "distortion": Distortion(0.5, 1.0)}
+    session.loaders.store.free *= room
+    source, plan = session.source, NABPlan.empty(session.source.labels)
+    plain = next(iter(session.ordered(source)))[0]
+    assert torch.equal(next(iter(session.scan_loader(source)))[0].sum(), plain.sum())
+    trained = next(iter(session.train_loader(source, plan)))[0]
+    assert (trained.flatten(1) == 0).sum(1).min() > 0 and trained.sum() < 0.9 * plain.sum()

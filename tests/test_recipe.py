@@ -117,6 +117,15 @@ def test_there_and_back_through_yaml(tmp_path: Path) -> None:
     assert load_recipe(path) == recipe
 
 
+def test_settings_that_came_later_leave_no_trace_where_they_are_off() -> None:
+    recipe = parsed("train.augment=crop_flip", "train.erase=0.25")
+    left = recipe.model_dump(mode="json")["train"]
+    assert left["erase"] == 0.25 and "color_jitter" not in left
+    assert {"color_jitter", "erase"}.isdisjoint(parsed().train.model_dump())
+    assert left["augment"] == "crop_flip" and left["warmup_epochs"] == 0
+    assert Recipe.model_validate(recipe.model_dump()) == recipe and recipe.train.color_jitter == 0
+
+
 def test_frozen() -> None:
     recipe = parsed()
     with pytest.raises(ValidationError, match="frozen"):

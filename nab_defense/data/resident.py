@@ -1,4 +1,4 @@
-"""Batches of images held on the device: cropped, flipped, stamped and normalised all at once, for small images."""
+"""Batches of images held on the device: cropped, flipped, distorted, stamped and normalised all at once, for small images."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..clean import crop_flip
 from ..runtime import Runtime
 from ..stamp import Stamp
 from ..types import NABPlan
+from .distort import Distortion, distorted
 from .sources import Source
 from .store import Held
 from .transforms import crop_padding
@@ -22,10 +23,12 @@ from .transforms import crop_padding
 __all__ = ["ResidentLoader", "draw_crop_flip"]
 
 FLOAT_BITS = 24  # of a draw that torch.rand makes a float32 of
-Draws = tuple[Tensor, Tensor, Tensor]
+Draws = tuple[Tensor, ...]  # top, left, flip, factors, holes; the last axis of each is the batch's
 
 
-def draw_crop_flip(count: int, *, pad: int, hflip: float, generator: torch.Generator | None = None) -> Draws:
+def draw_crop_flip(
+    count: int, *, pad: int, hflip: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draw crops and flips: top and left (count,) int64 in 0..2 * pad, flip (count,) bool; from torch's own generator by default.
 
     Up to a padding of 7 px these are the draws of torchvision's RandomCrop and RandomHorizontalFlip, image by image: each takes
@@ -55,6 +58,7 @@ class ResidentLoader:
         runtime: Device and memory format.
         training: Shuffle, and drop the incomplete last batch (BatchNorm fails on a batch of one).
         hflip: Probability of a flip in crop_flip.
+        distortion: What crop_flip does to images besides; of a batch at once it draws other numbers than image by image.
         split: Of several ranks, give each its part of every batch: of the order and the draws of a single process.
         stamp: What the plan paints.
         plan: What training changes; None: nothing.
@@ -76,6 +80,7 @@ class ResidentLoader:
         runtime: Runtime,
         training: bool = False,
         hflip: float = 0.5,
+        distortion: Distortion = Distortion(),  # noqa: B008  # it is frozen
         split: bool = False,
         stamp: Stamp,
         plan: NABPlan | None = None,
@@ -85,7 +90,8 @@ class ResidentLoader:
         if not np.array_equal(plan.labels, source.labels):
             raise ValueError("the plan saw other labels than the data set has now; scan again")
         kept = np.flatnonzero(plan.keep)
-        self.held, self.runtime, self.hflip, self.split = held, runtime, hflip, split and ranks.count() > 1
+        self.held, self.runtime, self.split = held, runtime, split and ranks.count() > 1
+        self.hflip, self.distortion = hflip, distortion
         self.pad = crop_padding(held.size) if augment == "crop_flip" else None
         device = runtime.torch_device
         self.rows = torch.from_numpy(rows[kept]).to(device)
@@ -112,7 +118,8 @@ class ResidentLoader:
                 generator = torch.Generator().set_state(torch.get_rng_state())
             drawn: tuple[Tensor, Draws | None] = picks, None
             if self.pad is not None:
-                drawn = picks, draw_crop_flip(len(picks), pad=self.pad, hflip=self.hflip, generator=generator)
+                shifts = draw_crop_flip(len(picks), pad=self.pad, hflip=self.hflip, generator=generator)
+                drawn = picks, (*shifts, *self.distortion.draw(len(picks), self.held.size, generator))
             if self.split:
                 drawn = _part(*drawn)
             # One batch ahead, as timm's prefetcher is: a network that drops units draws from the same generator.
@@ -128,8 +135,8 @@ class ResidentLoader:
         picks = picks.to(device, non_blocking=True)
         images = self.held.pixels.index_select(0, self.rows[picks])
         if self.pad is not None and draws is not None:
-            top, left, flip = (draw.to(device, non_blocking=True) for draw in draws)
-            images = crop_flip(images, self.pad, top, left, flip)
+            top, left, flip, factors, holes = (draw.to(device, non_blocking=True) for draw in draws)
+            images = distorted(crop_flip(images, self.pad, top, left, flip), factors, holes)
         if self.patch is not None:
             self.patch.paint_some(images, self.stamped[picks])
         # The layout comes last: with the channels innermost the same arithmetic takes twice as long.
@@ -139,4 +146,4 @@ class ResidentLoader:
 def _part(picks: Tensor, draws: Draws | None) -> tuple[Tensor, Draws | None]:
     """This rank's part of a batch that was drawn."""
     own = ranks.part(len(picks))
-    return picks[own], None if draws is None else (draws[0][own], draws[1][own], draws[2][own])
+    return picks[own], None if draws is None else tuple(draw[..., own] for draw in draws)

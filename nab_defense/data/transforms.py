@@ -11,6 +11,8 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision import transforms as tv
 
+from .distort import Distortion
+
 __all__ = ["AUGMENTATIONS", "RESIZED", "build_transform", "crop_padding", "resized"]
 
 Transform = Callable[[Any], Tensor]
@@ -32,10 +34,12 @@ def crop_padding(size: int) -> int:
     return size // 8
 
 
-def _crop_flip(size: int, pad: int, hflip: float) -> Transform:
-    """Random crop from a zero-padded image and horizontal flip, the usual augmentation of small images."""
+def _crop_flip(size: int, pad: int, hflip: float, distortion: Distortion) -> Transform:
+    """Random crop from a zero-padded image and horizontal flip, the usual augmentation of small images, and what is to follow."""
     resize = tv.Resize((size, size), RESIZED["crop_flip"])
-    return tv.Compose([resize, tv.RandomCrop(size, padding=pad), tv.RandomHorizontalFlip(hflip), tv.PILToTensor()])
+    return tv.Compose([
+        resize, tv.RandomCrop(size, padding=pad), tv.RandomHorizontalFlip(hflip), tv.PILToTensor(), distortion.one
+    ])  # fmt: skip
 
 
 class Albumentation:
@@ -69,6 +73,7 @@ def build_transform(
     *,
     hflip: float = 0.5,
     crop_pad: int | None = None,
+    distortion: Distortion = Distortion(),  # noqa: B008  # it is frozen
 ) -> Transform:
     """A pipeline from PIL image to (C, size, size) uint8.
 
@@ -78,6 +83,7 @@ def build_transform(
         size: Edge in pixels.
         hflip: Probability of a horizontal flip.
         crop_pad: Padding of crop_flip; None: size / 8.
+        distortion: What crop_flip does to images besides.
 
     Raises:
         ValueError: Unknown name.
@@ -85,7 +91,7 @@ def build_transform(
     if augment == "none":
         return resized(augment, size)
     if augment == "crop_flip":
-        return _crop_flip(size, crop_padding(size) if crop_pad is None else crop_pad, hflip)
+        return _crop_flip(size, crop_padding(size) if crop_pad is None else crop_pad, hflip, distortion)
     if augment == "timm":
         made = create_transform(size, is_training=True, use_prefetcher=True, hflip=hflip)
         return tv.Compose([*made.transforms, torch.as_tensor])  # older timm ends in an array

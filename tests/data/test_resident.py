@@ -14,6 +14,7 @@ from torchvision import transforms as tv
 
 from nab_defense.clean import crop_flip
 from nab_defense.data import ResidentLoader, Source, Store, build_loader, build_transform, open_source
+from nab_defense.data.distort import Distortion, distorted
 from nab_defense.data.resident import draw_crop_flip
 from nab_defense.dataset import NABDataset
 from nab_defense.runtime import Runtime
@@ -88,6 +89,44 @@ def test_batches_are_those_of_timms_loader(make: Any, size: int | None, augment:
     assert len(ours) == len(theirs) == (kept // 16 if training else -(-kept // 16))
     pairs = list(zip(walked(ours), walked(theirs), strict=True))
     assert len(pairs) == 6 * len(ours) and all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("distortion", [Distortion(0.4), Distortion(erase=0.6), Distortion(0.3, 1.0)])
+def test_distorted_after_crop_and_flip_and_before_the_stamp(distortion: Distortion) -> None:
+    source, (mean, std) = colored(), NORMAL[3]
+    plan, knobs = busy_plan(source.labels), {"augment": "crop_flip", "batch_size": 70, "hflip": 0.3}
+    torch.manual_seed(2)
+    images, labels = next(iter(resident(source, plan=plan, distortion=distortion, **knobs)))
+    torch.manual_seed(2)
+    picks = torch.from_numpy(np.flatnonzero(plan.keep))
+    pixels = torch.stack([torch.from_numpy(source.pixels(int(i)).copy()).permute(2, 0, 1) for i in picks])
+    torch.empty((), dtype=torch.int64).random_()  # the seed that torch's loader takes for its processes
+    shifted = crop_flip(pixels, 2, *draw_crop_flip(len(picks), pad=2, hflip=0.3))
+    expected = distorted(shifted.clone(), *distortion.draw(len(picks), 16))
+    assert not torch.equal(expected, shifted)
+    stamped = torch.from_numpy(plan.stamped[plan.keep])
+    expected[stamped] = STAMP(expected[stamped], mean=mean)
+    scaled = [255 * torch.tensor(values).view(-1, 1, 1) for values in (mean, std)]
+    torch.testing.assert_close(images, (expected.float() - scaled[0]) / scaled[1], rtol=0, atol=1e-6)
+    assert labels.tolist() == plan.new_labels[plan.keep].tolist()
+
+
+def test_batches_read_for_evaluation_are_never_distorted() -> None:
+    plain, other = (resident(digits(), augment="none", batch_size=16, distortion=d) for d in (Distortion(), Distortion(1.0, 1.0)))
+    assert all(torch.equal(a, b) for a, b in zip(walked(plain), walked(other), strict=True))
+
+
+def test_image_by_image_everything_is_distorted_before_the_stamp_too() -> None:
+    source, (mean, std) = colored(), NORMAL[3]
+    plan = busy_plan(source.labels)
+    transform = build_transform("crop_flip", 16, distortion=Distortion(erase=1.0))
+    view = NABDataset(source.view(transform), plan, STAMP, mean=mean, std=std)
+    kept, (rows, cols) = np.flatnonzero(plan.keep), STAMP.region(16, 16)
+    wanted = STAMP(torch.zeros(3, 16, 16, dtype=torch.uint8), mean=mean)[:, rows, cols]
+    for place, index in enumerate(kept):
+        image, _ = view[place]
+        assert image.dtype == torch.uint8 and ((image == 0).all(0).sum() >= 3)
+        assert torch.equal(image[:, rows, cols], wanted) == bool(plan.stamped[index])
 
 
 def test_a_small_training_set_is_one_batch_and_another_one_drops_the_rest() -> None:
@@ -196,8 +235,9 @@ def test_a_plan_for_other_data_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_gpu_gives_the_same_batches() -> None:
-    source, knobs = colored(), {"augment": "crop_flip", "batch_size": 16, "training": True}
+@pytest.mark.parametrize("distortion", [Distortion(), Distortion(erase=0.5)])
+def test_a_gpu_gives_the_same_batches(distortion: Distortion) -> None:
+    source, knobs = colored(), {"augment": "crop_flip", "batch_size": 16, "training": True, "distortion": distortion}
     plan = busy_plan(source.labels)
     ours = walked(resident(source, Runtime(device="cuda"), plan, **knobs))
     assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, walked(resident(source, plan=plan, **knobs)), strict=True))
