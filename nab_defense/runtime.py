@@ -52,6 +52,15 @@ def told_bytes(file: str, key: str) -> int | None:
         return None
 
 
+def _processor() -> str:
+    """Its name, as Linux tells it; elsewhere its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    except (OSError, StopIteration):
+        return f"{platform.machine()} CPU"
+
+
 def _cpu_has_bfloat16() -> bool:
     # Without these instructions bfloat16 convolutions are emulated: measured 10x slower than float32 on AVX2.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -146,8 +155,11 @@ class Runtime:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def hardware(self) -> str:
-        """One line for reports: processor or GPU, threads, precision, ranks."""
-        dtype = str(self.amp_dtype).removeprefix("torch.") + (f", {ranks.count()} ranks" if ranks.count() > 1 else "")
+        """One line for reports: processor or GPU, its memory, threads, precision, ranks; nothing that names this very machine."""
+        parts = [str(self.amp_dtype).removeprefix("torch."), *([f"{ranks.count()} ranks"] if ranks.count() > 1 else [])]
         if self.torch_device.type == "cuda":
-            return f"{torch.cuda.get_device_name(self.torch_device)}, {dtype}"
-        return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {dtype}"
+            found = torch.cuda.get_device_properties(self.torch_device)
+            return ", ".join([found.name, f"{found.total_memory / 2**30:.0f} GiB", *parts])
+        memory = told_bytes("meminfo", "MemTotal")
+        room = [] if memory is None else [f"{memory / 2**30:.0f} GiB"]
+        return ", ".join([_processor(), f"{os.cpu_count()} cores", *room, f"{torch.get_num_threads()} threads", *parts])

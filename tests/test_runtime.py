@@ -6,6 +6,7 @@ import platform
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,9 +97,18 @@ def test_cuda_alone_is_asked_for_kernels_that_repeat(monkeypatch: pytest.MonkeyP
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def test_hardware_names_device_threads_and_precision() -> None:
-    runtime = Runtime(device="cpu", precision="float32")
-    assert f"{torch.get_num_threads()} threads, float32" in runtime.hardware() and "CPU" in runtime.hardware()
+def test_hardware_names_processor_memory_threads_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, cores = Runtime(device="cpu", precision="float32"), f"{os.cpu_count()} cores"
+    threads = f"{torch.get_num_threads()} threads, float32"
+    told = "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nmodel name\t: Other\n"
+    with monkeypatch.context() as linux:
+        linux.setattr(module, "told_bytes", lambda file, key: {("meminfo", "MemTotal"): 24 * 2**30 + 5}[file, key])
+        linux.setattr(Path, "read_text", lambda path, **_: {"/proc/cpuinfo": told}[str(path)])
+        assert runtime.hardware() == f"Some CPU @ 2 GHz, {cores}, 24 GiB, {threads}"
+        linux.setattr(Path, "read_text", lambda path, **_: "processor\t: 0\n")
+        linux.setattr(module, "told_bytes", lambda file, key: None)
+        assert runtime.hardware() == f"{platform.machine()} CPU, {cores}, {threads}"
+    assert runtime.hardware().endswith(threads)
     with pytest.raises(dataclasses.FrozenInstanceError):
         runtime.seed = 1  # type: ignore[misc]
 

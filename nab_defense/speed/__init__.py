@@ -37,7 +37,9 @@ def run_speed(out: Path, only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     the machine before and after, since another program on the same cores shifts every figure.
 
     Raises:
-        ValueError: No such benchmark, or a folder that cannot be written."""
+        ValueError: No such benchmark, a folder that cannot be written, or torchrun, whose processes would time each other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--speed has the machine to itself; start it without torchrun (its part 'ranks' starts two by itself)")
     for name in only:
         if name not in BENCHMARKS:
             raise ValueError(f"no benchmark {name!r}; known: {', '.join(BENCHMARKS)}{nearest(name, BENCHMARKS)}")

@@ -132,3 +132,10 @@ def test_an_unknown_benchmark_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no benchmark 'knm'; known: training, .*did you mean 'knn'"):
         speed.run_speed(tmp_path / "out", ["knm"])
     assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_are_refused(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start it without torchrun"):
+        speed.run_speed(tmp_path / "out", ["knn"])
+    assert not (tmp_path / "out").exists()
