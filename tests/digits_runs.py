@@ -59,6 +59,14 @@ def write_images(folder: Path, *, classes: int = 2, each: int = 3, mode: str = "
     return folder
 
 
+def write_noise(folder: Path, *, each: int = 6) -> Path:
+    """Images of nothing, in the classes of digits."""
+    write_images(folder, classes=10, each=each, mode="L")
+    for label in range(10):
+        (folder / f"c{label}").rename(folder / str(label))
+    return folder
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below, less what a run in progress keeps for itself."""
     files = (p for p in sorted(folder.rglob("*")) if p.is_file() and "stages" not in p.parts)

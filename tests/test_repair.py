@@ -27,7 +27,7 @@ from nab_defense.repair import _draw, read_clean
 from nab_defense.schema import PurifyStage
 from nab_defense.session import Session
 from nab_defense.types import NABPlan
-from tests.digits_runs import Mistakes, write_images, write_recipe
+from tests.digits_runs import Mistakes, write_images, write_noise, write_recipe
 
 LIGHT = {"clean": "digits", "clean_limit": 60, "params": {"rounds": 1, "steps": 2, "augment": False}}
 PAPER: dict[str, Any] = {"rule": "paper", "relabel": {"name": "nearest_center", "params": {}}, "attack": {"name": "blend"}}
@@ -126,6 +126,22 @@ def test_accepted(tmp_path: Path, gain: Any, plain: Path) -> None:
     assert verdict["text"].endswith(f" {told['text']} Before the repair: {first['text']}")
     assert {k: v for k, v in verdict["evidence"].items() if k != "after_repair"} == first["evidence"]
     assert verdict["evidence"]["after_repair"]["learned"] < 0.2
+
+
+def test_the_test_images_select_nothing(tmp_path: Path, gain: Any) -> None:
+    gain(-1.0)
+    noise = write_noise(tmp_path / "images")
+    results = {}
+    for name, test in (("digits", "digits"), ("noise", str(noise))):
+        (tmp_path / name).mkdir()
+        result = run_with(tmp_path / name, f"data.test={test}", params={**LIGHT["params"], "steps": 6, "rounds": 3})
+        assert result["purify"]["status"] == "accepted" and len(result["purify"]["candidates"]) == 3
+        results[name] = {**result, "purify": timeless(result)}
+    assert results["digits"].pop("models") != results["noise"].pop("models")
+    for result in results.values():
+        assert result["recipe"]["data"].pop("test") and result.pop("seconds")
+    assert results["digits"] == results["noise"]
+    assert same(*(weights(tmp_path / name / "run" / "model.safetensors") for name in results))
 
 
 def test_a_network_without_a_stamp(tmp_path: Path, gain: Any) -> None:

@@ -20,6 +20,7 @@ from nab_defense.cli import main
 from nab_defense.data import build_transform, open_source
 from nab_defense.defended import DefendedModel
 from nab_defense.stamp import Stamp
+from tests.digits_runs import write_noise
 
 NETS = "from torch import nn\n\ndef linear():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
 OPEN = ["--mean", "0.3", "--std", "0.4", "--input-size", "8"]
@@ -141,13 +142,20 @@ def test_a_planted_backdoor(place: Path, backdoored: dict[str, Tensor], capsys: 
 
 
 def test_the_test_images_select_nothing(place: Path, lenient: None) -> None:
-    assert foreign(*WEAK, "lr=0.05", "--out", "without") == foreign(*WEAK, "lr=0.05", "--test", "test", "--out", "with")
-    one, other = measured(place / "without"), measured(place / "with")
-    own = ("seconds", "models", "test", "candidates", "after")
-    assert {k: v for k, v in one.items() if k not in own} == {k: v for k, v in other.items() if k not in own}
-    weights, others = (nab_defense.load(name, linear).state_dict() for name in ("without", "with"))
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
-    assert one["models"] == {} and "test" not in one and "acc" in other["models"]["original"]
+    write_noise(place / "noise")
+    attack = ["--attack", "badnets", "attack.size=1", "--target", "3"]
+    runs = {"without": [], "digits": ["--test", "test", *attack], "noise": ["--test", "noise", *attack]}
+    statuses = {foreign("steps=6", "rounds=3", "lr=0.05", *extra, "--out", name) for name, extra in runs.items()}
+    found = {name: measured(place / name) for name in runs}
+    assert statuses == {0} and found["without"]["models"] == {} and "test" not in found["without"]
+    assert found["digits"]["models"]["purified"] != found["noise"]["models"]["purified"]
+    for name in runs:
+        for record in (found[name], found[name]["after"], *found[name]["candidates"]):
+            record.pop("seconds")
+        found[name] = {key: value for key, value in found[name].items() if key not in ("models", "test")}
+        assert found[name] == found["without"] and len(found[name]["candidates"]) == 3
+        (ours, header), (theirs, other) = (io.load_tensors(place / run / "model.safetensors") for run in (name, "without"))
+        assert header == other and all(torch.equal(ours[weight], theirs[weight]) for weight in theirs)
 
 
 def test_rejected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
