@@ -12,7 +12,7 @@ from nab_defense.clean import CleanSet, Pixels, logits_of
 from nab_defense.purify import purifiers
 from nab_defense.purify.rnp import maskable, ranking
 from nab_defense.runtime import Runtime
-from tests.purify.families import FAMILIES, family
+from tests.purify.families import FAMILIES, REFUSED, family
 from tests.purify.offered import offered
 
 CPU = Runtime(device="cpu", precision="float32")
@@ -29,7 +29,6 @@ METHODS = {
     "clp": {},
     "rnp": {"tune_steps": 1, "batch_size": 12},
 }
-REFUSED = {("clp", name) for name in ("convnext", "nfnet", "vit", "swin", "mixer")}  # no pairs of convolution and BatchNorm
 
 
 def candidates(method: str, network: Pixels) -> Iterator[tuple[str, nn.Module]]:
