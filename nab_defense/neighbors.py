@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import kmeans_plusplus
 from sklearn.preprocessing import normalize
 
-__all__ = ["EXACT_WORK", "cluster", "neighbors", "threads"]
+__all__ = ["EXACT_WORK", "cluster", "first_centers", "neighbors", "threads"]
 
 Rows = NDArray[np.float32]
 Found = tuple[slice, Rows, NDArray[np.int64]]
@@ -98,10 +98,7 @@ def cluster(points: Rows, k: int, *, seed: int, restarts: int = 0) -> Rows:
         seed: Of the sample and the first centers.
         restarts: Runs from random rows; 0: one from k-means++."""
     size, dims = points.shape
-    each, start = max(SAMPLE_EACH, SAMPLE // k), None
-    if restarts == 0:
-        rows = np.random.default_rng(seed).permutation(size)[: SEEDS_EACH * k]
-        start = kmeans_plusplus(np.asarray(points[np.sort(rows)]), k, random_state=seed, n_local_trials=TRIALS)[0]
+    each, start = max(SAMPLE_EACH, SAMPLE // k), first_centers(points, k, seed=seed) if restarts == 0 else None
     kmeans = faiss.Kmeans(
         dims, k, niter=ITERATIONS, nredo=max(restarts, 1), seed=seed, max_points_per_centroid=each, min_points_per_centroid=1
     )
@@ -109,6 +106,13 @@ def cluster(points: Rows, k: int, *, seed: int, restarts: int = 0) -> Rows:
     with threads(1) if min(size, each * k) * k * dims < ONE_THREAD else nullcontext():
         kmeans.train(points, init_centroids=start)
     return np.asarray(kmeans.centroids)
+
+
+def first_centers(points: Rows, k: int, *, seed: int) -> Rows:
+    """Centers (k, D) that `cluster` starts from, where it starts once."""
+    rows = np.random.default_rng(seed).permutation(len(points))[: SEEDS_EACH * k]
+    found: Rows = kmeans_plusplus(np.asarray(points[np.sort(rows)]), k, random_state=seed, n_local_trials=TRIALS)[0]
+    return found
 
 
 @contextmanager

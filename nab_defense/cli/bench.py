@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import io
 from ..grid import Grid, cells_of, draw, find_cells, load_grid, markdown, on_ray, own_share, read_results, run_cells
+from ..recipe import key_values
 from ..speed import BENCHMARKS, run_speed
 from .common import Parser
 
@@ -20,6 +21,7 @@ EXAMPLES = [
     "nab bench recipes/bench/cpu.yaml --launcher ray --workers 2",
     "nab bench results/bench/digits --summarize --out runs/summary",
     "nab bench --speed training kmeans",
+    "nab bench --speed whole epochs=30 count=5000",
 ]
 
 
@@ -34,7 +36,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--launcher", choices=("here", "ray"), default="here", help="ray: spread the settings over a Ray cluster")
     parser.add_argument("--workers", type=int, metavar="N", help="with --launcher ray: start N of its workers on this machine")
     speed = f"instead: what the parts cost on this machine, each beside what it replaces or wraps; of {', '.join(BENCHMARKS)}"
-    parser.add_argument("--speed", nargs="*", metavar="NAME", help=f"{speed}; default all, half an hour on two idle cores")
+    more = "default all, the better part of an hour on two idle cores; key=value is for the settings of those that are named"
+    parser.add_argument("--speed", nargs="*", metavar="NAME", help=f"{speed}; {more}")
     args = parser.parse_args(argv)
     if (args.speed is None) == (args.grid is None):
         parser.error("give either a grid or --speed")
@@ -68,8 +71,9 @@ def _summarize(cells: Path, grid: Grid | None, out: Path | None) -> int:
     return 0
 
 
-def _speed(out: Path, names: list[str]) -> int:
-    for name, result in run_speed(out, names).items():
+def _speed(out: Path, words: list[str]) -> int:
+    names, knobs = ([word for word in words if ("=" in word) is setting] for setting in (False, True))
+    for name, result in run_speed(out, names, **key_values(knobs, example="repeats=3")).items():
         print("\n".join(_ratios(name, result)))
     print(f"written to {out}")
     return 0

@@ -16,7 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
 from ..detectors import detectors
-from ..neighbors import cluster, neighbors
+from ..neighbors import cluster, first_centers, neighbors
 from ..neighbors import threads as allowed_threads
 from ..scan import Scan
 from .timing import peak_memory, seconds, side_by_side
@@ -51,26 +51,42 @@ def clustered(rows: int, dims: int, *, groups: int, seed: int = 0, out: Rows | N
 
 
 def kmeans(
-    *, rows: int = 200_000, dims: int = 384, centers: Sequence[int] = (10, 100), threads: Sequence[int] = (1, 2), repeats: int = 1
+    *,
+    rows: int = 200_000,
+    dims: int = 384,
+    centers: Sequence[int] = (10, 100),
+    threads: Sequence[int] = (1, 2),
+    repeats: int = 3,
+    patience: float = 30,
 ) -> dict[str, Any]:
-    """scikit-learn's KMeans, one run from k-means++, over cluster() and the assignment of all rows; and the ratio of inertias."""
+    """scikit-learn's KMeans, one run from k-means++, over cluster() and the assignment of all rows; and the ratio of inertias.
+
+    From its own start it ends at a larger inertia. "equal" has it start from our first centers, where both end alike.
+
+    Args: patience: Seconds of a comparison after which no further one of `repeats` turns begins."""
     found = []
+    given: dict[str, Any] = {"repeats": repeats, "warm": False, "patience": patience}
     for count in centers:
         points, _ = clustered(rows, dims, groups=count)
         inertia: dict[str, float] = {}
 
-        def theirs(points: Rows = points, count: int = count, inertia: dict[str, float] = inertia) -> None:
-            inertia["scikit-learn"] = float(KMeans(count, n_init=1, random_state=0).fit(points).inertia_)
+        def theirs(name: str, init: Any, points: Rows = points, count: int = count, inertia: dict[str, float] = inertia) -> None:
+            start = init if isinstance(init, str) else init()
+            inertia[name] = float(KMeans(count, init=start, n_init=1, random_state=0).fit(points).inertia_)
 
         def ours(points: Rows = points, count: int = count, inertia: dict[str, float] = inertia) -> None:
             inertia["ours"] = float(faiss.knn(points, cluster(points, count, seed=0), 1)[0].sum(dtype=np.float64))
 
+        same = partial(theirs, "equal", partial(first_centers, points, count, seed=0))
         for number in threads:
             with allowed_threads(number), threadpool_limits(number):
-                times = side_by_side(("scikit-learn", theirs), ("ours", ours), repeats=repeats, warm=False)
-            of = inertia["ours"] / inertia["scikit-learn"]
-            found.append({"centers": count, "threads": number, **times, "inertia": dict(inertia), "inertia_ratio": of})
-    settings = {"rows": rows, "dims": dims, "repeats": repeats}
+                times = side_by_side(("scikit-learn", partial(theirs, "scikit-learn", "k-means++")), ("ours", ours), **given)
+                equal = side_by_side(("same start", same), ("ours", ours), **given)
+            ratios = {
+                f"{name}_ratio": inertia["ours"] / inertia[of] for name, of in (("inertia", "scikit-learn"), ("equal", "equal"))
+            }
+            found.append({"centers": count, "threads": number, **times, "equal": equal, "inertia": dict(inertia), **ratios})
+    settings = {"rows": rows, "dims": dims, "repeats": repeats, "patience": patience}
     return {"what": "seconds: above 1 ours is faster; inertia: below 1 ours is tighter", "settings": settings, "runs": found}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from nab_defense import speed
 from nab_defense.cli import main
 from nab_defense.purify import purifiers
-from nab_defense.speed import fitting, scanning, timing, vectors
+from nab_defense.speed import fitting, running, scanning, timing, vectors
 
 TINY = {"size": 16, "batch_size": 8, "repeats": 2}
 
@@ -34,6 +36,11 @@ def test_turns_alternate_and_ratios_are_turn_by_turn() -> None:
     check_pair(found, 3)
 
 
+def test_no_turn_begins_when_patience_is_over() -> None:
+    found = timing.side_by_side(("a", lambda: 1), ("b", lambda: time.sleep(0.05)), repeats=9, warm=False, patience=0.12)
+    check_pair(found, 3)
+
+
 def test_peak_memory_is_that_of_the_task_alone() -> None:
     timing.peak_memory(lambda: np.ones(2**24).sum())
     _, less = timing.peak_memory(lambda: np.ones(2**20).sum())
@@ -48,6 +55,46 @@ def test_training(name: str) -> None:
         check_pair(found[layout], 2)
         assert found[layout]["of"] == "timm / ours"
     assert found["settings"]["images"] == 20 and found["settings"]["workers"] == 0
+    assert set(found["peak_mb"]) == {"timm", "ours"} and min(found["peak_mb"].values()) > 0
+
+
+def test_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("torch.compile", lambda network: seen.append(network) or network)  # which takes minutes
+    found = fitting.compiled(count=20, **TINY)
+    check_pair(found["epoch"], 2)
+    first, later = found["epoch"]["first_run"]["compiled"], np.median(found["epoch"]["seconds"]["compiled"])
+    assert len(seen) == 3 and found["first_step_seconds"] == first - later
+
+
+def test_whole() -> None:
+    found = running.whole(count=100, size=8, epochs=1, scan_epochs=1, batch_size=16, repeats=1)
+    check_pair(found["run"], 1)
+    assert found["run"]["of"] == "defended / plain" and {"scan", "train", "check"} <= set(found["stages"])
+
+
+def test_scan_growth() -> None:
+    found = running.scan_growth(count=60, factor=2, size=8, epochs=1, batch_size=16)
+    small, large = found["runs"]
+    assert (small["images"], large["images"]) == (60, 120) and large["images_mb"] == 120 * 3 * 64 / 2**20
+    assert found["times"] == {key: large[key] / small[key] for key in ("seconds", "process_mb", "added_mb")}
+    assert small["process_mb"] > small["added_mb"]
+
+
+@pytest.mark.slow
+def test_ranks() -> None:
+    found = running.ranks(count=40, epochs=2, size=8, batch_size=8, repeats=1)
+    assert {name: len(times) for name, times in found["seconds"].items()} == dict.fromkeys(running.WAYS, 1)
+    for name in ("one_thread", "two_threads"):
+        of, ratio = found[name]["of"], found["seconds"][name][0] / found["seconds"]["two_ranks"][0]
+        assert of == f"{name} / two_ranks" and found[name]["ratio"]["median"] == pytest.approx(ratio)
+
+
+def test_a_training_by_ranks_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "Traceback\n[rank1]: ValueError: no such folder\nmore\nhost: x\n"
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", told))
+    with pytest.raises(ValueError, match=r"^training by 2 processes failed: \[rank1\]: ValueError: no such folder$"):
+        running._epochs({}, 2, 1)
 
 
 def test_wrapper() -> None:
@@ -76,6 +123,8 @@ def test_kmeans_reaches_the_inertia_that_it_is_compared_with() -> None:
     check_pair(first, 2)
     assert first["inertia"] == second["inertia"] and first["inertia_ratio"] < 1.01
     assert first["inertia_ratio"] == first["inertia"]["ours"] / first["inertia"]["scikit-learn"]
+    check_pair(first["equal"], 2)
+    assert first["equal_ratio"] == first["inertia"]["ours"] / first["inertia"]["equal"] == pytest.approx(1, abs=0.01)
 
 
 def test_knn() -> None:
@@ -114,7 +163,9 @@ def test_purify() -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in speed.BENCHMARKS:
         pair = timing.side_by_side(("a", lambda: 1), ("b", lambda: 2), repeats=2)
-        monkeypatch.setitem(speed.BENCHMARKS, name, lambda pair=pair: {"settings": {}, "runs": [pair]})
+        monkeypatch.setitem(
+            speed.BENCHMARKS, name, lambda repeats=2, pair=pair: {"settings": {"repeats": repeats}, "runs": [pair]}
+        )
 
 
 def test_command_writes_one_file_a_benchmark(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +177,10 @@ def test_command_writes_one_file_a_benchmark(quick: None, tmp_path: Path, capsys
     said = capsys.readouterr().out
     assert "knn.runs[0]" in said and f"{result['runs'][0]['ratio']['median']:.3f}" in said
     assert set(speed.run_speed(tmp_path / "all")) == set(speed.BENCHMARKS)
+    assert main(["bench", "--speed", "knn", "repeats=7", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "speed_knn.json").read_text())["settings"] == {"repeats": 7}
+    assert main(["bench", "--speed", "knn", "repeat=7", "--out", str(tmp_path)]) == 2
+    assert "benchmark 'knn' has no setting 'repeat'; known: repeats, pair; did you mean 'repeats'?" in capsys.readouterr().err
 
 
 def test_an_unknown_benchmark_is_refused(tmp_path: Path) -> None:
