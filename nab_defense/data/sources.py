@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from .shards import read_shards
 __all__ = ["Chosen", "Loader", "Source", "View", "open_source"]
 
 TIMM_PREFIXES, SHARDS = ("torch", "hfds"), "wds/"
+TOGETHER = 64  # images to a hash of theirs: for a tiny image alone the threads cost more than the hash
 Loader = Callable[[int], Image.Image]
 
 
@@ -39,7 +41,7 @@ class Source:
         ids: N stable names: relative path, or index.
         load: Index -> PIL image in `mode`. It must pickle: where loader processes are spawned, the source is sent to them.
         mode: "RGB" or "L".
-        fingerprint: Hash of ids, labels and contents.
+        fingerprint: Hash of ids, labels and the contents of all images.
         irregular: Kind of oddity -> ids of the files that show it ("grey", "palette", "16-bit", "truncated", ...).
     """
 
@@ -254,5 +256,19 @@ def _from_timm(name: str, split: str, channels: int | None, options: dict[str, A
     known = getattr(reader, "class_to_idx", None) or getattr(data, "classes", None) or range(int(labels.max()) + 1)
     ids = tuple(f"{name}/{split}/{i}" for i in range(len(labels)))
     classes = tuple(str(c) for c in known)
-    sample = [hashlib.sha256(np.asarray(load(i)).tobytes()).hexdigest() for i in range(0, len(ids), max(1, len(ids) // 64))]
-    return Source(name, classes, labels, ids, load, mode, fingerprint(ids, labels, sample), {})
+    return Source(name, classes, labels, ids, load, mode, fingerprint(ids, labels, _pixel_digests(load, len(ids))), {})
+
+
+def _pixel_digests(load: Loader, count: int) -> list[str]:
+    """Hashes of all images as they are read, some to each. A few images alone would be hashed sooner, but a plan, or a scan
+    that was kept, could then be taken for one of other images; and of a folder every file is read, too."""
+
+    def digest(first: int) -> str:
+        seen = hashlib.sha256()
+        for index in range(first, min(first + TOGETHER, count)):
+            pixels = np.asarray(load(index))
+            seen.update(f"{pixels.shape}".encode() + pixels.tobytes())
+        return seen.hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(digest, range(0, count, TOGETHER)))

@@ -261,6 +261,25 @@ def test_torchvision_by_way_of_timm(folder: Path) -> None:
     assert open_source("torch/image_folder", root=str(folder)).fingerprint != before
 
 
+@pytest.mark.parametrize("place", [0, 1, 63, 197, 198, 299])
+def test_any_one_image_shows_in_the_fingerprint_of_a_named_set(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Named:
+        def __init__(self) -> None:
+            self.images = pixels(0, (300, 4, 4, 3)).astype(np.uint8)
+            self.targets = [index % 2 for index in range(300)]
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return Image.fromarray(self.images[index]), self.targets[index]
+
+    first, other = Named(), Named()
+    other.images[place, 2, 1, 0] ^= 1
+    found = []
+    for data in (first, other, Named()):
+        monkeypatch.setattr("nab_defense.data.sources.create_dataset", lambda *_, data=data, **__: data)
+        found.append(open_source("torch/named").fingerprint)
+    assert found[0] == found[2] != found[1]
+
+
 def test_hugging_face_by_way_of_timm(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     for path in sorted(folder.rglob("*.png")):
