@@ -85,12 +85,12 @@ def _predicted(model: nn.Module, batches: Batches, mask: NDArray[np.bool_], runt
     """The model's labels of the images in the mask."""
     model.eval()
     found = []
-    for images, chosen in _with_mask(batches, mask):
-        found.append(torch.zeros(0, dtype=torch.int64))
-        if chosen.any():
+    for picked in _picked(batches, mask, runtime):
+        found.append(torch.zeros(0, dtype=torch.int64, device=picked.device))
+        if len(picked):
             with runtime.autocast():
-                found[-1] = model(runtime.put(images[chosen])).argmax(1).cpu()
-    return torch.cat(ranks.in_order(found)).numpy()
+                found[-1] = model(picked).argmax(1)
+    return torch.cat(ranks.in_order(found)).cpu().numpy()
 
 
 def _per_class(obeyed: NDArray[np.bool_], labels: NDArray[np.int64]) -> float | None:
@@ -128,24 +128,26 @@ def imprint(
     label = int(labels[group][0])
     model.eval()
     (pattern,) = beyond_content(batches, labels, [group])
-    before = after = count = 0
-    for images, mask in _with_mask(batches, labels != label if shown is None else shown):
-        if not mask.any():
-            continue
-        picked = runtime.put(images[mask])
-        with runtime.autocast():
-            before += int((model(picked).argmax(1) == label).sum())
-            after += int((model(picked + pattern.to(picked)).argmax(1) == label).sum())
-        count += len(picked)
-    before, after, count = map(int, ranks.total(before, after, count))
+    device, count = runtime.torch_device, 0
+    pattern = pattern.to(device)
+    turned = torch.zeros(2, dtype=torch.int64, device=device)  # summed there, so that no batch waits for it
+    for picked in _picked(batches, labels != label if shown is None else shown, runtime):
+        if len(picked):
+            with runtime.autocast():
+                named = [model(seen).argmax(1) for seen in (picked, picked + pattern)]
+            turned += torch.stack([(names == label).sum() for names in named])
+            count += len(picked)
+    before, after, count = map(int, ranks.total(*turned.tolist(), count))
     return (after - before) / max(1, count)
 
 
-def _with_mask(batches: Batches, mask: NDArray[np.bool_]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, their part of the mask) batch by batch, on the CPU; of several ranks each has its own batches."""
-    flags = torch.from_numpy(mask.copy())
+def _picked(batches: Batches, mask: NDArray[np.bool_], runtime: Runtime) -> Iterator[Tensor]:
+    """Of each batch the images in the mask, none or more, on the device; of several ranks each has its own batches.
+
+    Picked where they lie by numbers that are known here: a mask on a GPU would make it wait to learn how many there are."""
     for first, images, _ in ranks.deal(batches):
-        yield images.cpu(), flags[first : first + len(images)]
+        places = torch.from_numpy(np.flatnonzero(mask[first : first + len(images)]))
+        yield runtime.put(images[places.to(images.device, non_blocking=True)])
 
 
 def judge(

@@ -162,11 +162,13 @@ def _probabilities(
     """(N, K) softmax of the images, less what image i shares with its group member[i]."""
     model.eval()
     found: list[Tensor] = []
+    if shared is not None and member is not None:
+        shared, member = (tensor.to(runtime.torch_device) for tensor in (shared, member))
     for first, images, _ in ranks.deal(batches):
-        images = images.cpu()
+        images = runtime.put(images)
         if shared is not None and member is not None:
             images = images - shared[member[first : first + len(images)]]
         with runtime.autocast():
-            found.append(model(runtime.put(images)).float().softmax(1).cpu())
-    chances: NDArray[np.float32] = torch.cat(ranks.in_order(found)).numpy()
+            found.append(model(runtime.put(images)).float().softmax(1))
+    chances: NDArray[np.float32] = torch.cat(ranks.in_order(found)).cpu().numpy()
     return chances
