@@ -60,12 +60,12 @@ def side_by_side(
 
 def peak_memory(task: Task) -> tuple[float, float]:
     """Seconds of a task, and MB that it had at its peak above what the process had before."""
-    before = _resetprocess_peak()
+    before = _reset_peak()
     taken = seconds(task)
     return taken, max(0.0, process_peak() - before)
 
 
-def _resetprocess_peak() -> float:
+def _reset_peak() -> float:
     """Give freed memory back, which would hide what a task takes, and make the present size the peak, where the system lets a
     process do so. Returns: the peak now, in MB."""
     with contextlib.suppress(OSError, AttributeError):
