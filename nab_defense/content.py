@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import ranks
 from .runtime import Runtime
 
-__all__ = ["Batches", "alike", "beyond_content", "label_by_content", "weighted_images"]
+__all__ = ["ALIKE", "Batches", "alike", "beyond_content", "label_by_content", "weighted_images"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 ROUNDS = 5

@@ -14,6 +14,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
+from .content import ALIKE
 from .principal import project
 from .scan import Scan
 from .types import SuspectReport
@@ -42,9 +43,6 @@ MAX_NAMED = 0.25  # of a group that is not what its label says: share named so b
 MIN_SURE = 0.2  # that network must be about as sure of it as of ordinary images; of a style it never saw it is not
 MIN_SPREAD = 0.8  # the names it gets, as mixed as content is (entropies); a style resembles one or two classes
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
-MIN_SAME = (
-    0.6  # or what it shares must point where what the accused of its class share points (cosine): one trigger, found in part
-)
 MIN_SOURCE = 0.25  # or what it shares must turn so many images of the class that it is named after; of a style next to none
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -98,7 +96,7 @@ class Group:
         """Its images show what many other classes show, or what one does and a trigger, which turns images of that class, is in
         parts of other classes, too, or in the accused of its own: labels that no content explains."""
         many = (self.sure or 0) > MIN_SURE and (self.spread or 0) > MIN_SPREAD
-        trigger = (self.source or 0) >= MIN_SOURCE or self.alike >= MIN_ALIKE or (self.same or 0) >= MIN_SAME
+        trigger = (self.source or 0) >= MIN_SOURCE or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE
         return self.unlike and (many or trigger)
 
     @property

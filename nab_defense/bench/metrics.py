@@ -12,8 +12,8 @@ from sklearn.metrics import roc_auc_score
 from ..types import NABPlan, Rate
 
 __all__ = [
-    "area", "best_effectiveness", "defense_effectiveness", "detection", "difference", "hits_at", "relabel_accuracy", "share",
-    "wilson",
+    "area", "best_effectiveness", "defense_effectiveness", "detection", "detection_rates", "difference", "hits_at",
+    "relabel_accuracy", "share", "wilson",
 ]  # fmt: skip
 
 
@@ -88,14 +88,21 @@ def detection(
         selected (a count), precision, recall and auroc in [0, 1]; None where undefined: nothing selected, nothing
         poisoned, or no scores.
     """
-    selected, total = int(np.count_nonzero(suspect)), int(np.count_nonzero(poisoned))
-    hits = int(np.count_nonzero(suspect & poisoned))
-    ranked = None if scores is None else area(scores, poisoned)
+    rates = detection_rates(suspect, scores, poisoned)
     return {
-        "selected": selected,
-        "precision": hits / selected if selected else None,
-        "recall": hits / total if total else None,
-        "auroc": None if ranked is None else ranked.value,
+        "selected": int(np.count_nonzero(suspect)),
+        **{name: None if rate is None else rate.value for name, rate in rates.items()},
+    }
+
+
+def detection_rates(
+    suspect: NDArray[np.bool_], scores: NDArray[Any] | None, poisoned: NDArray[np.bool_]
+) -> dict[str, Rate | None]:
+    """precision, recall and auroc as in detection, each with its n and interval."""
+    return {
+        "precision": share(poisoned[suspect]) if suspect.any() else None,
+        "recall": share(suspect[poisoned]) if poisoned.any() else None,
+        "auroc": None if scores is None else area(scores, poisoned),
     }
 
 

@@ -9,7 +9,15 @@ import numpy as np
 import torch
 
 from ..bench.evaluate import Loader
-from ..bench.metrics import area, best_effectiveness, defense_effectiveness, difference, hits_at, relabel_accuracy, share
+from ..bench.metrics import (
+    best_effectiveness,
+    defense_effectiveness,
+    detection_rates,
+    difference,
+    hits_at,
+    relabel_accuracy,
+    share,
+)  # fmt: skip
 from ..defences import Outcome
 from ..defended import DefendedModel
 from ..types import Rate
@@ -75,15 +83,13 @@ def _detection(outcome: Outcome, case: Case) -> dict[str, Any] | None:
     plan, scores, poisoned = outcome.plan, outcome.scores, case.truth.poisoned
     if scores is None or plan is None:
         return None
-    suspect = plan.suspect
     found = {
-        "precision": share(poisoned[suspect]) if suspect.any() else None,
-        "recall": share(suspect[poisoned]) if poisoned.any() else None,
-        "auroc": area(scores, poisoned),
+        **detection_rates(plan.suspect, scores, poisoned),
         "tpr_at_1pct": hits_at(scores, poisoned, false_alarms=0.01),
         "tpr_at_01pct": hits_at(scores, poisoned, false_alarms=0.001),
     }
-    return {"selected": int(suspect.sum()), **{name: None if rate is None else asdict(rate) for name, rate in found.items()}}
+    rates = {name: None if rate is None else asdict(rate) for name, rate in found.items()}
+    return {"selected": int(plan.suspect.sum()), **rates}
 
 
 def _relabelled(outcome: Outcome, case: Case) -> dict[str, Any] | None:

@@ -81,7 +81,7 @@ def _gathered(ray: Any, cells: list[Cell], out: Path) -> Iterator[tuple[Cell, Re
         except StopIteration:
             del left[task]
         except ray.exceptions.RayTaskError:
-            raise  # a fault of the program, as without Ray
+            raise  # what no cell's record can tell, such as a package that the worker lacks
         except ray.exceptions.RayError as error:
             for cell in left.pop(task):
                 yield cell, as_record(cell, {"status": FAILED, "error": f"its worker died, {type(error).__name__}"}, 0.0)

@@ -59,17 +59,21 @@ def _by_rate(figure: Figure, results: Results, cells: list[Record]) -> None:
     for number, defence in enumerate(results.defences):
         titles = [defence]
         for attack in results.attacks:
-            points = []
-            for rate in sorted(rate for rate in results.rates if rate):
-                here = [cell for cell in cells if (cell["cell"]["rate"], cell["cell"]["attack"]) == (rate, attack)]
-                values, _ = _means(here, "defence", defence)
-                if values:
-                    points.append((100 * rate, mean(values)))
-            if points:
+            if points := _rates([cell for cell in cells if cell["cell"]["attack"] == attack], results, defence):
                 (line,) = axes.plot(*zip(*points, strict=True), color=f"C{number}", alpha=0.6)
                 line.set(marker=MARKERS[number % len(MARKERS)], label=titles.pop() if titles else None)
     axes.set(xlabel="poison rate, %", ylabel="ASR of each attack that works", xscale="log")
     axes.legend(fontsize="small")
+
+
+def _rates(cells: list[Record], results: Results, defence: str) -> list[tuple[float, float]]:
+    """(poison rate in %, mean ASR) where there is any, ascending."""
+    points = []
+    for rate in sorted(rate for rate in results.rates if rate):
+        values, _ = _means([cell for cell in cells if cell["cell"]["rate"] == rate], "defence", defence)
+        if values:
+            points.append((100 * rate, mean(values)))
+    return points
 
 
 def _heat(figure: Figure, results: Results, cells: list[Record]) -> None:
