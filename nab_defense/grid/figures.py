@@ -17,7 +17,7 @@ from ..bench.metrics import (
     hits_at,
     relabel_accuracy,
     share,
-)  # fmt: skip
+)
 from ..defences import Outcome
 from ..defended import DefendedModel
 from ..types import Rate
