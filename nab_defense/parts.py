@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
-from sklearn.preprocessing import StandardScaler
 
+from .principal import Standardized
 from .scan import Scan
 from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, Group, grow, in_two, probe, split_in_two
 
@@ -52,14 +52,13 @@ def same_parts(scan: Scan, aside: NDArray[np.bool_], some: NDArray[np.bool_]) ->
         some: (N,) bool, none of them aside.
 
     Returns: as smaller_halves."""
-    features, own = StandardScaler().fit_transform(scan.features), np.isin(scan.labels, scan.labels[some]) & ~aside
-    teller = probe().fit(features[own], some[own])
-    values, found = teller.decision_function(features), []
+    features, own = Standardized(scan.features), np.isin(scan.labels, scan.labels[some]) & ~aside
+    teller, found = probe().fit(features[np.flatnonzero(own)], some[own]), []
     for label in np.unique(scan.labels[~own & ~aside]).tolist():
         members = (scan.labels == label) & ~aside
         if members.sum() < 2 * MIN_SEEDS:
             continue
-        likely, separation, valley = split_in_two(values[members])
+        likely, separation, valley = split_in_two(teller.decision_function(features[np.flatnonzero(members)]))
         if separation > MIN_SEPARATION and valley > MIN_VALLEY and FEW <= (likely > 0.5).sum() <= members.sum() / 2:
             found.append(_part(label, members, likely, separation, valley))
     return found
@@ -81,7 +80,7 @@ def joined(
 
     Returns: (N,) as `likely`, raised where samples join."""
     part, other = likely > 0.5, logits.argmax(1) != scan.labels
-    both = StandardScaler().fit_transform(np.c_[scan.features, softmax(logits, axis=1)])
+    both = Standardized(scan.features, softmax(logits, axis=1))
     _, grown = grow(both, members, part, scan.losses, np.zeros_like(part))
     joining = members & other
     raised = likely.copy()

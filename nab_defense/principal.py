@@ -1,18 +1,52 @@
-"""Principal components of many rows, read block by block from where they lie."""
+"""Many rows, read block by block from where they lie: standardized, and on their principal directions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.preprocessing import StandardScaler
 
-__all__ = ["BLOCK", "project"]
+__all__ = ["BLOCK", "Rows", "Standardized", "project"]
 
 BLOCK = 65_536  # rows
 
 
-def project(features: NDArray[np.float32], rows: NDArray[np.intp], rank: int) -> NDArray[np.float32]:
+class Rows(Protocol):
+    """(N, D), of which some rows can be had."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: NDArray[np.intp], /) -> NDArray[np.float32]: ...
+
+
+class Standardized:
+    """Tables of one row per sample, side by side, standardized. Neither of them is ever copied whole.
+
+    Args:
+        tables: (N, D) float each; may be memory-mapped files.
+    """
+
+    def __init__(self, *tables: NDArray[np.float32]) -> None:
+        self.tables = [(table, _fitted(table)) for table in tables]
+        self.shape = len(tables[0]), sum(table.shape[1] for table in tables)
+
+    def __getitem__(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
+        """rows: (M,). Returns: (M, D of all tables)."""
+        return np.concatenate([scaler.transform(table[rows]) for table, scaler in self.tables], axis=1)
+
+
+def _fitted(table: NDArray[np.float32]) -> StandardScaler:
+    scaler = StandardScaler()
+    for first in range(0, len(table), BLOCK):
+        scaler.partial_fit(table[first : first + BLOCK])
+    return scaler
+
+
+def project(features: Rows, rows: NDArray[np.intp], rank: int) -> NDArray[np.float32]:
     """Some rows, centered, on their top principal directions.
 
     By the eigenvectors of the covariance, which a pass sums up; a singular value decomposition would hold three copies of all
@@ -35,6 +69,6 @@ def project(features: NDArray[np.float32], rows: NDArray[np.intp], rank: int) ->
     return np.concatenate([(part - shift) @ directions for part in _parts(features, rows)])
 
 
-def _parts(features: NDArray[np.float32], rows: NDArray[np.intp]) -> Iterator[NDArray[np.float32]]:
+def _parts(features: Rows, rows: NDArray[np.intp]) -> Iterator[NDArray[np.float32]]:
     for first in range(0, len(rows), BLOCK):
         yield features[rows[first : first + BLOCK]]

@@ -12,10 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.preprocessing import StandardScaler
 
 from .content import ALIKE
-from .principal import project
+from .principal import Rows, Standardized, project
 from .scan import Scan
 from .types import SuspectReport
 
@@ -46,6 +45,7 @@ MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the
 MIN_SOURCE = 0.25  # or what it shares must turn so many images of the class that it is named after; of a style next to none
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
+OTHERS = 5000  # samples of other classes that a probe is fitted to: all of them would cost the square of the classes
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def expand(
     """
     previous = previous or Selection(np.zeros(len(scan), dtype=bool), np.zeros(len(scan), dtype=np.float32))
     seeds = report.select(fraction)
-    features = StandardScaler().fit_transform(scan.features)
+    features = Standardized(scan.features)
     right = scan.logits.argmax(1) == scan.labels
     counts = np.bincount(scan.labels[seeds], minlength=scan.num_classes)
     suspect, doubt, groups = previous.suspect.copy(), previous.doubt.copy(), []
@@ -190,7 +190,7 @@ def expand(
     return Selection(suspect, doubt, tuple(groups))
 
 
-def _half(features: NDArray[np.float32], members: NDArray[np.bool_], scores: NDArray[np.float32]) -> NDArray[np.bool_]:
+def _half(features: Rows, members: NDArray[np.bool_], scores: NDArray[np.float32]) -> NDArray[np.bool_]:
     """The more suspicious half of a class that falls in two; else nobody.
 
     On CIFAR-10 the classes of clean data stay one hump (valley below .1), and backdoored ones have a valley of .2 to 1 once
@@ -203,7 +203,7 @@ def _half(features: NDArray[np.float32], members: NDArray[np.bool_], scores: NDA
     return half
 
 
-def in_two(features: NDArray[np.float32], members: NDArray[np.bool_]) -> tuple[NDArray[np.float64], float, float]:
+def in_two(features: Rows, members: NDArray[np.bool_]) -> tuple[NDArray[np.float64], float, float]:
     """split_in_two of a class along its top singular direction [Tran et al. 2018]; separation 0 where it is too small."""
     if members.sum() < 2 * MIN_SEEDS:
         return np.zeros(int(members.sum())), 0.0, 0.0
@@ -215,7 +215,7 @@ def probe() -> LogisticRegression:
 
 
 def grow(
-    features: NDArray[np.float32],
+    features: Rows,
     members: NDArray[np.bool_],
     start: NDArray[np.bool_],
     losses: NDArray[np.float32],
@@ -224,21 +224,30 @@ def grow(
     """Probe and split, a few times over; `rivals` are the samples of other classes that are named right.
 
     Returns: the evidence, and each member's probability of the higher group."""
-    group = start
+    rows = np.flatnonzero(members | _some(~members))
+    told, inside, group = features[rows], members[rows], start[rows]
     for _ in range(ROUNDS):
         # Out-of-fold, since a probe with many features tells any samples it was fitted to from the rest.
-        values = cross_val_predict(probe(), features, group, cv=FOLDS, method="decision_function")
-        likely, separation, valley = split_in_two(values[members])
+        values = cross_val_predict(probe(), told, group, cv=FOLDS, method="decision_function")
+        likely, separation, valley = split_in_two(values[inside])
         grown = np.zeros_like(group)
-        grown[members] = likely > 0.5
+        grown[inside] = likely > 0.5
         if (valley == 0 and separation <= MIN_SEPARATION) or grown.sum() < MIN_SEEDS:
             break  # one hump; a small group beside a large one is hidden in its slope until the probe tells them better
+        if (grown == group).all():
+            break  # it stands still
         group = grown
-    inside = losses[members][likely > 0.5]
-    others, lead = losses[rivals], 0.0
-    if min(len(inside), len(others)) >= MIN_SEEDS:
-        lead = float(roc_auc_score([1] * len(inside) + [0] * len(others), -np.r_[inside, others]))
-    return Group(-1, 0, separation, valley, len(inside), lead), likely
+    low, others, lead = losses[members][likely > 0.5], losses[rivals], 0.0
+    if min(len(low), len(others)) >= MIN_SEEDS:
+        lead = float(roc_auc_score([1] * len(low) + [0] * len(others), -np.r_[low, others]))
+    return Group(-1, 0, separation, valley, len(low), lead), likely
+
+
+def _some(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """At most OTHERS of it, always the same ones."""
+    chosen = np.zeros_like(mask)
+    chosen[np.random.default_rng(0).permutation(np.flatnonzero(mask))[:OTHERS]] = True
+    return chosen
 
 
 def too_few(labels: NDArray[np.int64], fraction: float) -> bool:

@@ -6,7 +6,7 @@ import torch
 
 from nab_defense import principal
 from nab_defense.detectors import activation_clustering, spectral
-from nab_defense.principal import project
+from nab_defense.principal import Standardized, project
 
 
 def features(count: int = 500) -> np.ndarray:
@@ -47,3 +47,15 @@ def test_spectral_scores_of_a_shifted_class_are_unchanged(block: int) -> None:
     table = features()
     moved = spectral.spectral_scores(torch.from_numpy(table + 50)).numpy()
     np.testing.assert_allclose(np.square(project(table, np.arange(500), 1))[:, 0], moved, rtol=1e-2, atol=1e-2)
+
+
+def test_asked_rows_are_those_of_the_whole_standardized_table(block: int) -> None:
+    rng = np.random.default_rng(0)
+    wide, narrow = rng.normal(50, 3, (500, 6)).astype(np.float32), rng.exponential(2, (500, 2)).astype(np.float32)
+    wide[:, 3] = 7  # a feature that never fires
+    rows = np.flatnonzero(np.arange(500) % 3)
+    whole = np.c_[wide, narrow].astype(np.float64)
+    spread = np.where(whole.std(0) > 0, whole.std(0), 1)
+    both = Standardized(wide, narrow)
+    assert both.shape == (500, 8) and both[rows].dtype == np.float32
+    np.testing.assert_allclose(both[rows], ((whole - whole.mean(0)) / spread)[rows], atol=1e-4)

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 
+from nab_defense import select
 from nab_defense.scan import Scan
 from nab_defense.select import MIN_LEAD, MIN_SEEDS, Selection, expand, split_in_two, take_fraction, too_few
 from nab_defense.types import SuspectReport
@@ -84,6 +86,23 @@ def test_expand_finds_exactly_the_planted_group(rate: float, seed: int) -> None:
     assert group.distinct and group.size == selection.suspect.sum() and group.seeds == (seeds & (scan.labels == 2)).sum()
     assert not any(group.distinct for group in selection.groups if group.label != 2)
     assert selection.doubt.dtype == np.float32 and (selection.doubt[poisoned] > 0.5).mean() > 0.98
+
+
+@pytest.mark.parametrize("others", [100, 400])
+def test_a_probe_is_fitted_to_its_class_and_a_bounded_number_of_others(others: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan, poisoned = sample(count=5000, targets=(2,), rate=0.1)
+    rows: list[int] = []
+
+    class Counting(LogisticRegression):
+        def fit(self, told: NDArray[np.float32], *rest: object) -> LogisticRegression:
+            rows.append(len(told))
+            return super().fit(told, *rest)
+
+    monkeypatch.setattr(select, "OTHERS", others)
+    monkeypatch.setattr(select, "probe", lambda: Counting(C=0.1, class_weight="balanced", max_iter=200))
+    precision, recall = precision_and_recall(expand(lowest(scan), scan, fraction=0.02).suspect, poisoned)
+    assert precision > 0.98 and recall > 0.98
+    assert 0 < max(rows) <= np.bincount(scan.labels).max() + others
 
 
 def test_two_target_classes_are_both_found() -> None:
