@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,9 @@ from .clean import CleanSet, logits_of
 from .data import Source, build_transform
 from .plan import relabelled
 from .purify import PurifyResult, purifiers, purify
+from .purify.base import may_keep
 from .purify.rnp import suspicion
-from .purify.run import may_keep, prepared
+from .purify.run import prepared
 from .runtime import Runtime
 from .schema import PurifyStage
 from .session import Session
@@ -126,11 +129,13 @@ def repair(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABPlan
     def leave() -> None:
         if session.resume and told.exists() and io.load_json(told)["data"]["fingerprint"] == trusted.fingerprint:
             return
-        made = _repaired(session, trusted, shipped, plan)
+        unfinished = session.stages / "purify"
+        made = _repaired(session, trusted, shipped, plan, unfinished)
         if made.accepted:
             mean, std = session.normalization
             checkpoint.save(weights, made.model, session.network(), mean=mean, std=std)
         io.save_json(told, made.record)
+        shutil.rmtree(unfinished)
 
     ranks.on_first(leave)
     record = io.load_json(told)
@@ -139,13 +144,14 @@ def repair(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABPlan
     return Repair(session.runtime.place(checkpoint.load(weights)), record)
 
 
-def _repaired(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABPlan) -> Repair:
+def _repaired(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABPlan, unfinished: Path) -> Repair:
     stage, images = trusted.stage, trusted.images
     method: Any = purifiers.create(stage.method, **stage.params)
     n_fit, n_held = (len(part) for part in images.split(stage.holdout, session.runtime.seed))
     data = {"source": stage.clean, "fingerprint": trusted.fingerprint, "n_fit": n_fit, "n_held": n_held}
     record = {**stage.model_dump(exclude={"clean"}), "params": dataclasses.asdict(method), "data": data}
-    found = purify(shipped, images, method, **_settings(session, stage), suspects=_accused(session, plan))
+    going_on: dict[str, Any] = {"state": unfinished, "resume": session.resume}
+    found = purify(shipped, images, method, **_settings(session, stage), suspects=_accused(session, plan), **going_on)
     text = in_words(found, stage.method, stage.max_drop, instead="the model is shipped as it was")
     return Repair(found.model, {**outcome(found), **record, "text": text})
 

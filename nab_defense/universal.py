@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,16 @@ class Pool:
         one = self.suspicious[int(torch.multinomial(weights, 1, generator=self.generator))]
         one.drawn += 1
         return one
+
+    def state_dict(self) -> dict[str, Any]:
+        """What training against the suspicious ones moves; a pool made alike goes on from it."""
+        return {"generator": self.generator.get_state(), "suspicious": [dict(vars(one)) for one in self.suspicious]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+        for one, saved in zip(self.suspicious, state["suspicious"], strict=True):
+            device = one.change.device
+            vars(one).update({k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved.items()})
 
 
 def likely_classes(network: nn.Module, images: Tensor, *, edge: int, runtime: Runtime) -> list[int]:

@@ -147,7 +147,7 @@ def test_the_defense_never_looks_at_the_truth(tmp_path: Path, monkeypatch: pytes
         return walled
 
     monkeypatch.setattr(Truth, "__getattribute__", look)
-    monkeypatch.setattr("nab_defense.purify.run.LEAST_GAIN", -1.0)  # so that the repaired model is checked again
+    monkeypatch.setattr("nab_defense.purify.base.choice.LEAST_GAIN", -1.0)  # so that the repaired model is checked again
     for name in ("look", "look_again", "train", "defend", "check", "repair", "check_again"):
         monkeypatch.setattr(pipeline, name, behind_a_wall(name, getattr(pipeline, name)))
     overrides = ["train.epochs=1", "relabel.params.epochs=1"]

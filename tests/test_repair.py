@@ -37,6 +37,13 @@ def weights(path: Path) -> dict[str, Tensor]:
     return io.load_tensors(path)[0]
 
 
+def timeless(result: dict[str, Any]) -> dict[str, Any]:
+    told = dict(result["purify"])
+    for record in (told, told["after"], *told["candidates"]):
+        record.pop("seconds", None)
+    return told
+
+
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -48,7 +55,7 @@ def result_of(folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def gain(monkeypatch: pytest.MonkeyPatch) -> Any:
     """gain(-1.0): any candidate is taken; gain(2.0): none is."""
-    return lambda least: monkeypatch.setattr("nab_defense.purify.run.LEAST_GAIN", least)
+    return lambda least: monkeypatch.setattr("nab_defense.purify.base.choice.LEAST_GAIN", least)
 
 
 @pytest.fixture(scope="module")
@@ -150,43 +157,6 @@ def test_a_network_without_a_stamp(tmp_path: Path, gain: Any) -> None:
     result = run(recipe, tmp_path / "run")
     assert result["purify"]["status"] == "accepted" and "obeyed" not in result["purify"]["before"]
     assert not isinstance(nab_defense.load(tmp_path / "run"), DefendedModel)
-
-
-def timeless(result: dict[str, Any]) -> dict[str, Any]:
-    told = dict(result["purify"])
-    for record in (told, told["after"], *told["candidates"]):
-        record.pop("seconds", None)
-    return told
-
-
-def test_killed_between_purification_and_the_end(tmp_path: Path, gain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    gain(-1.0)
-    recipe = load_recipe(write_recipe(tmp_path, **PAPER, purify={**LIGHT, "method": "polarizer", "params": {"steps": 4}}))
-    whole = run(recipe, tmp_path / "whole")
-    assert whole["purify"]["status"] == "accepted"
-
-    def kill(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    def again(*_: Any, **__: Any) -> None:
-        raise AssertionError("purified once more")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "describe", kill)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, tmp_path / "cut")
-    assert not (tmp_path / "cut" / "model.safetensors").exists()
-    monkeypatch.setattr(repairs, "purify", again)
-    cut = run(recipe, tmp_path / "cut", resume=True)
-    assert same(weights(tmp_path / "whole" / "model.safetensors"), weights(tmp_path / "cut" / "model.safetensors"))
-    assert cut["verdict"] == whole["verdict"] and cut["models"] == whole["models"]
-    assert timeless(cut) == timeless(whole) and cut["seconds"]["purify"] > 0
-    stages = tmp_path / "cut" / "stages"
-    (stages / "finished.json").unlink()
-    left = (stages / "purified.json").read_text()
-    (stages / "purified.json").write_text(left.replace(whole["purify"]["data"]["fingerprint"], "that of other images"))
-    with pytest.raises(AssertionError, match="purified once more"):
-        run(recipe, tmp_path / "cut", resume=True)
 
 
 def test_what_the_judge_sees_of_the_suspects(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     stem = args.checkpoint.parent.name if args.checkpoint.stem == "model" else args.checkpoint.stem
     out = args.out or Path("runs") / f"purified_{stem}"
-    check_out(out)
+    unfinished = out / "unfinished"
+    if not (args.resume and unfinished.exists()):  # beside which a killed run may have left its model
+        check_out(out)
     knobs, shared, attack, recipe = _settings(args)
     method: Any = purifiers.create(args.method, **knobs)
     runtime = Runtime(**recipe.runtime.model_dump(), seed=recipe.seed)
@@ -64,7 +67,10 @@ def main(argv: list[str]) -> int:
         suspect = dataclasses.replace(suspect, classes=source.classes)
     training = _open_training(args, suspect)
     limits = {name: shared[name] for name in LIMITS}
-    found = purify(suspect.model, clean, method, mean=suspect.mean, std=suspect.std, runtime=runtime, **limits)
+    found = purify(
+        suspect.model, clean, method,
+        mean=suspect.mean, std=suspect.std, runtime=runtime, **limits, state=unfinished, resume=args.resume,
+    )  # fmt: skip
     how = {"method": args.method, "knobs": dataclasses.asdict(method), **shared, "seed": recipe.seed}
     verdict = {
         "protected": found.repaired,
@@ -92,6 +98,7 @@ def main(argv: list[str]) -> int:
         save_ranking(out / "suspects.csv", training, scores, args.method)
         result["ranked"] = {"source": args.rank, "fingerprint": training.fingerprint, "images": len(training)}
     io.save_json(out / "result.json", result)
+    shutil.rmtree(unfinished)
     if args.test is not None:  # opened only now, so that nothing that was chosen can depend on it
         tests = {"attack": attack, "seed": recipe.seed, "runtime": recipe.runtime.model_dump()}
         _, cases = open_tests(args.test, suspect.header(), out, [], **tests)
@@ -122,6 +129,7 @@ def _parser() -> Parser:
     parser.add_argument("--trigger", type=Path, metavar="FILE", help=TRIGGER)
     parser.add_argument("--target", type=int, default=0, help="the attack's target class; default 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results; default runs/purified_<checkpoint>")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of this command in that folder")
     return parser
 
 

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..clean import CleanSet, Pixels
+from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
 from .base import Candidates, Notes, norms, purifiers
@@ -80,7 +81,9 @@ class CLP:
         if not normalised_convolutions(network, images):
             raise ValueError("clp prunes convolutions followed by batch normalisation; this network has none")
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
+    def candidates(
+        self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
+    ) -> Candidates:
         images, _ = next(clean.batches(2, runtime=runtime))
         pairs = [(norm, amplification(conv, norm)) for conv, norm in normalised_convolutions(network, images)]
         for u in torch.linspace(5.0, self.strictest, self.rounds).tolist():

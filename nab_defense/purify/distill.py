@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..clean import CleanSet, Pixels
+from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
 from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, purifiers, train_norms
@@ -96,7 +97,9 @@ class Distill:
         if not layers_by_depth(network, images):
             raise ValueError("distill re-initialises convolutions and linear layers; this network has none")
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
+    def candidates(
+        self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
+    ) -> Candidates:
         teacher = frozen(copy.deepcopy(network))
         self._reinitialise(network, runtime.put(clean.images[:2].float() / 255), runtime.seed)
         network.requires_grad_(True)
@@ -112,7 +115,7 @@ class Distill:
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), CLIP)
 
-        yield from hardened(self, network, teacher, clean, optimizer, slope, pool=pool, runtime=runtime)
+        yield from hardened(self, network, teacher, clean, optimizer, slope, pool=pool, runtime=runtime, kept=kept)
 
     def _reinitialise(self, network: Pixels, images: Tensor, seed: int) -> None:
         layers = layers_by_depth(network, images)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clean import CleanSet, Pixels
+from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
 from .base import Candidates, Notes, check_finite, fine_tuned, purifiers
@@ -43,7 +44,9 @@ class FineTune:
     def check(self, network: Pixels, images: Tensor) -> None:
         network(images)
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
+    def candidates(
+        self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
+    ) -> Candidates:
         def slope(images: Tensor, labels: Tensor, step: int) -> None:
             with runtime.autocast():
                 loss = F.cross_entropy(network(images), labels)
@@ -51,4 +54,4 @@ class FineTune:
             network.zero_grad()
             loss.backward()
 
-        return fine_tuned(self, network, clean, slope, runtime=runtime)
+        return fine_tuned(self, network, clean, slope, runtime=runtime, kept=kept)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..clean import CleanSet, Pixels
+from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
 from .base import Candidates, Notes, check_finite, fine_tuned, norms, purifiers
@@ -79,7 +80,9 @@ class FTSAM:
     def check(self, network: Pixels, images: Tensor) -> None:
         network(images)
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
+    def candidates(
+        self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
+    ) -> Candidates:
         def slope(images: Tensor, labels: Tensor, step: int) -> None:
             self._accumulate(network, images, labels, runtime, step)
             with_grad = [p for p in network.parameters() if p.grad is not None]
@@ -92,7 +95,7 @@ class FTSAM:
             for param, place in zip(with_grad, here, strict=True):
                 param.data.copy_(place)
 
-        return fine_tuned(self, network, clean, slope, runtime=runtime)
+        return fine_tuned(self, network, clean, slope, runtime=runtime, kept=kept)
 
     def _accumulate(self, network: Pixels, images: Tensor, labels: Tensor, runtime: Runtime, step: int) -> None:
         """Set the gradients of all weights, at the place they are in now."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..clean import CleanSet, Pixels
+from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
 from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, purifiers, train_norms
@@ -128,24 +129,29 @@ class IBAU:
     def check(self, network: Pixels, images: Tensor) -> None:
         network(images)
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
+    def candidates(
+        self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
+    ) -> Candidates:
         assert clean.labels is not None
         teacher = frozen(copy.deepcopy(network))
         params = list(network.requires_grad_(True).parameters())
         optimizer = torch.optim.SGD(params, lr=self.lr, momentum=0.9)
-        fresh = clean.endless(self.batch_size // 2, runtime=runtime, seed=runtime.seed + 1, augment=self.augment)
         truths = clean.labels
+
+        def fresh(step: int) -> Tensor:
+            seed = runtime.seed * 100_003 + step
+            return next(clean.batches(self.batch_size // 2, runtime=runtime, seed=seed, augment=self.augment))[0]
 
         def slope(batch: Attacked) -> None:
             outer = partial(self._outer, network, batch, truths[batch.rows].to(batch.images.device), runtime)
-            inner = partial(_inner, network, batch, next(fresh)[0] if self.form != "none" else batch.images)
+            inner = partial(_inner, network, batch, fresh(batch.step) if self.form != "none" else batch.images)
             value, grads = hypergradient(outer, inner, batch.one.change, params, form=self.form, terms=self.terms, rate=self.rate)
             check_finite(value, "ibau", batch.step)
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
             nn.utils.clip_grad_norm_(params, CLIP)
 
-        yield from hardened(self, network, teacher, clean, optimizer, slope, pool=pool, runtime=runtime)
+        yield from hardened(self, network, teacher, clean, optimizer, slope, pool=pool, runtime=runtime, kept=kept)
 
     def _outer(self, network: Pixels, batch: Attacked, truth: Tensor, runtime: Runtime, change: Tensor) -> Tensor:
         """What is to be low: labels and the original's answers missed, on images of which a part carries the change."""

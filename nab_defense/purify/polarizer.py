@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..clean import CleanSet, Pixels
+from ..kept import Kept
 from ..runtime import Runtime
 from ..sites import Site, last_cut
 from ..universal import Pool
@@ -91,7 +92,9 @@ class Polarizer:
     def check(self, network: Pixels, images: Tensor) -> None:
         _site(network, images)
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
+    def candidates(
+        self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
+    ) -> Candidates:
         assert clean.labels is not None
         teacher = copy.deepcopy(frozen(network))
         own = _layer(network, runtime.put(clean.images[:2].float() / 255)).own()
@@ -107,7 +110,7 @@ class Polarizer:
             check_finite(loss, "polarizer", batch.step)
             loss.backward()
 
-        yield from hardened(self, network, teacher, clean, optimizer, slope, pool=pool, runtime=runtime)
+        yield from hardened(self, network, teacher, clean, optimizer, slope, pool=pool, runtime=runtime, kept=kept)
 
 
 def _layer(network: Pixels, images: Tensor) -> Polarized:

@@ -8,26 +8,23 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import ClassVar
+from itertools import islice
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..channels import Channel, Masks, maskable, masked, prune, ranking
 from ..clean import EVAL_BATCH, CleanSet, Pixels, logits_of
+from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
 from .base import Candidates, Notes, check_finite, divergence, frozen, purifiers, stepped, train_norms
 
-__all__ = ["RNP", "likely_target", "maskable", "masked", "prune", "ranking", "suspicion"]
+__all__ = ["RNP", "likely_target", "suspicion"]
 
 log = logging.getLogger(__name__)
-Channel = tuple[str, int]
-Masks = dict[str, Tensor]
-Layer = nn.Linear | nn.Conv2d
-Norm = nn.modules.batchnorm._BatchNorm | nn.GroupNorm
-
 MOMENTUM, CLIP = 0.9, 5.0
 ASIDE = 0.15  # of the images: judge when to stop, and how deep to cut
 MOST_STEPS = 400  # of unlearning
@@ -53,48 +50,6 @@ def suspicion(original: Tensor, unlearned: Tensor, labels: Tensor) -> Tensor:
     Args: original, unlearned: Logits (N, K) of both networks. labels: (N,) as given.
     Returns: (N,), higher is more suspicious."""
     return F.cross_entropy(original, labels, reduction="none") - F.cross_entropy(unlearned, labels, reduction="none")
-
-
-def maskable(network: nn.Module) -> dict[str, int]:
-    """The weights whose first axis counts channels that can be switched off one by one: name, number of channels.
-
-    These are the scales of normalisations over channels, and the hidden units of MLPs: a layer that acts on each position
-    alone and widens it, before one of the same module that takes what it gives (or half of it, where it is gated). Where a
-    network has neither: the outputs of every convolution and linear layer but the last. A LayerNorm's scale is an axis of the
-    features, not a neuron, and is left alone."""
-    parts = [(name, module) for name, module in network.named_modules() if isinstance(module, Layer | Norm)]
-    found = {f"{name}.weight": len(m.weight) for name, m in parts if isinstance(m, Norm) and m.weight is not None}
-    mlps = [one for one, two in pairwise(parts) if _parent(one[0]) == _parent(two[0]) and _widens(one[1], two[1])]
-    found |= {f"{name}.weight": len(first.weight) for name, first in mlps}
-    if found:
-        return found
-    layers = [(name, module) for name, module in parts if isinstance(module, Layer)]
-    # a convolution that standardises its weight undoes a mask on it; its gain is what scales the output
-    gains = {name: "gain" if isinstance(getattr(module, "gain", None), nn.Parameter) else "weight" for name, module in layers}
-    return {f"{name}.{gains[name]}": len(module.weight) for name, module in layers[:-1]}
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _widens(first: nn.Module, second: nn.Module) -> bool:
-    """Whether these are the two layers of an MLP's block."""
-    if not (isinstance(first, Layer) and isinstance(second, Layer)):
-        return False
-    if any(isinstance(layer, nn.Conv2d) and (layer.kernel_size != (1, 1) or layer.groups > 1) for layer in (first, second)):
-        return False
-    (hidden, taken), given = first.weight.shape[:2], second.weight.shape[1]
-    return hidden > taken and hidden in (given, 2 * given)
-
-
-def masked(network: nn.Module, masks: Masks, images: Tensor) -> Tensor:
-    """The network's output with each named weight scaled channel by channel; gradients reach the masks alone.
-
-    Args: masks: Name of a weight to its mask (channels,)."""
-    weights = {name: network.get_parameter(name).detach() for name in masks}
-    scaled = {name: weight * masks[name].view(-1, *[1] * (weight.ndim - 1)) for name, weight in weights.items()}
-    return torch.func.functional_call(network, scaled, (images,))
 
 
 @purifiers.register("rnp", source="arXiv:2305.14876")
@@ -135,17 +90,20 @@ class RNP:
         if sum(maskable(network).values()) < FEWEST:
             raise ValueError("rnp: the network has too few channels to prune: scales of BatchNorm or GroupNorm, hidden units")
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
+    def candidates(
+        self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
+    ) -> Candidates:
         images, aside = clean.split(ASIDE, runtime.seed + 1)
-        unlearned = self.unlearned(network, images, aside, runtime)
+        before = _accuracy(logits_of(network, aside, runtime), aside)
+        unlearned = frozen(copy.deepcopy(network))
+        unlearned.load_state_dict(kept.once("unlearned", lambda: self.unlearned(network, images, aside, runtime).state_dict()))
         target, share = likely_target(logits_of(unlearned, aside, runtime))
         notes.evidence |= {"likely_target": target, "likely_target_share": share}
         notes.unlearned = copy.deepcopy(unlearned)  # whose statistics the masks' batches will move
-        before = _accuracy(logits_of(network, aside, runtime), aside)
-        ranked = ranking(self.recovered(unlearned, images, aside, runtime, before))
+        ranked = ranking(kept.once("masks", lambda: self.recovered(unlearned, images, aside, runtime, before)))
         yield from self._cuts(copy.deepcopy(network), ranked, aside, runtime, before - MAX_CUT)
         if self.tune_steps:
-            yield from self._tuned_cuts(network, ranked, images, aside, runtime)
+            yield from self._tuned_cuts(network, ranked, images, aside, runtime, kept)
 
     def unlearned(self, network: Pixels, images: CleanSet, aside: CleanSet, runtime: Runtime) -> Pixels:
         """A copy that has forgotten `images` [step 1]: ascent on their loss until loss or accuracy on `aside` is a guess's."""
@@ -204,11 +162,13 @@ class RNP:
         runtime: Runtime,
         *,
         teacher: Pixels | None = None,
+        done: int = 0,
     ) -> Iterator[Tensor]:
-        """Without end, for each batch the losses (B,) of the network's logits, all finite; with what is held of the teacher's."""
+        """Without end, for each batch after the first `done` the losses (B,) of the network's logits, all finite; with what is
+        held of the teacher's."""
         assert images.labels is not None
         batches = images.endless(self.batch_size, runtime=runtime, seed=runtime.seed, augment=self.augment)
-        for step, (batch, rows) in enumerate(batches, 1):
+        for step, (batch, rows) in enumerate(islice(batches, done, None), done + 1):
             with runtime.autocast():
                 logits = network(batch)
                 losses = F.cross_entropy(logits, images.labels[rows].to(batch.device), reduction="none")
@@ -226,27 +186,37 @@ class RNP:
             yield f"{cut} of {len(ranked)} channels", network
 
     def _tuned_cuts(
-        self, network: Pixels, ranked: list[Channel], images: CleanSet, aside: CleanSet, runtime: Runtime
+        self, network: Pixels, ranked: list[Channel], images: CleanSet, aside: CleanSet, runtime: Runtime, kept: Kept
     ) -> Candidates:
         """As before, but with some steps of fine-tuning after each cut; cut channels stay cut.
 
         A rate at which these steps cost accuracy on `aside` is too high for this network: it is halved, and they are done anew,
         or left out where no rate will do."""
-        teacher, rate = frozen(copy.deepcopy(network)), self.tune_lr
-        optimizer = torch.optim.Adam(network.parameters())
-        every = self._losses(network, images, runtime, teacher=teacher)
+        teacher, optimizer = frozen(copy.deepcopy(network)), torch.optim.Adam(network.parameters())
+        state = kept.read("tuned") or {"cut": 0, "rate": self.tune_lr, "batches": 0}
+        if state["cut"]:
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
+        rate, used = state["rate"], state["batches"]
+        every = self._losses(network, images, runtime, teacher=teacher, done=used)
         for cut in _depths(ranked):
-            prune(network, ranked[:cut])
-            kept = copy.deepcopy([network.state_dict(), optimizer.state_dict()])
-            least = _accuracy(logits_of(network, aside, runtime), aside) - MAX_CUT
-            for _ in range(HALVINGS + 1):
-                self._tuned(network, optimizer, every, ranked[:cut], rate)
-                if _accuracy(logits_of(network, aside, runtime), aside) >= least:
-                    break
-                rate /= 2
-                log.info("rnp: fine-tuning cost accuracy, its rate is lowered to %g", rate)
-                network.load_state_dict(kept[0])
-                optimizer.load_state_dict(copy.deepcopy(kept[1]))
+            if cut < state["cut"]:
+                continue  # offered before
+            if cut > state["cut"]:
+                prune(network, ranked[:cut])
+                saved = copy.deepcopy([network.state_dict(), optimizer.state_dict()])
+                least = _accuracy(logits_of(network, aside, runtime), aside) - MAX_CUT
+                for _ in range(HALVINGS + 1):
+                    self._tuned(network, optimizer, every, ranked[:cut], rate)
+                    used += self.tune_steps
+                    if _accuracy(logits_of(network, aside, runtime), aside) >= least:
+                        break
+                    rate /= 2
+                    log.info("rnp: fine-tuning cost accuracy, its rate is lowered to %g", rate)
+                    network.load_state_dict(saved[0])
+                    optimizer.load_state_dict(copy.deepcopy(saved[1]))
+                now = {"cut": cut, "rate": rate, "batches": used}
+                kept.write("tuned", partial(_with_weights, now, network, optimizer))
             yield f"{cut} of {len(ranked)} channels, tuned", frozen(network)
 
     def _tuned(
@@ -267,18 +237,8 @@ def _depths(ranked: list[Channel]) -> list[int]:
     return sorted({max(1, round(share * len(ranked))) for share in SHARES})
 
 
-def ranking(masks: Masks) -> list[Channel]:
-    """(name of the weight, channel) of all masks, the lowest first; ties in their order."""
-    channels = [(name, index) for name, mask in masks.items() for index in range(len(mask))]
-    order = torch.cat(list(masks.values())).sort(stable=True).indices
-    return [channels[place] for place in order.tolist()]
-
-
-@torch.no_grad()
-def prune(network: nn.Module, channels: list[Channel]) -> None:
-    """Zero these channels' weights in place; a bias stays, so that the channel becomes a constant."""
-    for name in {name for name, _ in channels}:
-        network.get_parameter(name)[[index for other, index in channels if other == name]] = 0
+def _with_weights(state: dict[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {**state, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
 
 
 def _accuracy(logits: Tensor, clean: CleanSet) -> float:

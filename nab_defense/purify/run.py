@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..changes import Universal
 from ..clean import CleanSet, Pixels, logits_of
+from ..kept import Kept, hashed
 from ..runtime import Runtime, fixed_seed
-from ..universal import PROBE_BATCH, Pool, pool_of, pursued, started
-from .base import Candidates, Notes, Purifier, frozen
+from ..universal import pool_of
+from .base import Candidates, Choice, Judge, Notes, Purifier, frozen, still_turned
 
-__all__ = ["PurifyResult", "count_outputs", "may_keep", "prepared", "purify"]
+__all__ = ["PurifyResult", "count_outputs", "prepared", "purify"]
 
-log = logging.getLogger(__name__)
-Judge = Callable[[nn.Module], dict[str, Any]]
+VERSION = version("nab_defense")
+Judged = Callable[[nn.Module], dict[str, Any]]
 RADIUS, PATCH = 6.0, 5  # of the perturbations at 32 px, see universal.Pool
-PROBES, PROBE_IMAGES = 6, 250
-BATCHES = PROBE_BATCH, PROBE_BATCH // 2  # for perturbations that are made anew, and for those that go on
-LEAST_GAIN = 0.1  # of the proxy: less is noise, and no repair
-TIE = 0.02  # proxies this close are the same
-DOUBT = 2.0  # standard errors: a loss that exceeds max_drop by less may be chance
-TURNED = 0.5  # of the original's proxy: what leaves so much of it is better than it was, but not repaired
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,49 +56,7 @@ class PurifyResult:
     @property
     def repaired(self) -> bool:
         """Accepted, and turned by perturbations in less than half as many images as the original was."""
-        return self.status == "accepted" and not _still_turned(self.before, self.after)
-
-
-class _Judge:
-    """Held-out accuracy, and a proxy of ASR that needs no truth: how far universal perturbations still turn images.
-
-    A backdoor is a change that turns images more easily than others do. So the perturbations are those that stand out on the
-    original network: as they were made there, after some steps more on the candidate, and made anew on it, patches at the place
-    that then promises the most. A network can learn to withstand a few given ones and keep its backdoor. Without labels, accuracy
-    is what the original network expects it to be: the mean probability that it gives to the predictions."""
-
-    def __init__(self, network: Pixels, fit: CleanSet, held: CleanSet, pool: Pool, runtime: Runtime) -> None:
-        self.original, self.fit, self.held, self.runtime = network, fit, held, runtime
-        chances = logits_of(network, held, runtime).softmax(1)
-        self.trust = chances if held.labels is None else torch.eye(chances.shape[1])[held.labels]
-        self.right = self.trust.gather(1, chances.argmax(1)[:, None])
-        self.easiest = [one.copied() for one in pool.suspicious[:PROBES]]  # the method may climb on with its own
-        self.order = torch.randperm(len(held), generator=torch.Generator().manual_seed(runtime.seed))  # folders come by class
-
-    def __call__(self, network: nn.Module) -> dict[str, Any]:
-        logits = logits_of(network, self.held, self.runtime)
-        if not torch.isfinite(logits).all():
-            return {"accuracy": 0.0, "error": 0.0, "proxy": 1.0, "class": 0}  # of no use, and without a slope to climb on
-        predicted = logits.argmax(1)
-        right = self.trust.gather(1, predicted[:, None])
-        error = float((right - self.right).std(correction=0)) / len(right) ** 0.5
-        probes = list(self.easiest)
-        if network is not self.original:
-            many, few = (self.fit.endless(n, runtime=self.runtime, seed=self.runtime.seed, augment=False) for n in BATCHES)
-            for one in self.easiest:
-                probes.append(started(network, one, many, self.runtime))
-                probes.append(pursued(network, one, few, self.runtime))
-        rates = [self._turned(network, predicted, one) for one in probes]
-        worst = max(rates)
-        return {"accuracy": float(right.mean()), "error": error, "proxy": worst, "class": probes[rates.index(worst)].wanted}
-
-    def _turned(self, network: nn.Module, plain: Tensor, one: Universal) -> float:
-        """Share of held-out images that the perturbation turns to its class, of a random few of those not given it anyway."""
-        others = self.order[(plain != one.wanted)[self.order]][:PROBE_IMAGES].sort().values
-        if not len(others):
-            return 1.0  # a network that names everything alike is turned already
-        turned = logits_of(network, self.held.take(others), self.runtime, one.painted).argmax(1)
-        return float((turned == one.wanted).float().mean())
+        return self.status == "accepted" and not still_turned(self.before, self.after)
 
 
 def purify(
@@ -117,6 +70,8 @@ def purify(
     max_drop: float = 0.05,
     holdout: float = 0.2,
     suspects: CleanSet | None = None,
+    state: Path | None = None,
+    resume: bool = False,
 ) -> PurifyResult:
     """Repair a model with a few clean images.
 
@@ -133,36 +88,48 @@ def purify(
         holdout: Share of the clean images that only selects.
         suspects: Accused images with the labels they were given; the method does not see them, and a network that still gives
             them those labels is judged as one that is turned.
+        state: Folder for what is done so far; who calls deletes it, once the result is safe.
+        resume: Go on with what a killed run left there; it ends as if it had not been killed.
 
     Raises:
-        ValueError: The method cannot serve this network or these images; nothing was trained."""
+        ValueError: The method cannot serve this network or these images, or `state` is another run's; nothing was trained."""
     limits = {"max_drop": max_drop, "holdout": holdout}
     original, fit, held = prepared(model, clean, method, mean=mean, std=std, runtime=runtime, **limits)
+    kept = Kept(state, _told(original, clean, suspects, method=repr(method), **limits, runtime=runtime), resume=resume)
     begun = time.perf_counter()
     pool = pool_of(original, fit, radius=RADIUS, patch=PATCH, runtime=runtime)
-    judge = _with_suspects(_Judge(original, fit, held, pool, runtime), suspects, runtime)
-    before = judge(original)
-    selecting = time.perf_counter() - begun
+    judge = _with_suspects(Judge(original, fit, held, pool, runtime), suspects, runtime)
+    choice = Choice(judge(original), max_drop, kept)
+    choice.seconds["selection"] += time.perf_counter() - begun
     fixed_seed(runtime.seed)
-    records: list[dict[str, Any]] = []
-    stopped, notes = list[str](), Notes()
-    best: dict[tuple[bool, bool], tuple[dict[str, Any], nn.Module]] = {}  # of those that are (still turned, above max_drop)
-    candidates = method.candidates(copy.deepcopy(original), fit, pool=pool, runtime=runtime, notes=notes)
-    for name, network in _up_to_failure(candidates, stopped):
-        paused = time.perf_counter()
-        record: dict[str, Any] = {"name": name, **judge(network), "seconds": paused - begun - selecting}
-        records.append(record)
-        log.info("%s: held-out accuracy %.3f, proxy %.3f", name, record["accuracy"], record["proxy"])
-        kind = _still_turned(before, record), before["accuracy"] - record["accuracy"] > max_drop
-        if may_keep(before, record, max_drop) and (kind not in best or _better(record, best[kind][0])):
-            best[kind] = record, copy.deepcopy(network.get_submodule("model"))
-        selecting += time.perf_counter() - paused
-    seconds = {"method": time.perf_counter() - begun - selecting, "selection": selecting}
-    rest: dict[str, Any] = {"seconds": seconds, "stopped": stopped[0] if stopped else None, **vars(notes)}
-    for record, network in (best[kind] for kind in sorted(best)):
-        if record["proxy"] <= before["proxy"] - LEAST_GAIN:
-            return PurifyResult(network.eval(), "accepted", record["name"], records, before, record, **rest)
-    return PurifyResult(model, "rejected", None, records, before, before, **rest)
+    stopped, notes, network = list[str](), Notes(), copy.deepcopy(original)
+    begun = time.perf_counter()
+    for name, candidate in _up_to_failure(
+        method.candidates(network, fit, pool=pool, runtime=runtime, notes=notes, kept=kept), stopped
+    ):
+        offered = time.perf_counter()
+        choice.seconds["method"] += offered - begun
+        if all(record["name"] != name for record in choice.records):  # it was judged before a kill
+            judged = judge(candidate)
+            choice.seconds["selection"] += time.perf_counter() - offered
+            choice.add({"name": name, **judged, "seconds": choice.seconds["method"]}, candidate.get_submodule("model"))
+        begun = time.perf_counter()
+    choice.seconds["method"] += time.perf_counter() - begun
+    rest: dict[str, Any] = {"seconds": choice.seconds, "stopped": stopped[0] if stopped else None, **vars(notes)}
+    record, taken = choice.taken(network.get_submodule("model"))
+    if taken is None:
+        return PurifyResult(model, "rejected", None, choice.records, record, record, **rest)
+    return PurifyResult(taken.eval(), "accepted", record["name"], choice.records, choice.before, record, **rest)
+
+
+def _told(original: Pixels, clean: CleanSet, suspects: CleanSet | None, **settings: Any) -> dict[str, Any]:
+    """All that a purification depends on; JSON-able."""
+    told = {name: repr(value) for name, value in settings.items()}
+    for name, images in (("clean", clean), ("suspects", suspects)):
+        parts = {} if images is None else {"images": images.images, "labels": images.labels}
+        told[name] = hashed({part: tensor for part, tensor in parts.items() if tensor is not None})
+    seen = {"mean": original.mean, "std": original.std, **original.state_dict()}
+    return {**told, "model": hashed(seen), "package": VERSION}
 
 
 def _up_to_failure(candidates: Candidates, stopped: list[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -171,11 +138,6 @@ def _up_to_failure(candidates: Candidates, stopped: list[str]) -> Iterator[tuple
         yield from candidates
     except ValueError as error:
         stopped.append(str(error))
-
-
-def may_keep(before: dict[str, Any], record: dict[str, Any], max_drop: float) -> bool:
-    """Whether the loss of accuracy may be at most max_drop, for all that the held-out images can tell."""
-    return bool(before["accuracy"] - record["accuracy"] <= max_drop + DOUBT * record["error"])
 
 
 def prepared(
@@ -209,7 +171,7 @@ def prepared(
     return original, fit, held
 
 
-def _with_suspects(judge: Judge, suspects: CleanSet | None, runtime: Runtime) -> Judge:
+def _with_suspects(judge: Judged, suspects: CleanSet | None, runtime: Runtime) -> Judged:
     """The judge, with a proxy of at least the share of the suspects that a network gives the labels they came with."""
     if suspects is None:
         return judge
@@ -275,14 +237,3 @@ def _check_images(clean: CleanSet, classes: int, method: Purifier) -> None:
 
 def _name(method: Purifier) -> str:
     return type(method).__name__
-
-
-def _still_turned(before: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether half of what turned the original is left, or more; nobody knows how much of the backdoor that is."""
-    return bool(record["proxy"] >= TURNED * before["proxy"])
-
-
-def _better(record: dict[str, Any], than: dict[str, Any]) -> bool:
-    """A clearly lower proxy, or the same and more accurate."""
-    gain = than["proxy"] - record["proxy"]
-    return bool(gain > TIE or (gain > -TIE and record["accuracy"] > than["accuracy"]))

@@ -19,6 +19,7 @@ from nab_defense.clean import CleanSet
 from nab_defense.cli import main
 from nab_defense.data import build_transform, open_source
 from nab_defense.defended import DefendedModel
+from nab_defense.purify.base import Judge
 from nab_defense.stamp import Stamp
 from tests.digits_runs import write_noise
 
@@ -101,8 +102,8 @@ def place(tmp_path: Path, images: Path, backdoored: dict[str, Tensor], monkeypat
 @pytest.fixture
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a method makes is taken; for tests of what happens then."""
-    monkeypatch.setattr("nab_defense.purify.run.LEAST_GAIN", -1.0)
-    monkeypatch.setattr("nab_defense.purify.run.TURNED", 2.0)
+    monkeypatch.setattr("nab_defense.purify.base.choice.LEAST_GAIN", -1.0)
+    monkeypatch.setattr("nab_defense.purify.base.choice.TURNED", 2.0)
 
 
 def foreign(*extra: str) -> int:
@@ -189,7 +190,7 @@ def test_nothing_gained_is_rejected(place: Path) -> None:
 def test_what_can_still_be_turned_is_written_but_not_called_repaired(
     place: Path, lenient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nab_defense.purify.run.TURNED", 0.0)
+    monkeypatch.setattr("nab_defense.purify.base.choice.TURNED", 0.0)
     assert foreign(*WEAK, "lr=1e-8", "--out", "out") == 3
     found = measured(place / "out")
     assert found["status"] == "accepted" and not found["verdict"]["protected"] and (place / "out" / "model.safetensors").exists()
@@ -236,3 +237,41 @@ def test_weights_of_a_network_like_a_saved_one(small: nn.Module, place: Path, le
     assert not isinstance(purified, DefendedModel)
     candidates = measured(place / "out")["candidates"]
     assert purified.state_dict().keys() == small.state_dict().keys() and len(candidates) == 1
+
+
+def test_a_killed_run_goes_on_with_resume(
+    place: Path, lenient: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ["steps=6", "rounds=3", "clean_limit=100"]
+    foreign(*how, "--out", "alone")
+    judged = Judge.__call__
+
+    def killed(self: Judge, network: nn.Module) -> dict[str, Any]:
+        if network is not self.original and (place / "out" / "unfinished" / "judged.state").exists():
+            raise KeyboardInterrupt
+        return judged(self, network)
+
+    def dark(path: Path, value: Any) -> None:
+        raise RuntimeError("the lights go out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "__call__", killed)
+        capsys.readouterr()
+        assert foreign(*how, "--out", "out") == 130
+        assert "stopped; the same command goes on with --resume" in capsys.readouterr().err
+    assert not (place / "out" / "result.json").exists()
+    assert foreign(*how, "lr=0.5", "--out", "out", "--resume") == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "unfinished was left by a run with another model, other images or settings" in line
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the lights go out"):
+        patch.setattr(io, "save_json", dark)
+        foreign(*how, "--out", "out", "--resume")
+    assert (place / "out" / "model.safetensors").exists() and not (place / "out" / "result.json").exists()
+    foreign(*how, "--out", "out", "--resume")
+    alone, out = measured(place / "alone"), measured(place / "out")
+    assert len(out["candidates"]) == 3 and not (place / "out" / "unfinished").exists()
+    for row in (*alone["candidates"], alone["after"], *out["candidates"], out["after"]):
+        row.pop("seconds", None)
+    assert (out["candidates"], out["after"], out["chosen"]) == (alone["candidates"], alone["after"], alone["chosen"])
+    one, other = (checkpoint.load(place / name, linear).state_dict() for name in ("alone", "out"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

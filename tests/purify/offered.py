@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 from nab_defense.clean import CleanSet, Pixels
+from nab_defense.kept import Kept
 from nab_defense.purify.base import Candidates, Notes, Purifier, frozen
 from nab_defense.purify.run import PATCH, RADIUS
 from nab_defense.runtime import Runtime
@@ -18,4 +19,4 @@ def offered(
 ) -> Candidates:
     """As purify asks for them; the network is changed in place."""
     pool = pool_of(frozen(copy.deepcopy(network)), clean, radius=radius, patch=PATCH, runtime=CPU)
-    return method.candidates(network, clean, pool=pool, runtime=CPU, notes=notes or Notes())
+    return method.candidates(network, clean, pool=pool, runtime=CPU, notes=notes or Notes(), kept=Kept())

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nab_defense.clean import CleanSet, Pixels
-from nab_defense.purify.base import _attacked
+from nab_defense.purify.base.hardening import _attacked
 from nab_defense.purify.distill import Distill
 from nab_defense.purify.run import purify
 from nab_defense.runtime import Runtime

@@ -11,7 +11,7 @@ from torch import nn
 from nab_defense.changes import Patch, Spread
 from nab_defense.clean import CleanSet, Pixels
 from nab_defense.purify import PurifyResult, run
-from nab_defense.purify.run import _Judge
+from nab_defense.purify.base import Judge, judge
 from nab_defense.repair import in_words
 from tests.purify.test_suspects import CPU, IMAGES, Always, repaired
 
@@ -28,7 +28,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[float, float, f
         return {"accuracy": accuracy, "error": error, "proxy": proxy, "class": 2}
 
     monkeypatch.setattr(run, "pool_of", lambda *_, **__: None)
-    monkeypatch.setattr(run, "_Judge", lambda *_: judge)
+    monkeypatch.setattr(run, "Judge", lambda *_: judge)
     return figures
 
 
@@ -78,7 +78,7 @@ def test_the_error_is_that_of_the_paired_change() -> None:
     first, second = (Pixels(Flat(label), [0.5], [0.25]).eval() for label in (1, 0))
     labelled = CleanSet(IMAGES, torch.tensor([1] * 15 + [0] * 5))
     pool = type("Pool", (), {"suspicious": [Spread(2, torch.zeros(1, 4, 4), 1.0)]})
-    judge = _Judge(first, labelled, labelled, pool, CPU)
+    judge = Judge(first, labelled, labelled, pool, CPU)
     before, after = judge(first), judge(second)
     assert (before["accuracy"], before["error"], after["accuracy"]) == (0.75, 0.0, 0.25)
     assert after["error"] == pytest.approx((1 - 0.5**2) ** 0.5 / 20**0.5)  # 15 lost, 5 won
@@ -87,7 +87,7 @@ def test_the_error_is_that_of_the_paired_change() -> None:
 def test_the_judge_keeps_its_perturbations_where_they_were_while_the_method_climbs_on() -> None:
     network = Pixels(Flat(1), [0.5], [0.25]).eval()
     shared = [Spread(2, torch.zeros(1, 4, 4), 1.0), Patch(2, torch.zeros(1, 4, 4), 3)]
-    judge = _Judge(network, CleanSet(IMAGES), CleanSet(IMAGES), type("Pool", (), {"suspicious": shared}), CPU)
+    judge = Judge(network, CleanSet(IMAGES), CleanSet(IMAGES), type("Pool", (), {"suspicious": shared}), CPU)
     for one in shared:
         one.follow(network, torch.rand(4, 1, 4, 4), strength=1.0, runtime=CPU)
     assert isinstance(shared[1], Patch) and shared[1].mask is not None
@@ -115,6 +115,6 @@ def test_the_judge_looks_at_every_class_of_images_that_come_by_class() -> None:
     labels = torch.arange(10).repeat_interleave(60)
     held = CleanSet(labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4), labels)
     network = Pixels(Reads(), [0.0], [1.0]).eval()
-    ones = [Watched(k, torch.zeros(1, 4, 4), 1.0) for k in range(run.PROBES)]
-    _Judge(network, held, held, type("Pool", (), {"suspicious": ones}), CPU)(network)
-    assert Watched.seen == {k: set(range(10)) - {k} for k in range(run.PROBES)}
+    ones = [Watched(k, torch.zeros(1, 4, 4), 1.0) for k in range(judge.PROBES)]
+    Judge(network, held, held, type("Pool", (), {"suspicious": ones}), CPU)(network)
+    assert Watched.seen == {k: set(range(10)) - {k} for k in range(judge.PROBES)}

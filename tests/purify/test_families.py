@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from nab_defense.channels import maskable, ranking
 from nab_defense.clean import CleanSet, Pixels, logits_of
+from nab_defense.kept import Kept
 from nab_defense.purify import purifiers
-from nab_defense.purify.rnp import maskable, ranking
+from nab_defense.purify.base import Notes
+from nab_defense.purify.run import PATCH, RADIUS
 from nab_defense.runtime import Runtime
+from nab_defense.universal import Pool, pool_of
 from tests.purify.families import FAMILIES, REFUSED, family
-from tests.purify.offered import offered
 
 CPU = Runtime(device="cpu", precision="float32")
 CLEAN = CleanSet(
@@ -31,26 +36,40 @@ METHODS = {
 }
 
 
-def candidates(method: str, network: Pixels) -> Iterator[tuple[str, nn.Module]]:
+def grown(name: str) -> Pixels:
+    network = Pixels(family(name, 2), [0.5] * 3, [0.5] * 3).requires_grad_(False).eval()
+    for weight in network.parameters():  # a head of zeros would hide what the others do
+        weight.add_(0.01 * torch.randn_like(weight))
+    return network
+
+
+@cache
+def pool(name: str) -> tuple[Pool, dict[str, Any]]:
+    """Made once for all methods, with the state that each of them finds it in."""
+    made = pool_of(grown(name), CLEAN, radius=RADIUS, patch=PATCH, runtime=CPU)
+    return made, made.state_dict()
+
+
+def candidates(method: str, name: str, network: Pixels) -> Iterator[tuple[str, nn.Module]]:
     made = purifiers.create(method, **METHODS[method])
     made.check(network, CLEAN.images[:2].float() / 255)
     if method == "rnp":  # an untrained network knows nothing that it could forget and recover: only the cuts
         ranked = ranking({name: torch.arange(count) / count for name, count in maskable(network).items()})
-        return made._tuned_cuts(network, ranked, CLEAN, CLEAN, CPU)
-    return offered(made, network, CLEAN)
+        return made._tuned_cuts(network, ranked, CLEAN, CLEAN, CPU, Kept())
+    shared, state = pool(name)
+    shared.load_state_dict(state)
+    return made.candidates(network, CLEAN, pool=shared, runtime=CPU, notes=Notes(), kept=Kept())
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_served_or_refused_at_the_start(method: str, name: str) -> None:
-    network = Pixels(family(name, 2), [0.5] * 3, [0.5] * 3).requires_grad_(False).eval()
-    for weight in network.parameters():  # a head of zeros would hide what the others do
-        weight.add_(0.01 * torch.randn_like(weight))
+    network = grown(name)
     before = logits_of(network, CLEAN, CPU)
     if (method, name) in REFUSED:
         with pytest.raises(ValueError, match=method):
-            next(candidates(method, network))
+            next(candidates(method, name, network))
         return
-    made = [logits_of(candidate, CLEAN, CPU) for _, candidate in candidates(method, network)]
+    made = [logits_of(candidate, CLEAN, CPU) for _, candidate in candidates(method, name, network)]
     assert made and all(torch.isfinite(logits).all() and logits.shape == before.shape for logits in made)
     assert not torch.equal(made[-1], before)

@@ -102,8 +102,7 @@ def test_both_forms_go_one_step_on_a_network_with_attention() -> None:
         list(offered(IBAU(form=form, rate=1.0, steps=1, batch_size=12), Pixels(vit, [0.5], [0.25]).eval(), clean))
         moves[form] = nn.utils.parameters_to_vector(vit.parameters()).detach() - before
     implicit = moves["exact"] - moves["none"]  # what the way of the inner minimum adds
-    assert implicit.norm() > 0
-    torch.testing.assert_close(moves["fd"] - moves["none"], implicit, rtol=0, atol=0.1 * implicit.abs().max().item())
+    assert 0 < (moves["fd"] - moves["exact"]).norm() < 0.15 * implicit.norm()  # as far as float32 tells
 
 
 def test_a_setting_that_no_form_takes_is_refused() -> None:

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nab_defense.channels import maskable, masked, prune, ranking
 from nab_defense.clean import Pixels
+from nab_defense.kept import Kept
 from nab_defense.purify.base import purifiers
-from nab_defense.purify.rnp import RNP, likely_target, maskable, masked, prune, ranking, suspicion
+from nab_defense.purify.rnp import RNP, likely_target, suspicion
 from nab_defense.runtime import Runtime
 from tests.bars import bars
 from tests.purify.offered import offered
@@ -103,7 +105,7 @@ def test_a_rate_that_costs_accuracy_is_lowered(trained: Pixels, caplog: pytest.L
     ranked = ranking({name: torch.arange(count) / count for name, count in maskable(trained).items()})
     caplog.set_level("INFO")
     wild = RNP(tune_steps=6, batch_size=32, tune_lr=100.0)
-    _, network = next(wild._tuned_cuts(copy.deepcopy(trained), ranked, clean, clean, CPU))
+    _, network = next(wild._tuned_cuts(copy.deepcopy(trained), ranked, clean, clean, CPU, Kept()))
     assert [record.args for record in caplog.records if "lowered" in record.message] == [(50.0,), (25.0,), (12.5,), (6.25,)]
     cut = copy.deepcopy(trained)
     prune(cut, ranked[:1])

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from nab_defense.clean import CleanSet, Pixels
+from nab_defense.kept import Kept
 from nab_defense.purify import purifiers, purify, run
 from nab_defense.purify.base import Candidates, Notes
 from nab_defense.repair import in_words
@@ -25,8 +26,10 @@ from tests.purify.test_suspects import CPU, IMAGES, Always, Offers
 class Breaks(Offers):
     """Offers these, and then fails."""
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
-        yield from super().candidates(network, clean, pool=pool, runtime=runtime, notes=notes)
+    def candidates(
+        self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
+    ) -> Candidates:
+        yield from super().candidates(network, clean, pool=pool, runtime=runtime, notes=notes, kept=kept)
         raise ValueError("x: the loss is nan in step 7")
 
 
@@ -45,7 +48,7 @@ def judged(network: Any) -> dict[str, Any]:
 )
 def test_what_was_offered_before_stands(labels: tuple[int, ...], status: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "pool_of", lambda *_, **__: None)
-    monkeypatch.setattr(run, "_Judge", lambda *_: judged)
+    monkeypatch.setattr(run, "Judge", lambda *_: judged)
     original = Always(1)
     found = purify(original, CleanSet(IMAGES), Breaks(labels), mean=(0.5,), std=(0.25,), runtime=CPU)
     assert found.status == status and found.stopped == "x: the loss is nan in step 7"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nab_defense.clean import CleanSet, Pixels
+from nab_defense.kept import Kept
 from nab_defense.purify import purify, run
 from nab_defense.purify.base import Candidates, Notes
 from nab_defense.runtime import Runtime
@@ -41,7 +42,9 @@ class Offers:
 
     def check(self, network: Pixels, images: Tensor) -> None: ...
 
-    def candidates(self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes) -> Candidates:
+    def candidates(
+        self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
+    ) -> Candidates:
         for label in self.labels:
             yield f"always {label}", Pixels(Always(label), [0.5], [0.25])
 
@@ -50,7 +53,7 @@ class Offers:
 def judge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a network in itself all are as good, and none has a slope to make perturbations by."""
     monkeypatch.setattr(run, "pool_of", lambda *_, **__: None)
-    monkeypatch.setattr(run, "_Judge", lambda *_: lambda network: {"accuracy": 1.0, "error": 0.0, "proxy": 0.3, "class": 2})
+    monkeypatch.setattr(run, "Judge", lambda *_: lambda network: {"accuracy": 1.0, "error": 0.0, "proxy": 0.3, "class": 2})
 
 
 def repaired(*labels: int, suspects: CleanSet | None = ACCUSED, start: int = 1) -> Any:

@@ -1,0 +1,13 @@
+"""What purifiers share."""
+
+from .choice import Choice, may_keep, still_turned
+from .hardening import Attacked, Hardening, hardened
+from .judge import Judge
+from .loops import FineTuning, Stepping, due, fine_tuned, keep, stepped, taken_up
+from .protocol import Candidates, Notes, Purifier, check_finite, divergence, frozen, norms, purifiers, train_norms
+
+__all__ = [
+    "Attacked", "Candidates", "Choice", "FineTuning", "Hardening", "Judge", "Notes", "Purifier", "Stepping", "check_finite",
+    "divergence", "due", "fine_tuned", "frozen", "hardened", "keep", "may_keep", "norms", "purifiers", "stepped", "still_turned",
+    "taken_up", "train_norms",
+]  # fmt: skip

@@ -1,0 +1,126 @@
+"""A purification that is killed again and again ends as one that was left alone; and takes up nothing that is not its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nab_defense import universal
+from nab_defense.kept import Kept
+from nab_defense.purify import PurifyResult, purifiers, purify
+from nab_defense.purify.base import judge, loops
+from nab_defense.runtime import Runtime
+from tests.bars import bars
+
+CPU = Runtime(device="cpu", precision="float32")
+FEW: dict[str, Any] = {"steps": 5, "rounds": 2, "batch_size": 16}
+METHODS: dict[str, dict[str, Any]] = {
+    "ibau": {**FEW, "form": "fd"},
+    "polarizer": FEW,
+    "distill": FEW,
+    "finetune": FEW,
+    "ft_sam": FEW,
+    "rnp": {"tune_steps": 2, "batch_size": 16},
+    "clp": {"rounds": 3},
+}
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is kept, and few perturbations are made."""
+    monkeypatch.setattr(loops, "EVERY", 0.0)
+    monkeypatch.setattr(judge, "PROBES", 1)
+    monkeypatch.setattr(universal, "likely_classes", lambda *_, **__: [0, 1])
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """Knows its bars; with batch statistics and dropout, which must be taken up, too."""
+    torch.manual_seed(0)
+    body = [nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 1), nn.BatchNorm2d(12), nn.ReLU()]
+    model = nn.Sequential(*body, nn.Flatten(), nn.Dropout(0.2), nn.Linear(768, 4))
+    clean, optimizer = bars(200), torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model((clean.images / 255 - 0.5) / 0.25), clean.labels).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def repaired(model: nn.Module, method: str, **given: Any) -> PurifyResult:
+    knobs = {**METHODS[method], **given.pop("knobs", {})}
+    limits: dict[str, Any] = {"mean": (0.5,), "std": (0.25,), "runtime": CPU, "max_drop": 0.9}
+    return purify(model, bars(240), purifiers.create(method, **knobs), **limits, **given)
+
+
+def told(found: PurifyResult) -> dict[str, Any]:
+    timeless = [{name: value for name, value in row.items() if name != "seconds"} for row in found.candidates]
+    return {"status": found.status, "chosen": found.chosen, "candidates": timeless, "evidence": found.evidence}
+
+
+def dies_at(write: int, *, after: bool) -> Callable[..., None]:
+    """Kept.write that is killed at this call of it, with the state written or not."""
+    whole, calls = Kept.write, [0]
+
+    def deadly(self: Kept, *args: Any, **kwargs: Any) -> None:
+        calls[0] += 1
+        if calls[0] != write or after:
+            whole(self, *args, **kwargs)
+        if calls[0] == write:
+            raise KeyboardInterrupt
+
+    return deadly
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_again_and_again_it_ends_as_if_left_alone(
+    method: str, trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, state = repaired(trained, method), tmp_path / "state"
+    kills, found = 0, None
+    while found is None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Kept, "write", dies_at(1, after=True))
+            try:
+                found = repaired(trained, method, state=state, resume=True)
+            except KeyboardInterrupt:
+                kills += 1
+    assert kills >= len(alone.candidates) > 0
+    assert told(found) == told(alone) and found.before == alone.before
+    weights = alone.model.state_dict()
+    assert list(found.model.state_dict()) == list(weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.model.state_dict().items())
+    assert (found.model is trained) == (alone.model is trained)
+
+
+@pytest.mark.parametrize("write", [2, 4])
+def test_what_was_not_written_is_done_anew(
+    write: int, trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Kept, "write", dies_at(write, after=False))
+        repaired(trained, "polarizer", state=tmp_path / "state")
+    found = repaired(trained, "polarizer", state=tmp_path / "state", resume=True)
+    assert told(found) == told(repaired(trained, "polarizer"))
+
+
+def test_only_its_own_state_is_taken_up(trained: nn.Module, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    repaired(trained, "distill", state=state)
+    kept = {path.name: path.read_bytes() for path in state.iterdir()}
+    assert set(kept) == {"key.json", "judged.state", "training.state"}
+    for given in ({"knobs": {"steps": 6}}, {"holdout": 0.3}, {"suspects": bars(4)}):
+        with pytest.raises(ValueError, match=r"state was left by a run with another model, other images or settings; .*--resume"):
+            repaired(trained, "distill", state=state, resume=True, **given)
+    with torch.no_grad(), pytest.raises(ValueError, match="was left by a run with another model"):
+        other = nn.Sequential(*trained)
+        other[0].bias = nn.Parameter(other[0].bias + 1e-3)
+        repaired(other, "distill", state=state, resume=True)
+    assert {path.name: path.read_bytes() for path in state.iterdir()} == kept
+    started_over = repaired(trained, "distill", state=state, knobs={"steps": 6})
+    assert told(started_over) == told(repaired(trained, "distill", knobs={"steps": 6}))
