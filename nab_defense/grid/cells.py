@@ -54,7 +54,7 @@ class Setting:
         recipe = self.recipe
         defaults = {"detector": detectors.defaults(recipe.scan.detector), "relabeler": relabelers.defaults(recipe.relabel.name)}
         if recipe.attack is not None:
-            defaults["attack"] = attacks.defaults(recipe.attack.name)
+            defaults["attack"] = attacks.all_defaults(recipe.attack.name, **recipe.attack.params)
         return {
             "recipe": recipe.model_dump(mode="json", exclude={"name"}),
             "clean": self.clean,
@@ -86,9 +86,8 @@ class Cell:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        row, defaults = self.row, {}
-        if self.kind != ORACLE:
-            defaults = {**defences.defaults(self.kind), **getattr(defences.create(self.kind, **row.params), "inner", {})}
+        row = self.row
+        defaults = {} if self.kind == ORACLE else defences.all_defaults(self.kind, **row.params)
         given = {"name": self.kind, "params": row.params, "recipe": row.recipe, "defaults": defaults}
         return {**self.setting.config, "defence": given}
 

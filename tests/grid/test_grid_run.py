@@ -133,6 +133,15 @@ def test_another_default_is_another_cell(tmp_path: Path, monkeypatch: pytest.Mon
     assert not set(keys()) & set(before)
 
 
+@pytest.mark.parametrize("attack", ["stamp_aware", "tact", "several"])
+def test_so_is_that_of_an_attack_within_an_attack(attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = load_grid(small_grid(tmp_path, attacks={attack: None}))
+    before = [cell.key for cell in cells_of(grid)]
+    assert [cell.key for cell in cells_of(grid)] == before
+    monkeypatch.setattr(BadNets, "__init__", lambda self: vars(self).update(size=7, corner="top_left", margin=1, pattern="white"))
+    assert not {cell.key for cell in cells_of(grid)} & set(before)
+
+
 def test_twins_are_those_of_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cell, _) = cells_of(load_grid(small_grid(tmp_path)))
     kept = Case(cell.setting, tmp_path, tmp_path / "a").twins.figures

@@ -32,7 +32,8 @@ class Attack(Protocol):
     """Paints the trigger. The label is the poisoner's business (bench/poison.py).
 
     What an attack has beside this it says by having the members of one of the protocols below: covers, another trigger at
-    test time, classes that it is limited to, a trigger that must be learned first, or several triggers.
+    test time, classes that it is limited to, a trigger that must be learned first, or several triggers. One that holds other
+    attacks has a property `inner`, a text of each, settings left out included: results hang on these, too.
 
     Attributes:
         clean_label: The attack poisons only images of the target class and so changes no label.

@@ -44,6 +44,10 @@ class Several(Learned):
             members.append((member.taught(own) if own and isinstance(member, LearnedAttack) else member, target))
         return members
 
+    @property
+    def inner(self) -> dict[str, str]:
+        return {"triggers": repr([create_inner("triggers", given) for given in self.triggers])}
+
     def parts(self, target: int | None, num_classes: int) -> list[tuple[Attack, int | None]]:
         goals = [None if target is None else (target + number) % num_classes for number in range(len(self.members))]
         return [(member, goal if own is None else own) for (member, own), goal in zip(self.members, goals, strict=True)]

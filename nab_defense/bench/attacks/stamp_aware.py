@@ -53,6 +53,10 @@ class StampAware(Learned):
     def painter(self) -> Attack:
         return create_plain("trigger", self.trigger)
 
+    @property
+    def inner(self) -> dict[str, str]:
+        return {"trigger": repr(self.painter)}
+
     @cached_property
     def paint(self) -> Stamp:
         try:

@@ -51,6 +51,10 @@ class Tact:
     def painter(self) -> Attack:
         return create_plain("trigger", self.trigger)
 
+    @property
+    def inner(self) -> dict[str, str]:
+        return {"trigger": repr(self.painter)}
+
     def apply(self, images: Images, seed: int) -> Images:
         return self.painter.apply(images, seed)
 
