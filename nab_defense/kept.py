@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from torch import Tensor
 
 from . import io
 
-__all__ = ["Kept", "hashed"]
+__all__ = ["Foreign", "Kept", "forget", "hashed", "left"]
+
+
+KEY = "key.json"
+
+
+class Foreign(ValueError):
+    """What is there is of other work."""
 
 
 class Kept:
@@ -26,28 +34,30 @@ class Kept:
         resume: Take up what is there; else it is deleted.
 
     Raises:
-        ValueError: To be resumed is what work with another key left.
+        Foreign: To be resumed is what work with another key left.
+        ValueError: A state cannot be read, or not be deleted.
     """
 
     def __init__(self, folder: Path | None = None, key: Any = None, *, resume: bool = False) -> None:
-        self.folder, self.begun, self.last = folder, time.monotonic(), dict[str, float]()
+        self.folder, self.begun, self.last, self.found = folder, time.monotonic(), dict[str, float](), dict[str, dict[str, Any]]()
         if folder is None:
             return
-        told = folder / "key.json"
-        if not (resume and told.exists()):
-            shutil.rmtree(folder, ignore_errors=True)
-            io.save_json(told, key)
-        elif io.load_json(told) != key:
-            raise ValueError(
-                f"{folder} was left by a run with another model, other images or settings; give what that had, use another --out,"
-                " or leave out --resume to start over (what was done there is lost)"
+        if not (resume and left(folder)):
+            forget(folder)
+            if folder.exists():
+                raise ValueError(f"{folder} is an earlier run's and cannot be deleted; delete it, or name another --out")
+            io.save_json(folder / KEY, key)
+        elif io.load_json(folder / KEY) != key:
+            raise Foreign(
+                f"{folder} was left by a run with another model, other images, settings or versions, or on another machine; give"
+                " what that had, use another --out, or leave out --resume to start over (what was done there is lost)"
             )
+        else:
+            self.found = {path.stem: io.load_state(path) for path in sorted(folder.glob("*.state"))}
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """The state of this name, on the CPU; None where none was kept."""
-        if self.folder is None or not self._path(name).exists():
-            return None
-        return io.load_state(self._path(name))
+        """The state of this name that was there, on the CPU; None where there was none."""
+        return self.found.get(name)
 
     def write(self, name: str, state: Callable[[], dict[str, Any]], *, every: float = 0.0) -> None:
         """Keep what `state` gives, in place of what was kept; at most once in so many seconds.
@@ -55,7 +65,7 @@ class Kept:
         Args: state: Tensors, numbers, strings, lists, dicts; asked for only where it is kept."""
         now = time.monotonic()
         if self.folder is not None and now - self.last.get(name, self.begun) >= every:
-            io.save_state(self._path(name), state())
+            io.save_state(self.folder / f"{name}.state", state())
             self.last[name] = now
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -66,9 +76,17 @@ class Kept:
             self.write(name, lambda: saved)
         return saved
 
-    def _path(self, name: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{name}.state"
+
+def left(folder: Path) -> bool:
+    """Whether unfinished work is there to be taken up."""
+    return (folder / KEY).exists()
+
+
+def forget(folder: Path) -> None:
+    """Delete what was kept, as far as that can be done; the key first, without which nothing is taken up."""
+    with suppress(OSError):
+        (folder / KEY).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def hashed(tensors: Mapping[str, Tensor]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 from . import checkpoint, io, ranks
 from .clean import CleanSet, logits_of
 from .data import Source, build_transform
+from .kept import Foreign, forget
 from .plan import relabelled
 from .purify import PurifyResult, purifiers, purify
 from .purify.base import may_keep
@@ -124,18 +124,18 @@ def repair(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABPlan
         shipped: The model, with its stamp where it has one; it is not changed.
         plan: What training changed; the relabelled show whether a candidate still obeys their old labels.
     """
-    told, weights = session.stages / "purified.json", session.stages / "purified.safetensors"
+    told, weights, unfinished = (session.stages / name for name in ("purified.json", "purified.safetensors", "purify"))
 
     def leave() -> None:
         if session.resume and told.exists() and io.load_json(told)["data"]["fingerprint"] == trusted.fingerprint:
+            forget(unfinished)
             return
-        unfinished = session.stages / "purify"
         made = _repaired(session, trusted, shipped, plan, unfinished)
         if made.accepted:
             mean, std = session.normalization
             checkpoint.save(weights, made.model, session.network(), mean=mean, std=std)
         io.save_json(told, made.record)
-        shutil.rmtree(unfinished)
+        forget(unfinished)
 
     ranks.on_first(leave)
     record = io.load_json(told)
@@ -150,8 +150,11 @@ def _repaired(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABP
     n_fit, n_held = (len(part) for part in images.split(stage.holdout, session.runtime.seed))
     data = {"source": stage.clean, "fingerprint": trusted.fingerprint, "n_fit": n_fit, "n_held": n_held}
     record = {**stage.model_dump(exclude={"clean"}), "params": dataclasses.asdict(method), "data": data}
-    going_on: dict[str, Any] = {"state": unfinished, "resume": session.resume}
-    found = purify(shipped, images, method, **_settings(session, stage), suspects=_accused(session, plan), **going_on)
+    given: dict[str, Any] = {**_settings(session, stage), "suspects": _accused(session, plan), "state": unfinished}
+    try:
+        found = purify(shipped, images, method, **given, resume=session.resume)
+    except Foreign:  # of other images, say; what was trained before stands
+        found = purify(shipped, images, method, **given)
     text = in_words(found, stage.method, stage.max_drop, instead="the model is shipped as it was")
     return Repair(found.model, {**outcome(found), **record, "text": text})
 

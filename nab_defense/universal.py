@@ -20,6 +20,7 @@ TURNS, FACTORS = 0.5, (2.0, 1.5)  # the radius is changed by these until some sp
 EASY, RIVAL = 0.5, 0.75  # of the largest excess: changes with less, toward its class and toward others, are not suspicious
 FLOOR, SHARPNESS = 0.05, 4.0  # a change is drawn in proportion to this power of how many images it turns, times its excess
 PROBE_BATCH, PROBE_CLASSES = 48, 10
+KINDS: dict[str, type[Universal]] = {kind.__name__: kind for kind in (Spread, Patch, Warp)}
 SMALLEST_PATCH = 3  # pixels
 WAY = 1.0  # pixels that the points of a warp move up to 32 px, a root mean square of either direction; more in larger images
 
@@ -64,54 +65,19 @@ def _others(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], wanted
 
 
 class Pool:
-    """A change of each kind for each likely class; the further one stands out, and the more images it turns still, the more often
-    it is drawn.
+    """Universal changes; the further one stands out, and the more images it turns still, the more often it is drawn.
 
-    Made on the suspicious network, where a backdoor turns images far more easily than the changes toward other classes do. To
-    train against these, too, would cost accuracy and gain nothing.
+    Drawn are those alone that stand out, on a network where a backdoor turns images far more easily than the changes toward other
+    classes do. To train against these, too, would cost accuracy and gain nothing.
 
     Args:
-        network: Takes pixels; in eval mode, and left so.
-        batches: Endless (images, rows), on the device.
-        radius: Of spread changes, L2; it grows where none of them turns half of the images, and shrinks where most do: in either
-            case a backdoor does not stand out.
-        edge: Of patches, in pixels.
-        way: Of warps, in pixels, see WAY.
-        runtime: Device, precision, seed.
+        changes: At least one, made on the suspicious network; see pool_of.
+        runtime: Device, seed.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        batches: Iterator[tuple[Tensor, Tensor]],
-        *,
-        radius: float,
-        edge: int,
-        way: float,
-        runtime: Runtime,
-    ) -> None:
-        self.generator = torch.Generator().manual_seed(runtime.seed)
-        images, _ = next(batches)
-        blank, classes = torch.zeros_like(images[0]), likely_classes(network, images, edge=edge, runtime=runtime)
-        still = blank.new_zeros(2, GRID, GRID)
-
-        def made(ones: Sequence[Universal]) -> list[Universal]:
-            return [started(network, one, batches, runtime) for one in ones]
-
-        spread = made([Spread(k, blank, radius) for k in classes])
-        for factor in FACTORS:
-            rates = [one.rate for one in spread]
-            if max(rates) >= TURNS > statistics.median(rates):
-                break
-            radius *= factor if max(rates) < TURNS else 1 / factor
-            spread = made([Spread(k, blank, radius) for k in classes])
-        patches = made([Patch(k, blank, edge) for k in classes])
-        warps = made([Warp(k, still, way * still.numel() ** 0.5) for k in classes])
-        self.changes: list[Universal] = []
-        for ones in (spread, patches, warps):
-            usual = statistics.median(one.rate for one in ones)
-            self.changes += [replace(one, excess=one.rate - usual) for one in ones]
-        self.changes.sort(key=lambda one: -one.excess)
+    def __init__(self, changes: Sequence[Universal], runtime: Runtime) -> None:
+        self.generator, self.device = torch.Generator().manual_seed(runtime.seed), runtime.torch_device
+        self.changes = sorted(changes, key=lambda one: -one.excess)
         first = self.changes[0]
         least = [first.excess * (EASY if one.wanted == first.wanted else RIVAL) for one in self.changes]
         self.suspicious = [one for one, bar in zip(self.changes, least, strict=True) if one.excess >= bar]
@@ -123,14 +89,31 @@ class Pool:
         return one
 
     def state_dict(self) -> dict[str, Any]:
-        """What training against the suspicious ones moves; a pool made alike goes on from it."""
-        return {"generator": self.generator.get_state(), "suspicious": [dict(vars(one)) for one in self.suspicious]}
+        """Those that are drawn, as they are now, and the draws; see Pool.restored."""
+        return {"generator": self.generator.get_state(), "suspicious": [_packed(one) for one in self.suspicious]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
-        for one, saved in zip(self.suspicious, state["suspicious"], strict=True):
-            device = one.change.device
-            vars(one).update({k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved.items()})
+        self.suspicious = [_unpacked(one, self.device) for one in state["suspicious"]]
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], runtime: Runtime) -> Pool:
+        """A pool of what state_dict gave: of the changes that are drawn."""
+        pool = cls([_unpacked(one, runtime.torch_device) for one in state["suspicious"]], runtime)
+        pool.load_state_dict(state)
+        return pool
+
+
+def _packed(one: Universal) -> dict[str, Any]:
+    # cloned, as the mask is a view of all places that were tried
+    values = {name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(one).items()}
+    return {"kind": type(one).__name__, **values}
+
+
+def _unpacked(packed: dict[str, Any], device: torch.device) -> Universal:
+    values: dict[str, Any]
+    values = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in packed.items() if name != "kind"}
+    return KINDS[packed["kind"]](**values)
 
 
 def likely_classes(network: nn.Module, images: Tensor, *, edge: int, runtime: Runtime) -> list[int]:
@@ -148,8 +131,37 @@ def likely_classes(network: nn.Module, images: Tensor, *, edge: int, runtime: Ru
 
 
 def pool_of(network: nn.Module, clean: CleanSet, *, radius: float, patch: int, runtime: Runtime) -> Pool:
-    """Universal perturbations toward all likely classes; radius and patch at 32 px, see universal.Pool."""
+    """A change of each kind toward each likely class, made on a network that may hold a backdoor.
+
+    Args:
+        network: Takes pixels; in eval mode, and left so.
+        clean: Images to make them with.
+        radius: Of spread changes, L2, at 32 px; it grows where none of them turns half of the images, and shrinks where most do:
+            in either case a backdoor does not stand out.
+        patch: Edge of patches, in pixels, at 32 px.
+        runtime: Device, precision, seed."""
     batches = clean.endless(PROBE_BATCH, runtime=runtime, seed=runtime.seed, augment=False)
     edge = min(max(SMALLEST_PATCH, round(patch * clean.scale)), *clean.images.shape[2:])
     way = WAY * max(1.0, (clean.images[0, 0].numel() / 1024) ** 0.5)
-    return Pool(network, batches, radius=radius * clean.scale, edge=edge, way=way, runtime=runtime)
+    radius *= clean.scale
+    images, _ = next(batches)
+    blank, classes = torch.zeros_like(images[0]), likely_classes(network, images, edge=edge, runtime=runtime)
+    still = blank.new_zeros(2, GRID, GRID)
+
+    def made(ones: Sequence[Universal]) -> list[Universal]:
+        return [started(network, one, batches, runtime) for one in ones]
+
+    spread = made([Spread(k, blank, radius) for k in classes])
+    for factor in FACTORS:
+        rates = [one.rate for one in spread]
+        if max(rates) >= TURNS > statistics.median(rates):
+            break
+        radius *= factor if max(rates) < TURNS else 1 / factor
+        spread = made([Spread(k, blank, radius) for k in classes])
+    patches = made([Patch(k, blank, edge) for k in classes])
+    warps = made([Warp(k, still, way * still.numel() ** 0.5) for k in classes])
+    changes: list[Universal] = []
+    for ones in (spread, patches, warps):
+        usual = statistics.median(one.rate for one in ones)
+        changes += [replace(one, excess=one.rate - usual) for one in ones]
+    return Pool(changes, runtime)

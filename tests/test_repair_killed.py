@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,9 @@ def test_killed_within_purification(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patched.setattr(Judge, "__call__", killed)
         run(recipe, tmp_path / "cut")
     assert (tmp_path / "cut" / "stages" / "purify" / "judged.state").exists()
-    cut = run(recipe, tmp_path / "cut", resume=True)
-    assert timeless(cut) == timeless(whole) and cut["models"] == whole["models"]
-    assert not (tmp_path / "cut" / "stages" / "purify").exists()
+    foreign = shutil.copytree(tmp_path / "cut", tmp_path / "foreign") / "stages" / "purify" / "key.json"
+    foreign.write_text(json.dumps({**json.loads(foreign.read_text()), "clean": "other images"}))
+    for name in ("cut", "foreign"):
+        found = run(recipe, tmp_path / name, resume=True)
+        assert timeless(found) == timeless(whole) and found["models"] == whole["models"]
+        assert not (tmp_path / name / "stages" / "purify").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ..bench.attacks import attacks
 from ..bench.evaluate import evaluate, to_dict
 from ..clean import CleanSet, Pixels
 from ..data import Source, open_source
+from ..kept import forget, left
 from ..purify import PurifyResult, purifiers, purify
 from ..recipe import key_values, parse_recipe
 from ..registry import nearest
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     stem = args.checkpoint.parent.name if args.checkpoint.stem == "model" else args.checkpoint.stem
     out = args.out or Path("runs") / f"purified_{stem}"
     unfinished = out / "unfinished"
-    if not (args.resume and unfinished.exists()):  # beside which a killed run may have left its model
+    if not (args.resume and left(unfinished)):  # beside which a killed run may have left its model
         check_out(out)
     knobs, shared, attack, recipe = _settings(args)
     method: Any = purifiers.create(args.method, **knobs)
@@ -98,12 +98,12 @@ def main(argv: list[str]) -> int:
         save_ranking(out / "suspects.csv", training, scores, args.method)
         result["ranked"] = {"source": args.rank, "fingerprint": training.fingerprint, "images": len(training)}
     io.save_json(out / "result.json", result)
-    shutil.rmtree(unfinished)
     if args.test is not None:  # opened only now, so that nothing that was chosen can depend on it
         tests = {"attack": attack, "seed": recipe.seed, "runtime": recipe.runtime.model_dump()}
         _, cases = open_tests(args.test, suspect.header(), out, [], **tests)
         result["models"] = {name: to_dict(evaluate(model, cases, runtime)) for name, model in models.items()}
         io.save_json(out / "result.json", {**result, "test": {"source": args.test, "attack": attack}})
+    forget(unfinished)
     lines = [*_table(found), *summarize_models(result["models"]), str(verdict["text"]), *_hint(found, suspect)]
     print("\n".join([*lines, f"written to {out}"]))
     return 0 if found.repaired else EXIT_UNPROTECTED

@@ -45,6 +45,8 @@ def on_ray(workers: int | None = None) -> Runner:
         raise ValueError("--launcher ray needs Ray; pip install 'nab_defense[ray]'") from None
 
     def run(cells: list[Cell], out: Path) -> Iterator[tuple[Cell, Record]]:
+        if not cells:
+            return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report home
         most = max((_processors(cell.setting) for cell in cells), default=1)
         own = {} if workers is None else {"address": "local", "num_cpus": workers * most}

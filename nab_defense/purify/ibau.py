@@ -139,7 +139,7 @@ class IBAU:
         truths = clean.labels
 
         def fresh(step: int) -> Tensor:
-            seed = runtime.seed * 100_003 + step
+            seed = (runtime.seed + 1) * 100_003 + step
             return next(clean.batches(self.batch_size // 2, runtime=runtime, seed=seed, augment=self.augment))[0]
 
         def slope(batch: Attacked) -> None:

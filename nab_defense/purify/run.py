@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..clean import CleanSet, Pixels, logits_of
 from ..kept import Kept, hashed
 from ..runtime import Runtime, fixed_seed
-from ..universal import pool_of
+from ..universal import Pool, pool_of
 from .base import Candidates, Choice, Judge, Notes, Purifier, frozen, still_turned
 
 __all__ = ["PurifyResult", "count_outputs", "prepared", "purify"]
@@ -95,11 +95,12 @@ def purify(
         ValueError: The method cannot serve this network or these images, or `state` is another run's; nothing was trained."""
     limits = {"max_drop": max_drop, "holdout": holdout}
     original, fit, held = prepared(model, clean, method, mean=mean, std=std, runtime=runtime, **limits)
-    kept = Kept(state, _told(original, clean, suspects, method=repr(method), **limits, runtime=runtime), resume=resume)
+    told = None if state is None else _told(original, clean, suspects, runtime, method=method, **limits)
+    kept = Kept(state, told, resume=resume)
     begun = time.perf_counter()
-    pool = pool_of(original, fit, radius=RADIUS, patch=PATCH, runtime=runtime)
+    pool = _pool(original, fit, kept, runtime)
     judge = _with_suspects(Judge(original, fit, held, pool, runtime), suspects, runtime)
-    choice = Choice(judge(original), max_drop, kept)
+    choice = Choice(kept.once("before", lambda: judge(original)), max_drop, kept)
     choice.seconds["selection"] += time.perf_counter() - begun
     fixed_seed(runtime.seed)
     stopped, notes, network = list[str](), Notes(), copy.deepcopy(original)
@@ -109,7 +110,7 @@ def purify(
     ):
         offered = time.perf_counter()
         choice.seconds["method"] += offered - begun
-        if all(record["name"] != name for record in choice.records):  # it was judged before a kill
+        if name not in choice.known:
             judged = judge(candidate)
             choice.seconds["selection"] += time.perf_counter() - offered
             choice.add({"name": name, **judged, "seconds": choice.seconds["method"]}, candidate.get_submodule("model"))
@@ -122,14 +123,23 @@ def purify(
     return PurifyResult(taken.eval(), "accepted", record["name"], choice.records, choice.before, record, **rest)
 
 
-def _told(original: Pixels, clean: CleanSet, suspects: CleanSet | None, **settings: Any) -> dict[str, Any]:
+def _told(original: Pixels, clean: CleanSet, suspects: CleanSet | None, runtime: Runtime, **settings: Any) -> dict[str, Any]:
     """All that a purification depends on; JSON-able."""
-    told = {name: repr(value) for name, value in settings.items()}
+    told = {name: repr(value) for name, value in {**settings, "runtime": runtime, "network": original}.items()}
     for name, images in (("clean", clean), ("suspects", suspects)):
-        parts = {} if images is None else {"images": images.images, "labels": images.labels}
-        told[name] = hashed({part: tensor for part, tensor in parts.items() if tensor is not None})
-    seen = {"mean": original.mean, "std": original.std, **original.state_dict()}
-    return {**told, "model": hashed(seen), "package": VERSION}
+        if images is not None:
+            labels = {} if images.labels is None else {"labels": images.labels}
+            told[name] = f"{hashed({'images': images.images, **labels})} pad={images.pad} hflip={images.hflip}"
+    answers = logits_of(original, clean.take(torch.arange(2)), runtime)  # which also hang on code that has no weights
+    seen = {"mean": original.mean, "std": original.std, "answers": answers, **original.state_dict()}
+    machine = {"machine": runtime.hardware(), "torch": torch.__version__, "package": VERSION}
+    return {**told, **machine, "model": hashed(seen)}
+
+
+def _pool(original: Pixels, fit: CleanSet, kept: Kept, runtime: Runtime) -> Pool:
+    """Made once: on a GPU it would not be the same again."""
+    made = kept.once("pool", lambda: pool_of(original, fit, radius=RADIUS, patch=PATCH, runtime=runtime).state_dict())
+    return Pool.restored(made, runtime)
 
 
 def _up_to_failure(candidates: Candidates, stopped: list[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -143,9 +143,9 @@ def test_a_planted_backdoor(place: Path, backdoored: dict[str, Tensor], capsys: 
 
 
 def test_the_test_images_select_nothing(place: Path, lenient: None) -> None:
-    write_noise(place / "noise")
+    write_noise(place / "images")
     attack = ["--attack", "badnets", "attack.size=1", "--target", "3"]
-    runs = {"without": [], "digits": ["--test", "test", *attack], "noise": ["--test", "noise", *attack]}
+    runs = {"without": [], "digits": ["--test", "test", *attack], "noise": ["--test", "images", *attack]}
     statuses = {foreign("steps=6", "rounds=3", "lr=0.05", *extra, "--out", name) for name, extra in runs.items()}
     found = {name: measured(place / name) for name in runs}
     assert statuses == {0} and found["without"]["models"] == {} and "test" not in found["without"]
@@ -262,12 +262,17 @@ def test_a_killed_run_goes_on_with_resume(
     assert not (place / "out" / "result.json").exists()
     assert foreign(*how, "lr=0.5", "--out", "out", "--resume") == 2
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "unfinished was left by a run with another model, other images or settings" in line
+    assert line.count("\n") == 1 and "unfinished was left by a run with another model, other images, settings" in line
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the lights go out"):
         patch.setattr(io, "save_json", dark)
         foreign(*how, "--out", "out", "--resume")
     assert (place / "out" / "model.safetensors").exists() and not (place / "out" / "result.json").exists()
-    foreign(*how, "--out", "out", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr("nab_defense.cli.purify.open_tests", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert foreign(*how, "--test", "test", "--out", "out", "--resume") == 130
+    assert measured(place / "out")["models"] == {}
+    foreign(*how, "--test", "test", "--out", "out", "--resume")
+    assert "purified" in measured(place / "out")["models"]
     alone, out = measured(place / "alone"), measured(place / "out")
     assert len(out["candidates"]) == 3 and not (place / "out" / "unfinished").exists()
     for row in (*alone["candidates"], alone["after"], *out["candidates"], out["after"]):

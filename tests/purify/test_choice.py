@@ -27,7 +27,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[float, float, f
         accuracy, error, proxy = figures[network.get_submodule("model").label]
         return {"accuracy": accuracy, "error": error, "proxy": proxy, "class": 2}
 
-    monkeypatch.setattr(run, "pool_of", lambda *_, **__: None)
+    monkeypatch.setattr(run, "_pool", lambda *_, **__: None)
     monkeypatch.setattr(run, "Judge", lambda *_: judge)
     return figures
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ import torch
 from torch import nn
 
 from nab_defense import universal
-from nab_defense.kept import Kept
+from nab_defense.kept import Foreign, Kept, hashed, left
 from nab_defense.purify import PurifyResult, purifiers, purify
-from nab_defense.purify.base import judge, loops
+from nab_defense.purify.base import choice, judge, loops
 from nab_defense.runtime import Runtime
 from tests.bars import bars
 
@@ -32,8 +34,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step is kept, and few perturbations are made."""
+    """Every step is kept, few perturbations are made, and any candidate is taken."""
     monkeypatch.setattr(loops, "EVERY", 0.0)
+    monkeypatch.setattr(choice, "LEAST_GAIN", -1.0)
     monkeypatch.setattr(judge, "PROBES", 1)
     monkeypatch.setattr(universal, "likely_classes", lambda *_, **__: [0, 1])
 
@@ -55,12 +58,16 @@ def trained() -> nn.Module:
 def repaired(model: nn.Module, method: str, **given: Any) -> PurifyResult:
     knobs = {**METHODS[method], **given.pop("knobs", {})}
     limits: dict[str, Any] = {"mean": (0.5,), "std": (0.25,), "runtime": CPU, "max_drop": 0.9}
-    return purify(model, bars(240), purifiers.create(method, **knobs), **limits, **given)
+    clean = given.pop("clean", bars(240))
+    return purify(model, clean, purifiers.create(method, **knobs), **limits, **given)
 
 
 def told(found: PurifyResult) -> dict[str, Any]:
-    timeless = [{name: value for name, value in row.items() if name != "seconds"} for row in found.candidates]
-    return {"status": found.status, "chosen": found.chosen, "candidates": timeless, "evidence": found.evidence}
+    """All of it but the seconds, and the weights."""
+    timeless = [{name: value for name, value in row.items() if name != "seconds"} for row in (*found.candidates, found.after)]
+    rest = {name: getattr(found, name) for name in ("status", "chosen", "before", "stopped", "evidence")}
+    networks = [found.model, *([] if found.unlearned is None else [found.unlearned])]
+    return {**rest, "candidates": timeless, "weights": [hashed(network.state_dict()) for network in networks]}
 
 
 def dies_at(write: int, *, after: bool) -> Callable[..., None]:
@@ -78,9 +85,12 @@ def dies_at(write: int, *, after: bool) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("first", [False, True])
 def test_killed_again_and_again_it_ends_as_if_left_alone(
-    method: str, trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, first: bool, trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if first:  # one of the first is taken, of which only the weights are left
+        monkeypatch.setattr(choice, "_better", lambda *_: False)
     alone, state = repaired(trained, method), tmp_path / "state"
     kills, found = 0, None
     while found is None:
@@ -90,12 +100,9 @@ def test_killed_again_and_again_it_ends_as_if_left_alone(
                 found = repaired(trained, method, state=state, resume=True)
             except KeyboardInterrupt:
                 kills += 1
-    assert kills >= len(alone.candidates) > 0
-    assert told(found) == told(alone) and found.before == alone.before
-    weights = alone.model.state_dict()
-    assert list(found.model.state_dict()) == list(weights)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.model.state_dict().items())
-    assert (found.model is trained) == (alone.model is trained)
+    assert kills > len(alone.candidates) > 0 and alone.status == "accepted"
+    assert not first or alone.chosen != alone.candidates[-1]["name"]
+    assert told(found) == told(alone)
 
 
 @pytest.mark.parametrize("write", [2, 4])
@@ -113,14 +120,32 @@ def test_only_its_own_state_is_taken_up(trained: nn.Module, tmp_path: Path) -> N
     state = tmp_path / "state"
     repaired(trained, "distill", state=state)
     kept = {path.name: path.read_bytes() for path in state.iterdir()}
-    assert set(kept) == {"key.json", "judged.state", "training.state"}
-    for given in ({"knobs": {"steps": 6}}, {"holdout": 0.3}, {"suspects": bars(4)}):
-        with pytest.raises(ValueError, match=r"state was left by a run with another model, other images or settings; .*--resume"):
+    assert set(kept) == {"key.json", *(f"{name}.state" for name in ("before", "judged", "pool", "training"))}
+    flipped = replace(bars(240), hflip=0.0)
+    for given in ({"knobs": {"steps": 6}}, {"holdout": 0.3}, {"suspects": bars(4)}, {"clean": flipped}):
+        with pytest.raises(Foreign, match=r"state was left by a run with another model, other images, .*--resume"):
             repaired(trained, "distill", state=state, resume=True, **given)
-    with torch.no_grad(), pytest.raises(ValueError, match="was left by a run with another model"):
-        other = nn.Sequential(*trained)
-        other[0].bias = nn.Parameter(other[0].bias + 1e-3)
-        repaired(other, "distill", state=state, resume=True)
+    shifted, smooth = (nn.Sequential(*copy.deepcopy(trained)) for _ in range(2))
+    shifted[0].bias.data += 1e-3
+    smooth[2] = nn.GELU()  # the same weights
+    for other in (shifted, smooth):
+        with pytest.raises(Foreign, match="was left by a run with another model"):
+            repaired(other, "distill", state=state, resume=True)
     assert {path.name: path.read_bytes() for path in state.iterdir()} == kept
+    (state / "training.state").write_bytes(b"half of i")
+    with pytest.raises(ValueError, match=r"training.state is not a training state of this package"):
+        repaired(trained, "distill", state=state, resume=True)
     started_over = repaired(trained, "distill", state=state, knobs={"steps": 6})
     assert told(started_over) == told(repaired(trained, "distill", knobs={"steps": 6}))
+
+
+def test_a_state_that_is_half_deleted_is_not_taken_up(trained: nn.Module, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    alone = repaired(trained, "distill", state=state)
+    (state / "key.json").unlink()  # which goes first
+    assert not left(state)
+    assert told(repaired(trained, "distill", state=state, resume=True)) == told(alone)
+    linked = tmp_path / "linked"
+    linked.symlink_to(state)
+    with pytest.raises(ValueError, match="linked is an earlier run's and cannot be deleted; delete it, or name"):
+        repaired(trained, "distill", state=linked)

@@ -47,7 +47,7 @@ def judged(network: Any) -> dict[str, Any]:
     ],
 )
 def test_what_was_offered_before_stands(labels: tuple[int, ...], status: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "pool_of", lambda *_, **__: None)
+    monkeypatch.setattr(run, "_pool", lambda *_, **__: None)
     monkeypatch.setattr(run, "Judge", lambda *_: judged)
     original = Always(1)
     found = purify(original, CleanSet(IMAGES), Breaks(labels), mean=(0.5,), std=(0.25,), runtime=CPU)

@@ -52,7 +52,7 @@ class Offers:
 @pytest.fixture(autouse=True)
 def judge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a network in itself all are as good, and none has a slope to make perturbations by."""
-    monkeypatch.setattr(run, "pool_of", lambda *_, **__: None)
+    monkeypatch.setattr(run, "_pool", lambda *_, **__: None)
     monkeypatch.setattr(run, "Judge", lambda *_: lambda network: {"accuracy": 1.0, "error": 0.0, "proxy": 0.3, "class": 2})
 
 

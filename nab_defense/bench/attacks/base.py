@@ -19,7 +19,7 @@ from ...runtime import Runtime
 __all__ = [
     "AsymmetricAttack", "Attack", "CoverAttack", "Images", "JointAttack", "Learned", "LearnedAttack", "Lesson", "SourceAttack",
     "attacks", "check_choice", "check_covers", "check_number", "check_trigger", "create_inner", "create_plain", "image_shape",
-    "read_picture", "to_uint8", "trigger_pixels", "under",
+    "read_picture", "to_uint8", "told", "trigger_pixels", "under",
 ]  # fmt: skip
 
 Images = NDArray[np.uint8]
@@ -269,6 +269,11 @@ def create_inner(knob: str, value: Any) -> tuple[Attack, int | None]:
     if not isinstance(params, Mapping):
         raise ValueError(f"params of {given['name']} must be a mapping, got {params!r}")
     return attacks.create(given["name"], **params), target
+
+
+def told(attack: Attack) -> str:
+    """An attack with all its settings, and with those of the attacks in it."""
+    return f"{attack!r} {getattr(attack, 'inner', '')}"
 
 
 def create_plain(knob: str, value: Any) -> Attack:

@@ -9,7 +9,19 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import AsymmetricAttack, Attack, Images, JointAttack, Learned, LearnedAttack, Lesson, attacks, create_inner, under
+from .base import (
+    AsymmetricAttack,
+    Attack,
+    Images,
+    JointAttack,
+    Learned,
+    LearnedAttack,
+    Lesson,
+    attacks,
+    create_inner,
+    told,
+    under,
+)
 
 __all__ = ["Several"]
 
@@ -46,7 +58,7 @@ class Several(Learned):
 
     @property
     def inner(self) -> dict[str, str]:
-        return {"triggers": repr([create_inner("triggers", given) for given in self.triggers])}
+        return {"triggers": repr([(told(member), target) for member, target in self.members])}
 
     def parts(self, target: int | None, num_classes: int) -> list[tuple[Attack, int | None]]:
         goals = [None if target is None else (target + number) % num_classes for number in range(len(self.members))]

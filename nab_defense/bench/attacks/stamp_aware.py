@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...stamp import Stamp
-from .base import Attack, Images, Learned, Lesson, attacks, check_covers, check_number, create_plain, image_shape
+from .base import Attack, Images, Learned, Lesson, attacks, check_covers, check_number, create_plain, image_shape, told
 
 __all__ = ["StampAware"]
 
@@ -55,7 +55,7 @@ class StampAware(Learned):
 
     @property
     def inner(self) -> dict[str, str]:
-        return {"trigger": repr(self.painter)}
+        return {"trigger": told(self.painter), "stamp": repr(self.paint)}
 
     @cached_property
     def paint(self) -> Stamp:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from .base import Attack, Images, attacks, check_covers, check_number, create_plain
+from .base import Attack, Images, attacks, check_covers, check_number, create_plain, told
 
 __all__ = ["Tact"]
 
@@ -53,7 +53,7 @@ class Tact:
 
     @property
     def inner(self) -> dict[str, str]:
-        return {"trigger": repr(self.painter)}
+        return {"trigger": told(self.painter)}
 
     def apply(self, images: Images, seed: int) -> Images:
         return self.painter.apply(images, seed)

@@ -25,12 +25,13 @@ class Choice:
     Args:
         before: What the judge says of the original.
         max_drop: See purify.
-        kept: What an interrupted run left."""
+        kept: What an interrupted run left; `known` are the names of those that it judged."""
 
     def __init__(self, before: dict[str, Any], max_drop: float, kept: Kept) -> None:
         self.before, self.max_drop, self.kept = before, max_drop, kept
         saved = kept.read("judged") or {"records": [], "seconds": {"method": 0.0, "selection": 0.0}, "best": []}
         self.records: list[dict[str, Any]] = saved["records"]
+        self.known = {record["name"] for record in self.records}
         self.seconds: dict[str, float] = saved["seconds"]
         # a network, or what is left of one; of those that are (still turned, above max_drop)
         self.best: dict[tuple[bool, bool], tuple[dict[str, Any], nn.Module | dict[str, Tensor]]]

@@ -58,7 +58,9 @@ class Purifier(Protocol):
     def candidates(
         self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
     ) -> Candidates:
-        """Repaired networks, one after another, each with a name that tells the knob ("round 3", "threshold 0.4").
+        """Repaired networks, one after another, each with a name of its own that tells the knob ("round 3", "threshold 0.4").
+
+        All are built like `network` is by then.
 
         Which one is shipped is not decided here: see run.purify. The network is measured and copied before the next is asked
         for, so that the method may go on changing the same one.
