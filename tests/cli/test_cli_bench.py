@@ -24,6 +24,12 @@ ATTACKS = {"badnets": None, "blend": None, "none": None}
 TWO = {"badnets": None, "none": None}
 
 
+@pytest.fixture(autouse=True)
+def awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's workers give way to every other process, and so would wait for the tests beside these."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+
+
 def command(grid: Path, out: Path, *extra: str) -> list[str]:
     return [sys.executable, str(ROOT / "tools" / "bench.py"), str(grid), "--out", str(out), *extra]
 
