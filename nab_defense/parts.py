@@ -8,7 +8,7 @@ from scipy.special import softmax
 
 from .principal import Standardized
 from .scan import Scan
-from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, Group, grow, in_two, probe, split_in_two
+from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, ONE_THREAD, Group, grow, in_two, probe, split_in_two
 
 __all__ = ["Part", "joined", "same_parts", "smaller_halves"]
 
@@ -43,6 +43,7 @@ def _part(label: int, members: NDArray[np.bool_], likely: NDArray[np.float64], s
     return Group(label, 0, separation, valley, int((likely > 0.5).sum()), 0.0), everyone
 
 
+@ONE_THREAD
 def same_parts(scan: Scan, aside: NDArray[np.bool_], some: NDArray[np.bool_]) -> list[Part]:
     """Of each class that `some` are not of, the part that a probe which tells them from the rest of their own classes tells, too.
 

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from threadpoolctl import threadpool_limits
 
 from .content import ALIKE
 from .principal import Rows, Standardized, project
@@ -22,6 +23,7 @@ __all__ = [
     "MIN_SEEDS",
     "MIN_SEPARATION",
     "MIN_VALLEY",
+    "ONE_THREAD",
     "Group",
     "Selection",
     "expand",
@@ -44,6 +46,7 @@ MIN_SPREAD = 0.8  # the names it gets, as mixed as content is (entropies); a sty
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
 MIN_SOURCE = 0.25  # or what it shares must turn so many images of the class that it is named after; of a style next to none
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
+ONE_THREAD = threadpool_limits.wrap(limits=1)  # many small products, which two threads that wait for each other make slower
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
 OTHERS = 5000  # samples of other classes that a probe is fitted to: all of them would cost the square of the classes
 
@@ -126,6 +129,7 @@ def take_fraction(report: SuspectReport, fraction: float) -> Selection:
     return Selection(suspect, suspect.astype(np.float32))
 
 
+@ONE_THREAD
 def split_in_two(values: NDArray[Any]) -> tuple[NDArray[np.float64], float, float]:
     """Fit a mixture of two normals to (M,) values.
 
@@ -214,6 +218,7 @@ def probe() -> LogisticRegression:
     return LogisticRegression(C=0.1, class_weight="balanced", max_iter=200)
 
 
+@ONE_THREAD
 def grow(
     features: Rows,
     members: NDArray[np.bool_],

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from nab_defense import select
 from nab_defense.scan import Scan
@@ -89,20 +90,26 @@ def test_expand_finds_exactly_the_planted_group(rate: float, seed: int) -> None:
 
 
 @pytest.mark.parametrize("others", [100, 400])
-def test_a_probe_is_fitted_to_its_class_and_a_bounded_number_of_others(others: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_is_fitted_to_its_class_and_a_bounded_number_of_others_by_one_thread(
+    others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scan, poisoned = sample(count=5000, targets=(2,), rate=0.1)
     rows: list[int] = []
+    threads: set[int] = set()
 
     class Counting(LogisticRegression):
         def fit(self, told: NDArray[np.float32], *rest: object) -> LogisticRegression:
             rows.append(len(told))
+            threads.update(library["num_threads"] for library in threadpool_info())
             return super().fit(told, *rest)
 
     monkeypatch.setattr(select, "OTHERS", others)
     monkeypatch.setattr(select, "probe", lambda: Counting(C=0.1, class_weight="balanced", max_iter=200))
-    precision, recall = precision_and_recall(expand(lowest(scan), scan, fraction=0.02).suspect, poisoned)
+    with threadpool_limits(2):
+        precision, recall = precision_and_recall(expand(lowest(scan), scan, fraction=0.02).suspect, poisoned)
     assert precision > 0.98 and recall > 0.98
     assert 0 < max(rows) <= np.bincount(scan.labels).max() + others
+    assert threads == {1}  # two wait for each other in products this small
 
 
 def test_two_target_classes_are_both_found() -> None:
