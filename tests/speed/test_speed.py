@@ -109,6 +109,7 @@ def test_defended() -> None:
     found = fitting.defended(count=16, **TINY)
     for network in ("small", "resnet18"):
         check_pair(found[network], 2)
+        assert 0 < found[network]["stamp_share"]["median"] < 1
 
 
 def test_scan() -> None:
