@@ -17,7 +17,7 @@ from nab_defense.kept import Foreign, Kept, hashed, left
 from nab_defense.purify import PurifyResult, purifiers, purify
 from nab_defense.purify.base import choice, judge, loops
 from nab_defense.runtime import Runtime
-from tests.bars import bars
+from tests.bars import bars, knows_bars
 
 CPU = Runtime(device="cpu", precision="float32")
 FEW: dict[str, Any] = {"steps": 5, "rounds": 2, "batch_size": 16}
@@ -47,12 +47,7 @@ def trained() -> nn.Module:
     torch.manual_seed(0)
     body = [nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 1), nn.BatchNorm2d(12), nn.ReLU()]
     model = nn.Sequential(*body, nn.Flatten(), nn.Dropout(0.2), nn.Linear(768, 4))
-    clean, optimizer = bars(200), torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(30):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model((clean.images / 255 - 0.5) / 0.25), clean.labels).backward()
-        optimizer.step()
-    return model.eval()
+    return knows_bars(model, steps=30)
 
 
 def repaired(model: nn.Module, method: str, **given: Any) -> PurifyResult:

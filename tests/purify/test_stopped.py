@@ -18,7 +18,7 @@ from nab_defense.purify.base import Candidates, Notes
 from nab_defense.repair import in_words
 from nab_defense.runtime import Runtime
 from nab_defense.universal import Pool
-from tests.bars import bars
+from tests.bars import bars, knows_bars
 from tests.purify.test_suspects import CPU, IMAGES, Always, Offers
 
 
@@ -74,12 +74,7 @@ def trained() -> nn.Module:
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
     model = nn.Sequential(body, nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 4))
-    clean, optimizer = bars(200), torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(20):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model((clean.images / 255 - 0.5) / 0.25), clean.labels).backward()
-        optimizer.step()
-    return model.eval()
+    return knows_bars(model, steps=20)
 
 
 @pytest.mark.parametrize(("method", "knobs", "says"), WILD)
