@@ -100,7 +100,7 @@ class Pool:
     def restored(cls, state: dict[str, Any], runtime: Runtime) -> Pool:
         """A pool of what state_dict gave: of the changes that are drawn."""
         pool = cls([_unpacked(one, runtime.torch_device) for one in state["suspicious"]], runtime)
-        pool.load_state_dict(state)
+        pool.generator.set_state(state["generator"])
         return pool
 
 
