@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from .check import imprint
+from .check import imprint_by_class
 from .content import alike, beyond_content
 from .detectors import detectors
 from .look import imprints, make_finding
-from .naming import control, naming
+from .naming import control, from_one_class, naming
 from .parts import Part, joined, same_parts, smaller_halves
 from .passes import clearest, confirmed
 from .plan import Finding
@@ -144,10 +144,10 @@ def _named(
                 log.info("class %d: shares %.2f of what its accused share", group.label, group.same)
             # What most of a class share is its content, which turns images of classes that resemble it.
             if group.unlike and not group.foreign and 2 * part.sum() <= members.sum():
-                shown, batches = (scan.labels == seen.source) & ~absent, session.ordered(session.source)
-                source = imprint(trained, batches, scan.labels, part, runtime=session.runtime, shown=shown)
-                group = dataclasses.replace(group, source=source)
-                log.info("class %d: turns %.2f of class %d", group.label, source, seen.source)
+                batches, how = session.ordered(session.source), {"shown": ~absent, "runtime": session.runtime}
+                taught, untaught = (imprint_by_class(one, batches, scan.labels, part, **how) for one in (trained, network))
+                group = dataclasses.replace(group, source=from_one_class(taught - untaught, seen.source))
+                log.info("class %d: turns %s of the classes", group.label, np.round(taught - untaught, 2))
             log.info("class %d, %s part, %d samples: %s", group.label, name, group.size, seen)
             if group.foreign:
                 namer = network

@@ -18,7 +18,7 @@ from .runtime import Runtime
 from .select import Group
 from .types import NABPlan
 
-__all__ = ["Survival", "Verdict", "imprint", "judge", "judge_again", "measure"]
+__all__ = ["Survival", "Verdict", "imprint", "imprint_by_class", "judge", "judge_again", "measure"]
 
 SURVIVAL_LIMIT = 0.1  # share of suspects that may still go to their given label
 LEARNED_MARGIN = 0.05  # above a guess, 1 / K
@@ -85,7 +85,7 @@ def _predicted(model: nn.Module, batches: Batches, mask: NDArray[np.bool_], runt
     """The model's labels of the images in the mask."""
     model.eval()
     found = []
-    for picked in _picked(batches, mask, runtime):
+    for picked, _ in _picked(batches, mask, runtime):
         found.append(torch.zeros(0, dtype=torch.int64, device=picked.device))
         if len(picked):
             with runtime.autocast():
@@ -102,15 +102,8 @@ def _share(mask: NDArray[np.bool_]) -> float | None:
     return float(mask.mean()) if len(mask) else None
 
 
-@torch.inference_mode()
 def imprint(
-    model: nn.Module,
-    batches: Batches,
-    labels: NDArray[np.int64],
-    group: NDArray[np.bool_],
-    *,
-    runtime: Runtime,
-    shown: NDArray[np.bool_] | None = None,
+    model: nn.Module, batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], *, runtime: Runtime
 ) -> float:
     """What a group of one class shares, added to images of other classes: how many turn to the group's class?
 
@@ -122,32 +115,62 @@ def imprint(
         batches: (images, labels) of the whole scanned source, in order; gone through twice.
         labels: (N,) given labels.
         group: (N,) bool, samples of one class.
-        shown: (N,) bool, which images it is added to; None: all of other classes.
 
     Returns: The rise of the share of other images given the group's label, in [-1, 1]."""
-    label = int(labels[group][0])
+    risen, counts = _risen(model, batches, labels, group, labels != labels[group][0], runtime)
+    return float(risen.sum() / max(1, counts.sum()))
+
+
+def imprint_by_class(
+    model: nn.Module,
+    batches: Batches,
+    labels: NDArray[np.int64],
+    group: NDArray[np.bool_],
+    *,
+    shown: NDArray[np.bool_],
+    runtime: Runtime,
+) -> NDArray[np.float64]:
+    """imprint on the images of each class alone: a trigger may work on one.
+
+    Args: shown: (N,) bool, which images it is added to.
+
+    Returns: (K,) rises in [-1, 1]; 0 for the group's own class, and where no image is shown."""
+    risen, counts = _risen(model, batches, labels, group, shown & (labels != labels[group][0]), runtime)
+    return np.asarray(risen / counts.clip(min=1))
+
+
+@torch.inference_mode()
+def _risen(
+    model: nn.Module,
+    batches: Batches,
+    labels: NDArray[np.int64],
+    group: NDArray[np.bool_],
+    shown: NDArray[np.bool_],
+    runtime: Runtime,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of each class, how many more of the images shown get the group's label, and how many images these are; (K,) each."""
+    label, device = int(labels[group][0]), runtime.torch_device
     model.eval()
     (pattern,) = beyond_content(batches, labels, [group])
-    device, count = runtime.torch_device, 0
     pattern = pattern.to(device)
-    turned = torch.zeros(2, dtype=torch.int64, device=device)  # summed there, so that no batch waits for it
-    for picked in _picked(batches, labels != label if shown is None else shown, runtime):
+    risen = torch.zeros(int(labels.max()) + 1, dtype=torch.int64, device=device)  # summed there, so that no batch waits for it
+    for picked, rows in _picked(batches, shown, runtime):
         if len(picked):
             with runtime.autocast():
-                named = [model(seen).argmax(1) for seen in (picked, picked + pattern)]
-            turned += torch.stack([(names == label).sum() for names in named])
-            count += len(picked)
-    before, after, count = map(int, ranks.total(*turned.tolist(), count))
-    return (after - before) / max(1, count)
+                before, after = (model(seen).argmax(1) == label for seen in (picked, picked + pattern))
+            classes = torch.from_numpy(labels[rows]).to(device, non_blocking=True)
+            risen.index_add_(0, classes, after.long() - before.long())
+    return np.array(ranks.total(*risen.tolist()), dtype=np.int64), np.bincount(labels[shown], minlength=len(risen))
 
 
-def _picked(batches: Batches, mask: NDArray[np.bool_], runtime: Runtime) -> Iterator[Tensor]:
-    """Of each batch the images in the mask, none or more, on the device; of several ranks each has its own batches.
+def _picked(batches: Batches, mask: NDArray[np.bool_], runtime: Runtime) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """Of each batch the images in the mask, none or more, on the device, and their rows; each rank has batches of its own.
 
     Picked where they lie by numbers that are known here: a mask on a GPU would make it wait to learn how many there are."""
     for first, images, _ in ranks.deal(batches):
-        places = torch.from_numpy(np.flatnonzero(mask[first : first + len(images)]))
-        yield runtime.put(images[places.to(images.device, non_blocking=True)])
+        rows = np.flatnonzero(mask[first : first + len(images)])
+        places = torch.from_numpy(rows)
+        yield runtime.put(images[places.to(images.device, non_blocking=True)]), first + rows
 
 
 def judge(

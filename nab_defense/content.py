@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import ranks
 from .runtime import Runtime
 
-__all__ = ["ALIKE", "Batches", "alike", "beyond_content", "label_by_content", "weighted_images"]
+__all__ = ["ALIKE", "Batches", "alike", "beyond_content", "label_by_content", "sets_class_apart", "weighted_images"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 ROUNDS = 5
@@ -23,6 +23,7 @@ MORE = 1.01  # of the least that was left beyond content
 ALIKE = 0.6  # cosine; parts of classes that stand apart by themselves reach .5, those with one trigger .7 to .95
 SUM_TO_ONE = 1e3  # weight of that condition
 CLEAN_LABEL = 0.5  # of the rate at which the rest of the class is given its label
+LARGER = 2.0  # times what the rest of the class shares: of poison (clean-label, and of most triggers) it is as much or less
 
 
 def weighted_images(batches: Batches, weights: NDArray[np.float64]) -> Tensor:
@@ -72,6 +73,17 @@ def beyond_content(batches: Batches, labels: NDArray[np.int64], groups: Sequence
     weights = [scipy.optimize.nnls(table, np.append(column, anchor))[0] for column in factor[:, classes:].T]
     beyond = means[:, classes:] - means[:, :classes] @ np.stack(weights, axis=1)
     return torch.from_numpy(beyond.T).float().view(len(groups), *sums.shape[1:])
+
+
+def sets_class_apart(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_]) -> bool:
+    """Whether what a group shares is its class's content and no trigger: far from all others, of which the rest is a mixture.
+
+    Of a class that is half poison, either half may stand out, and what makes a zero a zero turns other digits, too.
+
+    Args: as in beyond_content; the group is not the whole class."""
+    rest = (labels == labels[group][0]) & ~group
+    own, other = (float(beyond_content(batches, labels, [mask]).norm()) for mask in (group, rest))
+    return own > LARGER * other
 
 
 def alike(patterns: Tensor) -> NDArray[np.bool_]:

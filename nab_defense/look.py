@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .check import imprint
+from .content import sets_class_apart
 from .detectors import detectors
 from .detectors.lga import lga_loss
-from .passes import JUDGES, clear, clearest, confirmed, judged, settled
+from .passes import JUDGES, clear, clearest, confirmed, doubtful, judged, settled
 from .plan import Finding, make_plan, paper_plan
 from .relabel import relabelers
 from .replay import fit_once, scan_key
@@ -120,12 +121,16 @@ def _scan(session: Session, watch: Callable[[Scan, nn.Module], bool], kept: bool
 
 
 def imprints(session: Session, network: nn.Module, suspect: NDArray[np.bool_]) -> dict[int, float]:
-    """What the suspects of each label share, tried on other images (see check.imprint): label -> share that it turns."""
-    labels, tried = session.source.labels, {}
+    """What the suspects of each label share, tried on other images (see check.imprint): label -> share that it turns; 0 where
+    that is in doubt, and what they share is the content of their class."""
+    labels, batches, tried = session.source.labels, session.ordered(session.source), {}
     for label in np.unique(labels[suspect]).tolist():
         group = suspect & (labels == label)
-        tried[label] = imprint(network, session.ordered(session.source), labels, group, runtime=session.runtime)
+        tried[label] = imprint(network, batches, labels, group, runtime=session.runtime)
         log.info("class %d: %d suspects, imprint %.2f", label, group.sum(), tried[label])
+        if doubtful(tried[label]) and sets_class_apart(batches, labels, group):
+            tried[label] = 0.0
+            log.info("class %d: they share what sets their class apart", label)
     return tried
 
 

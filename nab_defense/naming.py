@@ -10,7 +10,7 @@ from scipy.special import softmax
 from scipy.stats import entropy
 from sklearn.metrics import roc_auc_score
 
-__all__ = ["CONTROL", "Naming", "control", "naming"]
+__all__ = ["CONTROL", "Naming", "control", "from_one_class", "naming"]
 
 CONTROL = 0.1  # share of the other samples that the network does not see, either
 
@@ -59,3 +59,22 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
     sure = roc_auc_score(np.repeat([1, 0], [group.sum(), others.sum()]), np.r_[confidence[group], confidence[others]])
     spread = mixed[0] / mixed[1] if mixed[1] > 0 else 0.0
     return Naming(float((names[group] == label).mean()), float(sure), spread, int(foreign[0].argmax()))
+
+
+def from_one_class(turned: NDArray[np.float64], named: int) -> float:
+    """How far what a group shares turns images of its source class, of a trigger that works on one.
+
+    That is the class that it is named after, if none is turned twice as much; else one that is turned twice as much as any other:
+    a network that never saw the trigger may take it for content of a third class. What a style of a class shares turns images of
+    several classes, and of most of them more than of those that it resembles.
+
+    Args:
+        turned: (K,) how many of each class it turns, shares in [-1, 1], less those that it turns in a network that never saw the
+            group: there it is content.
+        named: The class that most of the group is named after.
+
+    Returns: share of that class's images; 0 where there is no such class."""
+    top, next_to = np.argsort(turned)[[-1, -2]]
+    if turned[named] >= turned[top] / 2:
+        return float(turned[named])
+    return float(turned[top]) if turned[next_to] <= turned[top] / 2 else 0.0

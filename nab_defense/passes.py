@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from .select import Group, Selection
+from .select import MIN_IMPRINT, Group, Selection
 
-__all__ = ["JUDGES", "clear", "clearest", "confirmed", "judged", "settled"]
+__all__ = ["JUDGES", "clear", "clearest", "confirmed", "doubtful", "judged", "settled"]
 
 CLEAR_IMPRINT = 0.75  # at this share no later pass need be asked
 JUDGES = 3  # passes at the end of a scan that judge a group in doubt
@@ -69,6 +69,11 @@ def _apart(passes: list[Selection], label: int) -> list[tuple[Group, Selection]]
 def clear(imprints: dict[int, float]) -> bool:
     """Whether there are groups, and all of them share a trigger beyond doubt."""
     return min(imprints.values(), default=0.0) >= CLEAR_IMPRINT
+
+
+def doubtful(imprint: float) -> bool:
+    """Whether it accuses a group, but not beyond doubt."""
+    return MIN_IMPRINT <= imprint < CLEAR_IMPRINT
 
 
 def judged(tried: list[dict[int, float]]) -> dict[int, float]:

@@ -20,6 +20,7 @@ from .scan import Scan
 from .types import SuspectReport
 
 __all__ = [
+    "MIN_IMPRINT",
     "MIN_SEEDS",
     "MIN_SEPARATION",
     "MIN_VALLEY",
@@ -44,7 +45,7 @@ MAX_NAMED = 0.25  # of a group that is not what its label says: share named so b
 MIN_SURE = 0.2  # that network must be about as sure of it as of ordinary images; of a style it never saw it is not
 MIN_SPREAD = 0.8  # the names it gets, as mixed as content is (entropies); a style resembles one or two classes
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
-MIN_SOURCE = 0.25  # or what it shares must turn so many images of the class that it is named after; of a style next to none
+MIN_SOURCE = 0.25  # or what it shares must turn so many images of one class; of a style next to none, or several classes
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 ONE_THREAD = threadpool_limits.wrap(limits=1)  # many small products, which two threads that wait for each other make slower
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -66,7 +67,7 @@ class Group:
         imprint: Share of other images that what the group shares turns to its class (see check.imprint); None: not tried.
         named, sure, spread: What a network that never saw the group makes of it (see naming.naming), and `named` of all that
             are alike; None: not tried.
-        source: imprint on images of the class that it is named after then, alone; None: not tried.
+        source: How far what it shares turns images of a source class (see naming.from_one_class); None: not tried.
         alike: Share of the classes that have a part which shares what it shares (see content.alike); 0: it has nothing like it.
         same: Cosine of what it shares beyond content and of what the accused of its class share; None: not tried.
     """

@@ -31,9 +31,10 @@ class Networks:
     """Stands for networks trained without a part of class 0: what each names the first and the other samples of that class."""
 
     def __init__(self, upper: int, monkeypatch: pytest.MonkeyPatch, **names: tuple[list[int], list[int]]) -> None:
-        self.upper, self.names, self.absent, self.turned, self.asked = upper, names, {}, 0.0, []
+        self.upper, self.names, self.absent, self.asked = upper, names, {}, []
+        self.turned = {"trained": np.zeros(4), "smaller": np.zeros(4)}
         monkeypatch.setattr(again, "_read", self.read)
-        monkeypatch.setattr(again, "imprint", self.imprint)
+        monkeypatch.setattr(again, "imprint_by_class", self.imprint)
 
     def __call__(self, absent: np.ndarray, part: str) -> Any:
         self.absent[part] = absent
@@ -44,9 +45,9 @@ class Networks:
         named = np.r_[np.resize(first, self.upper), np.resize(rest, 100 - self.upper), LABELS[100:]]
         return scan(self.upper, 6 * np.eye(4, dtype=np.float32)[named])
 
-    def imprint(self, *given: Any, shown: np.ndarray, **rest: Any) -> float:
-        self.asked.append((*given, shown))
-        return self.turned
+    def imprint(self, network: str, *given: Any, shown: np.ndarray, **rest: Any) -> np.ndarray:
+        self.asked.append((network, *given, shown))
+        return self.turned[network]
 
     def look(self) -> tuple[Selection, Any]:
         session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0))
@@ -72,18 +73,28 @@ def test_a_style_of_a_class_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> N
     assert not found.suspect.any() and namer is None and not found.groups[0].foreign
 
 
-@pytest.mark.parametrize(("turned", "accused"), [(0.3, True), (0.2, False)])
-def test_a_part_that_one_class_alone_explains_is_accused_by_what_it_does_to_that_class(
-    monkeypatch: pytest.MonkeyPatch, turned: float, accused: bool
+@pytest.mark.parametrize(
+    ("taught", "untaught", "source"),
+    [
+        ([0, 0, 0.75, 0], [0, 0, 0, 0], 0.75),
+        ([0, 0, 0.75, 0], [0, 0, 0.625, 0], 0.125),  # content, which turns a network that never saw the part, too
+        ([0, 0.5, 0, 0], [0, 0, 0, 0], 0.5),  # named after 2, whatever it turns
+        ([0, 0.5, 0, 0.375], [0, 0, 0, 0], 0.0),  # a style, which turns several
+    ],
+)
+def test_a_part_that_one_class_alone_explains_is_accused_by_what_it_does_to_one_class(
+    monkeypatch: pytest.MonkeyPatch, taught: list[float], untaught: list[float], source: float
 ) -> None:
     networks = Networks(30, monkeypatch, smaller=([2], [0]))
-    networks.turned = turned
+    networks.turned = {"trained": np.array(taught), "smaller": np.array(untaught)}
     found, namer = networks.look()
-    ((network, batches, labels, group, shown),) = networks.asked
-    assert (network, batches) == ("trained", "all") and labels is LABELS
-    assert np.flatnonzero(group).tolist() == list(range(30))
-    np.testing.assert_array_equal(shown, LABELS == 2)
-    assert found.suspect.any() == accused == (namer is not None) and found.groups[0].source == turned
+    first, second = networks.asked
+    assert first[0] == "trained" and second[0] == "smaller"
+    for _, batches, labels, group, shown in networks.asked:
+        assert batches == "all" and labels is LABELS and np.flatnonzero(group).tolist() == list(range(30))
+        np.testing.assert_array_equal(shown, ~group)
+    accused = source >= 0.25
+    assert found.suspect.any() == accused == (namer is not None) and found.groups[0].source == source
     assert found.suspect.sum() == 30 * accused
 
 
@@ -146,7 +157,7 @@ def test_of_what_stood_apart_before_and_what_falls_in_two_now_the_clearer_part_i
 def test_what_most_of_a_class_shares_accuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """What 55 of 100 images of a class share is its content, and turns images that resemble it."""
     networks = Networks(55, monkeypatch, smaller=([0], [0]), larger=([2], [0]))
-    networks.turned = 0.9
+    networks.turned["trained"] = np.array([0, 0, 0.9, 0])
     found, namer = networks.look()
     assert found.groups[0].size == 55 and found.groups[0].unlike
     assert not networks.asked and not found.suspect.any() and namer is None

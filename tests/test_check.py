@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nab_defense.check import SURVIVAL_LIMIT, Survival, imprint, judge, judge_again, measure
+from nab_defense.check import SURVIVAL_LIMIT, Survival, imprint, imprint_by_class, judge, judge_again, measure
 from nab_defense.defended import DefendedModel
 from nab_defense.runtime import Runtime
 from nab_defense.select import Group
@@ -93,10 +93,12 @@ def test_imprint_of_a_clean_label_trigger_and_of_a_harmless_group() -> None:
     assert imprint(ship(Backdoored(False)), pictures(CLEAN, CONTENT), CONTENT, CLEAN, runtime=CPU) == 1
 
 
-def test_imprint_on_chosen_images_alone() -> None:
+def test_imprint_by_class_on_chosen_images() -> None:
     dirty = (CONTENT == 0) & (np.arange(N) < 30)  # these have the trigger already
-    for shown, rise in ((CONTENT == 2, 1.0), (dirty, 0.0), (CONTENT == 0, 0.5)):
-        assert imprint(Backdoored(), pictures(CLEAN | dirty, CONTENT), CONTENT, CLEAN, runtime=CPU, shown=shown) == rise
+    batches = pictures(CLEAN | dirty, CONTENT)
+    for shown, rises in ((CONTENT == 2, [0, 0, 1]), (dirty, [0, 0, 0]), (np.ones(N, bool), [0.5, 0, 1])):
+        found = imprint_by_class(Backdoored(), batches, CONTENT, CLEAN, shown=shown, runtime=CPU)
+        np.testing.assert_array_equal(found, rises)
 
 
 def test_imprint_takes_off_what_goes_there_anyway() -> None:

@@ -34,6 +34,21 @@ def test_a_group_that_shares_no_trigger_is_acquitted(tmp_path: Path) -> None:
     assert spared.groups[0].acquitted and not group.acquitted
 
 
+@pytest.mark.parametrize(("turned", "clean", "rise"), [(0.6, True, 0.0), (0.8, True, 0.8), (0.6, False, 0.6), (0.4, True, 0.4)])
+def test_the_clean_half_of_a_poisoned_class_is_no_trigger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turned: float, clean: bool, rise: float
+) -> None:
+    """Every twelfth image of the other digits is called a zero, and all zeros are accused, or all others among them."""
+    session = Session(load_recipe(write_recipe(tmp_path, data={"limit": 600})), tmp_path / "run", resume=False)
+    source = session.whole_source.limited(600, 0)
+    zeros = source.labels == 0
+    wrong = ~zeros & (np.arange(len(zeros)) % 12 == 0)
+    labels = np.where(wrong, 0, source.labels)
+    session.whole_source = source.replaced(labels=labels, load=source.load, change="wrong zeros")
+    monkeypatch.setattr(looking, "imprint", lambda *_, **__: turned)
+    assert imprints(session, session.build(), zeros if clean else wrong) == {0: rise}
+
+
 class Stop(Exception):
     pass
 
