@@ -93,7 +93,7 @@ def test_a_part_that_one_class_alone_explains_is_accused_by_what_it_does_to_one_
     for _, batches, labels, group, shown in networks.asked:
         assert batches == "all" and labels is LABELS and np.flatnonzero(group).tolist() == list(range(30))
         np.testing.assert_array_equal(shown, ~group)
-    accused = source >= 0.25
+    accused = source >= 0.35
     assert found.suspect.any() == accused == (namer is not None) and found.groups[0].source == source
     assert found.suspect.sum() == 30 * accused
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from nab_defense.naming import CONTROL, control, naming
+from nab_defense.naming import CONTROL, control, from_one_class, naming
 from nab_defense.select import Group
 
 LABELS = np.repeat([0, 1, 2, 3], [40, 20, 20, 20])
@@ -35,8 +35,8 @@ def test_a_style_of_its_class_is_not(names: list[int], margin: float, why: str) 
     group = Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread)
     doubts = {"named": seen.named >= 0.25, "sure": seen.sure <= 0.2, "spread": seen.spread <= 0.8}
     assert not group.foreign and [name for name, doubt in doubts.items() if doubt] == [why]
-    turning = dataclasses.replace(group, source=0.25)
-    assert turning.foreign is turning.unlike is (why != "named") and not dataclasses.replace(group, source=0.24).foreign
+    turning = dataclasses.replace(group, source=0.35)
+    assert turning.foreign is turning.unlike is (why != "named") and not dataclasses.replace(group, source=0.34).foreign
 
 
 def test_a_group_that_gets_its_own_name_alone_has_no_spread() -> None:
@@ -51,3 +51,16 @@ def test_the_others_are_drawn_from_what_is_not_absent() -> None:
     np.testing.assert_array_equal(others, control(absent, 3))
     assert (others != control(absent, 4)).any()
     assert control(np.arange(5) < 3, 0).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("turned", "share"),
+    [
+        ([0, 0.4, 0.8, 0], 0.4),  # named after 1, which is turned half as much as 2: the attacker may have two sources
+        ([0, 0.3, 0.8, 0], 0.8),  # 2 alone
+        ([0, 0.3, 0.8, 0.5], 0.0),  # neither
+        ([0, -0.1, -0.2, 0], 0.0),
+    ],
+)
+def test_the_source_class_is_the_one_it_is_named_after_or_one_that_stands_out(turned: list[float], share: float) -> None:
+    assert from_one_class(np.array(turned), named=1) == share
