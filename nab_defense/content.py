@@ -23,7 +23,7 @@ MORE = 1.01  # of the least that was left beyond content
 ALIKE = 0.6  # cosine; parts of classes that stand apart by themselves reach .5, those with one trigger .7 to .95
 SUM_TO_ONE = 1e3  # weight of that condition
 CLEAN_LABEL = 0.5  # of the rate at which the rest of the class is given its label
-LARGER = 2.0  # times what the rest of the class shares: of poison (clean-label, and of most triggers) it is as much or less
+LARGER = 2.0  # times what the rest of the class shares
 
 
 def weighted_images(batches: Batches, weights: NDArray[np.float64]) -> Tensor:
@@ -76,12 +76,13 @@ def beyond_content(batches: Batches, labels: NDArray[np.int64], groups: Sequence
 
 
 def sets_class_apart(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_]) -> bool:
-    """Whether what a group shares is its class's content and no trigger: far from all others, of which the rest is a mixture.
+    """Whether what a group that shows its own class shares is that content, and no trigger: what the rest shares is far less,
+    being a mixture of other contents. The rest of clean-label poison is of the same content, and each as far from the other.
 
-    Of a class that is half poison, either half may stand out, and what makes a zero a zero turns other digits, too.
-
-    Args: as in beyond_content; the group is not the whole class."""
+    Args: as in beyond_content. Of a whole class there is no rest, and nothing can be told."""
     rest = (labels == labels[group][0]) & ~group
+    if not rest.any():
+        return False
     own, other = (float(beyond_content(batches, labels, [mask]).norm()) for mask in (group, rest))
     return own > LARGER * other
 

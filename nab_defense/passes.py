@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from .select import MIN_IMPRINT, Group, Selection
+from .select import Group, Selection
 
-__all__ = ["JUDGES", "clear", "clearest", "confirmed", "doubtful", "judged", "settled"]
+__all__ = ["JUDGES", "clear", "clearest", "confirmed", "judged", "settled"]
 
 CLEAR_IMPRINT = 0.75  # at this share no later pass need be asked
 JUDGES = 3  # passes at the end of a scan that judge a group in doubt
@@ -69,11 +69,6 @@ def _apart(passes: list[Selection], label: int) -> list[tuple[Group, Selection]]
 def clear(imprints: dict[int, float]) -> bool:
     """Whether there are groups, and all of them share a trigger beyond doubt."""
     return min(imprints.values(), default=0.0) >= CLEAR_IMPRINT
-
-
-def doubtful(imprint: float) -> bool:
-    """Whether it accuses a group, but not beyond doubt."""
-    return MIN_IMPRINT <= imprint < CLEAR_IMPRINT
 
 
 def judged(tried: list[dict[int, float]]) -> dict[int, float]:

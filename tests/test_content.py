@@ -69,6 +69,7 @@ def test_of_a_class_that_is_part_poison_the_clean_rest_sets_it_apart(shares: lis
     batches = loaders(images)(np.ones(len(TRUE), bool))
     assert not sets_class_apart(batches, TRUE, group)
     assert sets_class_apart(batches, TRUE, (TRUE == 0) & ~group) == (shares[0] == 0)  # of clean-label poison neither does
+    assert not sets_class_apart(batches, TRUE, TRUE == 0)
 
 
 @pytest.mark.parametrize("shares", [[0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.3, 0.2]])
