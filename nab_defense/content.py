@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import ranks
 from .runtime import Runtime
 
-__all__ = ["ALIKE", "Batches", "alike", "beyond_content", "label_by_content", "sets_class_apart", "weighted_images"]
+__all__ = ["ALIKE", "Batches", "alike", "beyond_content", "label_by_content", "weighted_images"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 ROUNDS = 5
@@ -23,7 +23,6 @@ MORE = 1.01  # of the least that was left beyond content
 ALIKE = 0.6  # cosine; parts of classes that stand apart by themselves reach .5, those with one trigger .7 to .95
 SUM_TO_ONE = 1e3  # weight of that condition
 CLEAN_LABEL = 0.5  # of the rate at which the rest of the class is given its label
-LARGER = 2.0  # times what the rest of the class shares
 
 
 def weighted_images(batches: Batches, weights: NDArray[np.float64]) -> Tensor:
@@ -73,18 +72,6 @@ def beyond_content(batches: Batches, labels: NDArray[np.int64], groups: Sequence
     weights = [scipy.optimize.nnls(table, np.append(column, anchor))[0] for column in factor[:, classes:].T]
     beyond = means[:, classes:] - means[:, :classes] @ np.stack(weights, axis=1)
     return torch.from_numpy(beyond.T).float().view(len(groups), *sums.shape[1:])
-
-
-def sets_class_apart(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_]) -> bool:
-    """Whether what a group that shows its own class shares is that content, and no trigger: what the rest shares is far less,
-    being a mixture of other contents. The rest of clean-label poison is of the same content, and each as far from the other.
-
-    Args: as in beyond_content. Of a whole class there is no rest, and nothing can be told."""
-    rest = (labels == labels[group][0]) & ~group
-    if not rest.any():
-        return False
-    own, other = (float(beyond_content(batches, labels, [mask]).norm()) for mask in (group, rest))
-    return own > LARGER * other
 
 
 def alike(patterns: Tensor) -> NDArray[np.bool_]:

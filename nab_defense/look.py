@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .check import imprint
-from .content import sets_class_apart
 from .detectors import detectors
 from .detectors.lga import lga_loss
 from .passes import JUDGES, clear, clearest, confirmed, judged, settled
-from .plan import Finding, clean_label_groups, make_plan, paper_plan
+from .plan import Finding, make_plan, paper_plan
 from .relabel import relabelers
 from .replay import fit_once, scan_key
 from .scan import EarlyScan, Scan, scan_model
@@ -88,26 +87,11 @@ def make_finding(
     proposed, confidence = _relabel(session, scan, namer, selection.suspect, unseen)
     if recipe.rule == "paper":
         return Finding(report, selection, paper_plan(scan, selection.suspect, proposed), confidence)
-    selection = _without_content(session, selection, clean_label_groups(scan.labels, proposed, selection.suspect))
-    proposed, confidence = np.where(selection.suspect, proposed, scan.labels), np.where(selection.suspect, confidence, 1)
     plan = make_plan(
         scan, selection.suspect, proposed, confidence, doubt=selection.doubt,
         min_confidence=recipe.relabel.min_confidence, cover_fraction=recipe.relabel.cover_fraction, seed=recipe.seed,
     )  # fmt: skip
     return Finding(report, selection, plan, confidence)
-
-
-def _without_content(session: Session, selection: Selection, clean_label: list[NDArray[np.bool_]]) -> Selection:
-    """Let go those whose content agrees with their label, and who share that content and no trigger: the clean part of a poisoned
-    class may stand out as well as the poison."""
-    labels, suspect, groups = session.source.labels, selection.suspect.copy(), list(selection.groups)
-    for members in clean_label:
-        index = next((i for i, group in enumerate(groups) if group.label == labels[members][0] and not group.foreign), None)
-        if index is not None and sets_class_apart(session.ordered(session.source), labels, members):
-            suspect[members] = False
-            groups[index] = dataclasses.replace(groups[index], imprint=0.0)
-            log.info("class %d: %d suspects share what sets their class apart", groups[index].label, members.sum())
-    return Selection(suspect, selection.doubt, tuple(groups))
 
 
 def _scan(session: Session, watch: Callable[[Scan, nn.Module], bool], kept: bool) -> tuple[Scan, nn.Module]:

@@ -63,8 +63,7 @@ class Group:
         size: Samples in the seeds' group.
         lead: How surely a sample of the group has a lower loss than one of another class that the network names right (AUROC),
             in [0, 1].
-        imprint: Share of other images that what the group shares turns to its class (see check.imprint), 0 where that is the
-            content of the class (see content.sets_class_apart); None: not tried.
+        imprint: Share of other images that what the group shares turns to its class (see check.imprint); None: not tried.
         named, sure, spread: What a network that never saw the group makes of it (see naming.naming), and `named` of all that
             are alike; None: not tried.
         source: How far what it shares turns images of a source class (see naming.from_one_class); None: not tried.

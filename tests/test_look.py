@@ -8,15 +8,14 @@ import torch
 
 from nab_defense import io
 from nab_defense import look as looking
-from nab_defense.look import imprints, look, make_finding
+from nab_defense.look import imprints, look
 from nab_defense.passes import confirmed
 from nab_defense.pipeline import run
 from nab_defense.recipe import load_recipe
 from nab_defense.runtime import Runtime
-from nab_defense.scan import Scan, scan_model
+from nab_defense.scan import scan_model
 from nab_defense.select import Group, Selection
 from nab_defense.session import Session
-from nab_defense.types import SuspectReport
 from tests.digits_runs import ROOT, TINY, write_recipe
 
 BADNETS = ["attack={name: badnets, rate: 0.1, target: 0}", "baselines=[undefended]"]
@@ -33,28 +32,6 @@ def test_a_group_that_shares_no_trigger_is_acquitted(tmp_path: Path) -> None:
     assert not spared.suspect.any() and np.array_equal(spared.doubt, half)  # it stood apart: nothing to take covers from
     assert spared.groups[0].imprint == rises[3] == pytest.approx(0, abs=0.1) and spared.groups[0].distinct
     assert spared.groups[0].acquitted and not group.acquitted
-
-
-@pytest.mark.parametrize(("clean", "proposed", "accused"), [(True, 0, False), (True, 1, True), (False, 0, True)])
-def test_the_clean_part_of_a_poisoned_class_is_let_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean: bool, proposed: int, accused: bool
-) -> None:
-    """Every twelfth image of the other digits is called a zero. All zeros are accused, or those, and named by content."""
-    session = Session(load_recipe(write_recipe(tmp_path, data={"limit": 600})), tmp_path / "run", resume=False)
-    source = session.whole_source.limited(600, 0)
-    wrong = (source.labels != 0) & (np.arange(600) % 12 == 0)
-    labels = np.where(wrong, 0, source.labels)
-    session.whole_source = source.replaced(labels=labels, load=source.load, change="wrong zeros")
-    suspect = (labels == 0) & (wrong != clean)
-    named = np.where(suspect, proposed, labels)
-    monkeypatch.setattr(looking, "_relabel", lambda *_: (named, np.ones(600, np.float32)))
-    scan = Scan(labels, np.zeros(600, np.float32), np.zeros((600, 10), np.float32), np.zeros((600, 2), np.float32))
-    report = SuspectReport(scan.losses, labels, "lga", {}, scan.fingerprint)
-    group = Group(0, 5, 4.0, 0.9, int(suspect.sum()), 0.9, imprint=0.6)
-    found = make_finding(session, scan, report, Selection(suspect, suspect.astype(np.float32), (group,)), session.build())
-    np.testing.assert_array_equal(found.plan.suspect, suspect & accused)
-    np.testing.assert_array_equal(found.plan.new_labels, np.where(found.plan.suspect, named, labels))
-    assert found.selection.groups[0].acquitted is not accused
 
 
 class Stop(Exception):
