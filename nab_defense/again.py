@@ -15,7 +15,7 @@ from .check import imprint_by_class
 from .content import alike, beyond_content
 from .detectors import detectors
 from .look import imprints, make_finding
-from .naming import control, from_one_class, naming
+from .naming import carried, control, naming
 from .parts import Part, joined, same_parts, smaller_halves
 from .passes import clearest, confirmed
 from .plan import Finding
@@ -40,8 +40,8 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     invisible to it, but once learned it stands apart in the trained network's features. A trigger that is the same in all
     images shows in what they share. For others the part of a class that stands apart, or did so in the scan, is left out of one
     more training, and accused where that network finds the content of many other classes in it (see naming.naming); or that of
-    few, and what the part shares turns images of the one that it is named after, a trigger that works on one source class [TaCT,
-    Tang et al. 2021], or is what the accused of its class share, a trigger of which a part was found before.
+    few, and what the part shares is a trigger: it turns images of all classes, or those of one and is on covers of others [TaCT,
+    Tang et al. 2021], or it is what the accused of its class share, a trigger of which a part was found before.
 
     Args:
         session: The run.
@@ -146,8 +146,10 @@ def _named(
             if group.unlike and not group.foreign and 2 * part.sum() <= members.sum():
                 batches, how = session.ordered(session.source), {"shown": ~absent, "runtime": session.runtime}
                 taught, untaught = (imprint_by_class(one, batches, scan.labels, part, **how) for one in (trained, network))
-                group = dataclasses.replace(group, source=from_one_class(taught - untaught, seen.source))
-                log.info("class %d: turns %s of the classes", group.label, np.round(taught - untaught, 2))
+                turned, covers = taught - untaught, carried(batches, scan.labels, part)
+                every = float(turned.sum() / (len(turned) - 1))
+                group = dataclasses.replace(group, source=float(turned.max()), every=every, carried=covers)
+                log.info("class %d: turns %s of the classes, carried %.2f", group.label, np.round(turned, 2), covers)
             log.info("class %d, %s part, %d samples: %s", group.label, name, group.size, seen)
             if group.foreign:
                 namer = network

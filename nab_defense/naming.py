@@ -1,18 +1,23 @@
-"""Naming: what a network that never saw a group of images makes of them."""
+"""What a network that never saw a group of images makes of them, and who else shows what they share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import softmax
 from scipy.stats import entropy
 from sklearn.metrics import roc_auc_score
 
-__all__ = ["CONTROL", "Naming", "control", "from_one_class", "naming"]
+from .content import Batches, beyond_content
+from .select import MIN_SEPARATION, split_in_two
+
+__all__ = ["CONTROL", "Naming", "carried", "control", "naming"]
 
 CONTROL = 0.1  # share of the other samples that the network does not see, either
+SHOWN = 0.5  # of a pattern: more of it than not
 
 
 @dataclass(frozen=True)
@@ -23,13 +28,11 @@ class Naming:
         named: Share of it that gets its given label, in [0, 1].
         sure: How often the network is surer of a sample of it than of another one that it never saw, in [0, 1]; .5: alike.
         spread: Entropy of the names it gets over that of the others' names, its own label left out of both, >= 0.
-        source: The class, its own left out, that most of it is named after.
     """
 
     named: float
     sure: float
     spread: float
-    source: int
 
 
 def control(absent: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
@@ -58,23 +61,35 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
     mixed = [float(entropy(counts)) if counts.any() else 0.0 for counts in foreign]
     sure = roc_auc_score(np.repeat([1, 0], [group.sum(), others.sum()]), np.r_[confidence[group], confidence[others]])
     spread = mixed[0] / mixed[1] if mixed[1] > 0 else 0.0
-    return Naming(float((names[group] == label).mean()), float(sure), spread, int(foreign[0].argmax()))
+    return Naming(float((names[group] == label).mean()), float(sure), spread)
 
 
-def from_one_class(turned: NDArray[np.float64], named: int) -> float:
-    """How far what a group shares turns images of its source class, of a trigger that works on one.
+def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_]) -> float:
+    """How clearly images of other classes fall into some that show what a group shares, and the rest.
 
-    That is the class that it is named after, if none is turned twice as much; else one that is turned twice as much as any other:
-    a network that never saw the trigger may take it for content of a third class. What a style of a class shares turns images of
-    several classes, and of most of them more than of those that it resembles.
+    A trigger that works on one class alone had to be taught so, by covers: images of others that carry it and keep their labels
+    [TaCT, Tang et al. 2021, section 4]. What a style shares is spread over all images by degrees.
 
     Args:
-        turned: (K,) how many of each class it turns, shares in [-1, 1], less those that it turns in a network that never saw the
-            group: there it is content.
-        named: The class that most of the group is named after.
+        batches: (images (B, C, H, W), labels) of N images in order; gone through four times.
+        labels: (N,) as given.
+        group: (N,) bool, of one class and not all of it.
 
-    Returns: share of that class's images; 0 where there is no such class."""
-    top, next_to = np.argsort(turned)[[-1, -2]]
-    if turned[named] >= turned[top] / 2:
-        return float(turned[named])
-    return float(turned[top]) if turned[next_to] <= turned[top] / 2 else 0.0
+    Returns: depth of the valley between the two in how much they show of it, see select.split_in_two, in [0, 1]; 0 where they do
+    not separate, or those that show more show less than half."""
+    own = labels == labels[group][0]
+    shown = _shown(batches, labels, group)
+    if (sure := group & (shown > SHOWN)).any():  # without those of its class that came with it
+        shown = _shown(batches, labels, sure)
+    likely, separation, valley = split_in_two(shown[~own], means=(0, 1))
+    apart = separation > MIN_SEPARATION and shown[~own][likely > 0.5].mean() >= SHOWN
+    return valley if apart else 0.0
+
+
+def _shown(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(N,) how much of what the group shares an image shows, more than the rest of its class does; 1: all of it."""
+    pattern = beyond_content(batches, labels, [group]).flatten()
+    unit = pattern / pattern.square().sum().clamp_min(1e-12)
+    shown = torch.cat([images.cpu().float().flatten(1) @ unit for images, _ in batches]).double().numpy()
+    sums, counts = (np.bincount(labels[~group], weights, labels.max() + 1) for weights in (shown[~group], None))
+    return np.asarray(shown - (sums / counts.clip(min=1))[labels])

@@ -44,7 +44,7 @@ MAX_NAMED = 0.25  # of a group that is not what its label says: share named so b
 MIN_SURE = 0.2  # that network must be about as sure of it as of ordinary images; of a style it never saw it is not
 MIN_SPREAD = 0.8  # the names it gets, as mixed as content is (entropies); a style resembles one or two classes
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
-MIN_SOURCE = 0.35  # or what it shares must turn so many images of one class: TaCT on digits .37 to .88, styles mostly less
+MIN_SOURCE = 0.25  # or what it shares must turn so many images of one class, and be on covers of others
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 ONE_THREAD = threadpool_limits.wrap(limits=1)  # many small products, which two threads that wait for each other make slower
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -66,7 +66,9 @@ class Group:
         imprint: Share of other images that what the group shares turns to its class (see check.imprint); None: not tried.
         named, sure, spread: What a network that never saw the group makes of it (see naming.naming), and `named` of all that
             are alike; None: not tried.
-        source: How far what it shares turns images of a source class (see naming.from_one_class); None: not tried.
+        source, every: Share that what it shares turns of the images of one class, the most of all, and of the others on average,
+            less those that it turns in a network that never saw the group: there it is content; None: not tried.
+        carried: How clearly some images of others show it, too (see naming.carried), in [0, 1]; None: not tried.
         alike: Share of the classes that have a part which shares what it shares (see content.alike); 0: it has nothing like it.
         same: Cosine of what it shares beyond content and of what the accused of its class share; None: not tried.
     """
@@ -82,6 +84,8 @@ class Group:
     sure: float | None = None
     spread: float | None = None
     source: float | None = None
+    every: float | None = None
+    carried: float | None = None
     alike: float = 0.0
     same: float | None = None
 
@@ -96,10 +100,11 @@ class Group:
 
     @property
     def foreign(self) -> bool:
-        """Its images show what many other classes show, or what one does and a trigger, which turns images of that class, is in
-        parts of other classes, too, or in the accused of its own: labels that no content explains."""
+        """Its images show what many other classes show, or what few do and a trigger, which turns images of all, or of one and
+        is on covers, too; is in parts of other classes; or in the accused of its own: labels that no content explains."""
         many = (self.sure or 0) > MIN_SURE and (self.spread or 0) > MIN_SPREAD
-        trigger = (self.source or 0) >= MIN_SOURCE or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE
+        one_class = (self.source or 0) >= MIN_SOURCE and (self.carried or 0) > MIN_VALLEY
+        trigger = one_class or (self.every or 0) >= MIN_IMPRINT or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE
         return self.unlike and (many or trigger)
 
     @property
@@ -130,21 +135,22 @@ def take_fraction(report: SuspectReport, fraction: float) -> Selection:
 
 
 @ONE_THREAD
-def split_in_two(values: NDArray[Any]) -> tuple[NDArray[np.float64], float, float]:
-    """Fit a mixture of two normals to (M,) values.
+def split_in_two(values: NDArray[Any], means: tuple[float, float] | None = None) -> tuple[NDArray[np.float64], float, float]:
+    """Fit a mixture of two normals to (M,) values. `means`: where to start; None: k-means tells, which overlooks a few.
 
     Returns: (M,) probability of the higher group, which never falls with the value; Ashman's
     D = |m1 - m2| / sqrt((s1^2 + s2^2) / 2); depth of the valley of the fitted density between the means relative to the lower
     of its ends, in [0, 1]."""
     column = np.asarray(values, dtype=np.float64)[:, None]
-    mixture = GaussianMixture(2, random_state=0).fit(column)
-    means, variances = mixture.means_[:, 0], mixture.covariances_[:, 0, 0]
-    separation = abs(means[0] - means[1]) / np.sqrt(variances.mean())
-    density = np.exp(mixture.score_samples(np.linspace(means.min(), means.max(), 200)[:, None]))
+    start = None if means is None else np.array(means)[:, None]
+    mixture = GaussianMixture(2, random_state=0, means_init=start).fit(column)
+    centers, variances = mixture.means_[:, 0], mixture.covariances_[:, 0, 0]
+    separation = abs(centers[0] - centers[1]) / np.sqrt(variances.mean())
+    density = np.exp(mixture.score_samples(np.linspace(centers.min(), centers.max(), 200)[:, None]))
     valley = 1 - density.min() / min(density[0], density[-1])
-    likely = mixture.predict_proba(column)[:, means.argmax()]
-    likely[column[:, 0] > means.max()] = 1  # of two normals the wider one wins in both tails
-    likely[column[:, 0] < means.min()] = 0
+    likely = mixture.predict_proba(column)[:, centers.argmax()]
+    likely[column[:, 0] > centers.max()] = 1  # of two normals the wider one wins in both tails
+    likely[column[:, 0] < centers.min()] = 0
     return likely, float(separation), float(np.clip(valley, 0, 1))
 
 

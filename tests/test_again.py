@@ -32,9 +32,10 @@ class Networks:
 
     def __init__(self, upper: int, monkeypatch: pytest.MonkeyPatch, **names: tuple[list[int], list[int]]) -> None:
         self.upper, self.names, self.absent, self.asked = upper, names, {}, []
-        self.turned = {"trained": np.zeros(4), "smaller": np.zeros(4)}
+        self.turned, self.carried = {"trained": np.zeros(4), "smaller": np.zeros(4)}, 0.0
         monkeypatch.setattr(again, "_read", self.read)
         monkeypatch.setattr(again, "imprint_by_class", self.imprint)
+        monkeypatch.setattr(again, "carried", lambda *_: self.carried)
 
     def __call__(self, absent: np.ndarray, part: str) -> Any:
         self.absent[part] = absent
@@ -74,27 +75,31 @@ def test_a_style_of_a_class_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("taught", "untaught", "source"),
+    ("taught", "untaught", "carried", "accused"),
     [
-        ([0, 0, 0.75, 0], [0, 0, 0, 0], 0.75),
-        ([0, 0, 0.75, 0], [0, 0, 0.625, 0], 0.125),  # content, which turns a network that never saw the part, too
-        ([0, 0.5, 0, 0], [0, 0, 0, 0], 0.5),  # named after 2, whatever it turns
-        ([0, 0.5, 0, 0.375], [0, 0, 0, 0], 0.0),  # a style, which turns several
+        ([0, 0, 0.75, 0], [0, 0, 0, 0], 0.3, True),
+        ([0, 0.5, 0, 0], [0, 0, 0, 0], 0.3, True),  # named after 2, whatever it turns
+        ([0, 0, 0.75, 0], [0, 0, 0, 0], 0.2, False),  # a style: no cover carries it
+        ([0, 0, 0.75, 0], [0, 0, 0.625, 0], 0.3, False),  # content, which turns a network that never saw the part, too
+        ([0, 0.5, 0.5, 0.5], [0, 0, 0, 0], 0.0, True),  # a trigger for all classes needs no covers
+        ([0, 0.5, 0.5, 0.25], [0, 0, 0, 0], 0.0, False),
     ],
 )
-def test_a_part_that_one_class_alone_explains_is_accused_by_what_it_does_to_one_class(
-    monkeypatch: pytest.MonkeyPatch, taught: list[float], untaught: list[float], source: float
+def test_a_part_that_few_classes_explain_is_accused_by_what_it_does_to_them(
+    monkeypatch: pytest.MonkeyPatch, taught: list[float], untaught: list[float], carried: float, accused: bool
 ) -> None:
     networks = Networks(30, monkeypatch, smaller=([2], [0]))
-    networks.turned = {"trained": np.array(taught), "smaller": np.array(untaught)}
+    networks.turned, networks.carried = {"trained": np.array(taught), "smaller": np.array(untaught)}, carried
     found, namer = networks.look()
     first, second = networks.asked
     assert first[0] == "trained" and second[0] == "smaller"
     for _, batches, labels, group, shown in networks.asked:
         assert batches == "all" and labels is LABELS and np.flatnonzero(group).tolist() == list(range(30))
         np.testing.assert_array_equal(shown, ~group)
-    accused = source >= 0.35
-    assert found.suspect.any() == accused == (namer is not None) and found.groups[0].source == source
+    (group,) = found.groups
+    turned = np.array(taught) - untaught
+    assert (group.source, group.every, group.carried) == (turned.max(), turned.sum() / 3, carried)
+    assert found.suspect.any() == accused == (namer is not None)
     assert found.suspect.sum() == 30 * accused
 
 
@@ -157,7 +162,7 @@ def test_of_what_stood_apart_before_and_what_falls_in_two_now_the_clearer_part_i
 def test_what_most_of_a_class_shares_accuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """What 55 of 100 images of a class share is its content, and turns images that resemble it."""
     networks = Networks(55, monkeypatch, smaller=([0], [0]), larger=([2], [0]))
-    networks.turned["trained"] = np.array([0, 0, 0.9, 0])
+    networks.turned["trained"], networks.carried = np.array([0, 0, 0.9, 0]), 0.9
     found, namer = networks.look()
     assert found.groups[0].size == 55 and found.groups[0].unlike
     assert not networks.asked and not found.suspect.any() and namer is None

@@ -27,7 +27,7 @@ METHODS = {"detectors", "relabel", "purify", "bench.attacks", "defences"}  # one
 ORDERED = [*LAYERS[4], *LAYERS[5]]  # within these layers, too, only what comes before may be imported
 BELOW = {own: {room for room in LAYER if LAYER[room] == 0 or LAYER[room] < LAYER[own]} for own in LAYER}
 BELOW |= {own: BELOW[own] | set(ORDERED[:place]) for place, own in enumerate(ORDERED)}
-BELOW |= {own: BELOW[own] | {"select"} for own in ("parts", "passes", "plan")}  # which are made of selections
+BELOW |= {own: BELOW[own] | {"select"} for own in ("naming", "parts", "passes", "plan")}  # which are made of selections
 TIMM_ROOMS = {"data", "train", "parallel", "checkpoint", "pipeline", "speed"}
 MAX_LINES = 300
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal"}

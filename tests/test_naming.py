@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
-from nab_defense.naming import CONTROL, control, from_one_class, naming
-from nab_defense.select import Group
+from nab_defense.naming import CONTROL, carried, control, naming
+from nab_defense.select import MIN_VALLEY, Group
 
 LABELS = np.repeat([0, 1, 2, 3], [40, 20, 20, 20])
 GROUP = np.arange(100) < 20
@@ -23,7 +24,7 @@ def logits(names: list[int], margin: float) -> np.ndarray:
 def test_content_of_all_other_classes_is_foreign() -> None:
     seen = naming(logits([1, 2, 3, 1, 2] * 4, 4), LABELS, GROUP, OTHERS & ~GROUP)
     assert seen.named == 0 and seen.sure == pytest.approx(0.5, abs=0.05) and seen.spread == pytest.approx(0.96, abs=0.01)
-    assert Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread).foreign and seen.source == 1
+    assert Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread).foreign
 
 
 @pytest.mark.parametrize(
@@ -35,8 +36,10 @@ def test_a_style_of_its_class_is_not(names: list[int], margin: float, why: str) 
     group = Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread)
     doubts = {"named": seen.named >= 0.25, "sure": seen.sure <= 0.2, "spread": seen.spread <= 0.8}
     assert not group.foreign and [name for name, doubt in doubts.items() if doubt] == [why]
-    turning = dataclasses.replace(group, source=0.35)
-    assert turning.foreign is turning.unlike is (why != "named") and not dataclasses.replace(group, source=0.34).foreign
+    turning = dataclasses.replace(group, source=0.25, carried=0.3)
+    assert turning.foreign is turning.unlike is (why != "named") and not dataclasses.replace(turning, source=0.24).foreign
+    assert not dataclasses.replace(turning, carried=0.25).foreign
+    assert dataclasses.replace(group, every=0.5).foreign is turning.foreign and not dataclasses.replace(group, every=0.4).foreign
 
 
 def test_a_group_that_gets_its_own_name_alone_has_no_spread() -> None:
@@ -53,14 +56,20 @@ def test_the_others_are_drawn_from_what_is_not_absent() -> None:
     assert control(np.arange(5) < 3, 0).sum() == 1
 
 
-@pytest.mark.parametrize(
-    ("turned", "share"),
-    [
-        ([0, 0.4, 0.8, 0], 0.4),  # named after 1, which is turned half as much as 2: the attacker may have two sources
-        ([0, 0.3, 0.8, 0], 0.8),  # 2 alone
-        ([0, 0.3, 0.8, 0.5], 0.0),  # neither
-        ([0, -0.1, -0.2, 0], 0.0),
-    ],
-)
-def test_the_source_class_is_the_one_it_is_named_after_or_one_that_stands_out(turned: list[float], share: float) -> None:
-    assert from_one_class(np.array(turned), named=1) == share
+def with_style(covers: int, own: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """Images of four classes of 200; thirty of class 0 show class 1 and a patch, `covers` of classes 2 and 3 carry it, too."""
+    generator = torch.Generator().manual_seed(0)
+    labels = np.repeat(np.arange(4), 200)
+    images = torch.randn(4, 1, 6, 6, generator=generator)[labels] + 0.5 * torch.randn(800, 1, 6, 6, generator=generator)
+    images[:30] += images[200:400].mean(0) - images[30:200].mean(0)
+    images[:30, 0, 4:, 4:] += 2.0
+    images[400 : 400 + covers, 0, 4:, 4:] += 2.0
+    return images, labels, np.arange(800) < 30 + own
+
+
+@pytest.mark.parametrize("own", [0, 10])
+def test_covers_carry_what_a_trigger_for_one_class_shares(own: int) -> None:
+    for covers, seen in ((40, True), (0, False)):
+        images, labels, group = with_style(covers, own)  # with some of the class itself, which came with it
+        batches = [(part, torch.zeros(len(part))) for part in images.split(64)]
+        assert (carried(batches, labels, group) > MIN_VALLEY) is seen
