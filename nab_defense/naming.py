@@ -68,7 +68,7 @@ def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_
     """How clearly images of other classes fall into some that show what a group shares, and the rest.
 
     A trigger that works on one class alone had to be taught so, by covers: images of others that carry it and keep their labels
-    [TaCT, Tang et al. 2021, section 4]. What a style shares is spread over all images by degrees.
+    [TaCT, Tang et al. 2021]. What a style shares is spread over all images by degrees.
 
     Args:
         batches: (images (B, C, H, W), labels) of N images in order; gone through four times.
@@ -82,8 +82,8 @@ def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_
     if (sure := group & (shown > SHOWN)).any():  # without those of its class that came with it
         shown = _shown(batches, labels, sure)
     likely, separation, valley = split_in_two(shown[~own], means=(0, 1))
-    apart = separation > MIN_SEPARATION and shown[~own][likely > 0.5].mean() >= SHOWN
-    return valley if apart else 0.0
+    upper = shown[~own][likely > 0.5]
+    return valley if separation > MIN_SEPARATION and len(upper) and upper.mean() >= SHOWN else 0.0
 
 
 def _shown(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_]) -> NDArray[np.float64]:
