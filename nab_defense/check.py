@@ -117,10 +117,12 @@ def imprint(
         group: (N,) bool, samples of one class.
 
     Returns: The rise of the share of other images given the group's label, in [-1, 1]."""
-    risen, counts = _risen(model, batches, labels, group, labels != labels[group][0], runtime)
-    return float(risen.sum() / max(1, counts.sum()))
+    others = labels != labels[group][0]
+    rises = imprint_by_class(model, batches, labels, group, shown=others, runtime=runtime)
+    return float(rises @ np.bincount(labels[others], minlength=len(rises)) / max(1, others.sum()))
 
 
+@torch.inference_mode()
 def imprint_by_class(
     model: nn.Module,
     batches: Batches,
@@ -135,24 +137,10 @@ def imprint_by_class(
     Args: shown: (N,) bool, which images it is added to.
 
     Returns: (K,) rises in [-1, 1]; 0 for the group's own class, and where no image is shown."""
-    risen, counts = _risen(model, batches, labels, group, shown & (labels != labels[group][0]), runtime)
-    return np.asarray(risen / counts.clip(min=1))
-
-
-@torch.inference_mode()
-def _risen(
-    model: nn.Module,
-    batches: Batches,
-    labels: NDArray[np.int64],
-    group: NDArray[np.bool_],
-    shown: NDArray[np.bool_],
-    runtime: Runtime,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of each class, how many more of the images shown get the group's label, and how many images these are; (K,) each."""
     label, device = int(labels[group][0]), runtime.torch_device
     model.eval()
     (pattern,) = beyond_content(batches, labels, [group])
-    pattern = pattern.to(device)
+    pattern, shown = pattern.to(device), shown & (labels != label)
     risen = torch.zeros(int(labels.max()) + 1, dtype=torch.int64, device=device)  # summed there, so that no batch waits for it
     for picked, rows in _picked(batches, shown, runtime):
         if len(picked):
@@ -160,7 +148,8 @@ def _risen(
                 before, after = (model(seen).argmax(1) == label for seen in (picked, picked + pattern))
             classes = torch.from_numpy(labels[rows]).to(device, non_blocking=True)
             risen.index_add_(0, classes, after.long() - before.long())
-    return np.array(ranks.total(*risen.tolist()), dtype=np.int64), np.bincount(labels[shown], minlength=len(risen))
+    counts = np.bincount(labels[shown], minlength=len(risen)).clip(min=1)
+    return np.array(ranks.total(*risen.tolist()), dtype=np.float64) / counts
 
 
 def _picked(batches: Batches, mask: NDArray[np.bool_], runtime: Runtime) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
