@@ -145,8 +145,11 @@ def _named(
             # What most of a class share is its content, which turns images of classes that resemble it.
             if group.unlike and not group.foreign and 2 * part.sum() <= members.sum():
                 batches, how = session.ordered(session.source), {"shown": ~absent, "runtime": session.runtime}
-                taught, untaught = (imprint_by_class(one, batches, scan.labels, part, **how) for one in (trained, network))
-                turned, covers = taught - untaught, carried(batches, scan.labels, part)
+                (pattern,) = beyond_content(batches, scan.labels, [part])
+                taught, untaught = (
+                    imprint_by_class(one, batches, scan.labels, group.label, pattern, **how) for one in (trained, network)
+                )
+                turned, covers = taught - untaught, carried(batches, scan.labels, part, pattern)
                 every = float(turned.sum() / (len(turned) - 1))
                 group = dataclasses.replace(group, source=float(turned.max()), every=every, carried=covers)
                 log.info("class %d: turns %s of the classes, carried %.2f", group.label, np.round(turned, 2), covers)

@@ -117,8 +117,10 @@ def imprint(
         group: (N,) bool, samples of one class.
 
     Returns: The rise of the share of other images given the group's label, in [-1, 1]."""
-    others = labels != labels[group][0]
-    rises = imprint_by_class(model, batches, labels, group, shown=others, runtime=runtime)
+    label = int(labels[group][0])
+    (pattern,) = beyond_content(batches, labels, [group])
+    others = labels != label
+    rises = imprint_by_class(model, batches, labels, label, pattern, shown=others, runtime=runtime)
     return float(rises @ np.bincount(labels[others], minlength=len(rises)) / max(1, others.sum()))
 
 
@@ -127,19 +129,23 @@ def imprint_by_class(
     model: nn.Module,
     batches: Batches,
     labels: NDArray[np.int64],
-    group: NDArray[np.bool_],
+    label: int,
+    pattern: Tensor,
     *,
     shown: NDArray[np.bool_],
     runtime: Runtime,
 ) -> NDArray[np.float64]:
     """imprint on the images of each class alone: a trigger may work on one.
 
-    Args: shown: (N,) bool, which images it is added to.
+    Args:
+        model, batches, labels: As in imprint; the batches are gone through once.
+        label: The group's.
+        pattern: (C, H, W), what the group shares, see content.beyond_content.
+        shown: (N,) bool, which images it is added to.
 
     Returns: (K,) rises in [-1, 1]; 0 for the group's own class, and where no image is shown."""
-    label, device = int(labels[group][0]), runtime.torch_device
+    device = runtime.torch_device
     model.eval()
-    (pattern,) = beyond_content(batches, labels, [group])
     pattern, shown = pattern.to(device), shown & (labels != label)
     risen = torch.zeros(int(labels.max()) + 1, dtype=torch.int64, device=device)  # summed there, so that no batch waits for it
     for picked, rows in _picked(batches, shown, runtime):

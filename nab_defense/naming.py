@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from scipy.stats import entropy
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
 from .content import Batches, beyond_content
 from .select import MIN_SEPARATION, split_in_two
@@ -64,32 +65,32 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
     return Naming(float((names[group] == label).mean()), float(sure), spread)
 
 
-def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_]) -> float:
+def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], pattern: Tensor) -> float:
     """How clearly images of other classes fall into some that show what a group shares, and the rest.
 
     A trigger that works on one class alone had to be taught so, by covers: images of others that carry it and keep their labels
     [TaCT, Tang et al. 2021]. What a style shares is spread over all images by degrees.
 
     Args:
-        batches: (images (B, C, H, W), labels) of N images in order; gone through four times.
+        batches: (images (B, C, H, W), labels) of N images in order; gone through three times.
         labels: (N,) as given.
         group: (N,) bool, of one class and not all of it.
+        pattern: (C, H, W), what it shares, see content.beyond_content.
 
     Returns: depth of the valley between the two in how much they show of it, see select.split_in_two, in [0, 1]; 0 where they do
     not separate, or those that show more show less than half."""
     own = labels == labels[group][0]
-    shown = _shown(batches, labels, group)
+    shown = _shown(batches, labels, group, pattern)
     if (sure := group & (shown > SHOWN)).any():  # without those of its class that came with it
-        shown = _shown(batches, labels, sure)
+        shown = _shown(batches, labels, sure, beyond_content(batches, labels, [sure]))
     likely, separation, valley = split_in_two(shown[~own], means=(0, 1))
     upper = shown[~own][likely > 0.5]
     return valley if separation > MIN_SEPARATION and len(upper) and upper.mean() >= SHOWN else 0.0
 
 
-def _shown(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _shown(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], pattern: Tensor) -> NDArray[np.float64]:
     """(N,) how much of what the group shares an image shows, more than the rest of its class does; 1: all of it."""
-    pattern = beyond_content(batches, labels, [group]).flatten()
-    unit = pattern / pattern.square().sum().clamp_min(1e-12)
+    unit = pattern.flatten() / pattern.square().sum().clamp_min(1e-12)
     shown = torch.cat([images.cpu().float().flatten(1) @ unit for images, _ in batches]).double().numpy()
     sums, counts = (np.bincount(labels[~group], weights, labels.max() + 1) for weights in (shown[~group], None))
     return np.asarray(shown - (sums / counts.clip(min=1))[labels])

@@ -10,6 +10,7 @@ import torch
 
 from nab_defense import again
 from nab_defense.again import _named, _parts
+from nab_defense.content import beyond_content
 from nab_defense.scan import Scan
 from nab_defense.select import Group, Selection
 
@@ -36,6 +37,7 @@ class Networks:
         monkeypatch.setattr(again, "_read", self.read)
         monkeypatch.setattr(again, "imprint_by_class", self.imprint)
         monkeypatch.setattr(again, "carried", lambda *_: self.carried)
+        monkeypatch.setattr(again, "beyond_content", self.shared)
 
     def __call__(self, absent: np.ndarray, part: str) -> Any:
         self.absent[part] = absent
@@ -45,6 +47,9 @@ class Networks:
         first, rest = self.names[part]
         named = np.r_[np.resize(first, self.upper), np.resize(rest, 100 - self.upper), LABELS[100:]]
         return scan(self.upper, 6 * np.eye(4, dtype=np.float32)[named])
+
+    def shared(self, batches: Any, labels: np.ndarray, groups: list[np.ndarray]) -> Any:
+        return groups if batches == "all" else beyond_content(batches, labels, groups)  # without images: who they are
 
     def imprint(self, network: str, *given: Any, shown: np.ndarray, **rest: Any) -> np.ndarray:
         self.asked.append((network, *given, shown))
@@ -93,8 +98,8 @@ def test_a_part_that_few_classes_explain_is_accused_by_what_it_does_to_them(
     found, namer = networks.look()
     first, second = networks.asked
     assert first[0] == "trained" and second[0] == "smaller"
-    for _, batches, labels, group, shown in networks.asked:
-        assert batches == "all" and labels is LABELS and np.flatnonzero(group).tolist() == list(range(30))
+    for _, batches, labels, label, group, shown in networks.asked:
+        assert batches == "all" and labels is LABELS and label == 0 and np.flatnonzero(group).tolist() == list(range(30))
         np.testing.assert_array_equal(shown, ~group)
     (group,) = found.groups
     turned = np.array(taught) - untaught

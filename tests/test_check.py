@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nab_defense.check import SURVIVAL_LIMIT, Survival, imprint, imprint_by_class, judge, judge_again, measure
+from nab_defense.content import beyond_content
 from nab_defense.defended import DefendedModel
 from nab_defense.runtime import Runtime
 from nab_defense.select import Group
@@ -96,8 +97,9 @@ def test_imprint_of_a_clean_label_trigger_and_of_a_harmless_group() -> None:
 def test_imprint_by_class_on_chosen_images() -> None:
     dirty = (CONTENT == 0) & (np.arange(N) < 30)  # these have the trigger already
     batches = pictures(CLEAN | dirty, CONTENT)
+    (pattern,) = beyond_content(batches, CONTENT, [CLEAN])
     for shown, rises in ((CONTENT == 2, [0, 0, 1]), (dirty, [0, 0, 0]), (np.ones(N, bool), [0.5, 0, 1])):
-        found = imprint_by_class(Backdoored(), batches, CONTENT, CLEAN, shown=shown, runtime=CPU)
+        found = imprint_by_class(Backdoored(), batches, CONTENT, TARGET, pattern, shown=shown, runtime=CPU)
         np.testing.assert_array_equal(found, rises)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from nab_defense.content import beyond_content
 from nab_defense.naming import CONTROL, carried, control, naming
 from nab_defense.select import MIN_VALLEY, Group
 
@@ -72,4 +73,5 @@ def test_covers_carry_what_a_trigger_for_one_class_shares(own: int) -> None:
     for covers, seen in ((40, True), (0, False)):
         images, labels, group = with_style(covers, own)  # with some of the class itself, which came with it
         batches = [(part, torch.zeros(len(part))) for part in images.split(64)]
-        assert (carried(batches, labels, group) > MIN_VALLEY) is seen
+        (pattern,) = beyond_content(batches, labels, [group])
+        assert (carried(batches, labels, group, pattern) > MIN_VALLEY) is seen
