@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from .content import alike, beyond_content
 from .detectors import detectors
 from .look import imprints, make_finding
 from .naming import carried, control, naming
-from .parts import Part, joined, same_parts, smaller_halves
+from .parts import Part, joined, same_parts, smaller_halves, with_more_like_it
 from .passes import clearest, confirmed
 from .plan import Finding
 from .scan import Scan, scan_model
@@ -39,8 +41,8 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     Poison that the scan's short training does not learn faster than content (few samples, subtle triggers, a second trigger) is
     invisible to it, but once learned it stands apart in the trained network's features. A trigger that is the same in all
     images shows in what they share. For others the part of a class that stands apart, or did so in the scan, is left out of one
-    more training, and accused where that network finds the content of many other classes in it (see naming.naming); or that of
-    few, and what the part shares is a trigger: it turns images of all classes, or those of one and is on covers of others [TaCT,
+    more training, with what is like it, and accused where that network finds the content of many other classes in it (see
+    naming.naming); or that of few, and what the part shares is a trigger: it turns images of all classes, or those of one and is on covers of others [TaCT,
     Tang et al. 2021], or it is what the accused of its class share, a trigger of which a part was found before.
 
     Args:
@@ -88,7 +90,8 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
         members = apart & (scan.labels == label)
         group = next(g for g in (*selection.groups, *before.selection.groups) if g.label == label)
         if label not in parts or parts[label][0].separation < group.separation:
-            parts[label] = dataclasses.replace(group, size=int(members.sum())), members.astype(np.float64)
+            own = (scan.labels == label) & ~selection.suspect
+            parts[label] = dataclasses.replace(group, size=int(members.sum())), with_more_like_it(scan, own, members)
     parts |= kin
     return [part for label, part in parts.items() if label not in spared]
 
@@ -111,6 +114,16 @@ def _kin(session: Session, scan: Scan, halves: dict[int, Part], aside: NDArray[n
     return {label: (dataclasses.replace(group, alike=share), likely) for label, (group, likely) in kin.items()}
 
 
+@dataclass(frozen=True, eq=False)
+class _Unseen:
+    """A network that never saw some samples, parts of classes, nor others, to compare these with; and what it sees in all."""
+
+    network: nn.Module
+    scan: Scan
+    absent: NDArray[np.bool_]
+    others: NDArray[np.bool_]
+
+
 def _named(
     session: Session, trained: nn.Module, scan: Scan, selection: Selection, parts: list[Part], without: Without
 ) -> tuple[Selection, nn.Module | None]:
@@ -125,47 +138,57 @@ def _named(
         absent = np.any([selection.suspect, *(likely > DOUBT for _, likely in parts)], axis=0)
         others = control(absent, session.recipe.seed)
         network = without(absent | others, name)
-        logits, rest = _read(session, network).logits, []
+        unseen, rest = _Unseen(network, _read(session, network), absent, others), []
         # One trigger, one verdict: what it makes of an image may look like one of the classes to a network that never saw it.
         kin = [likely > 0.5 for group, likely in parts if group.alike]
-        kin_named = float((logits.argmax(1) == scan.labels)[np.any(kin, axis=0)].mean()) if kin else None
+        kin_named = float((unseen.scan.logits.argmax(1) == scan.labels)[np.any(kin, axis=0)].mean()) if kin else None
         for group, likely in parts:
             if ((scan.labels == group.label) & ~absent).sum() < MIN_SEEDS:
                 continue  # a network that never saw the class cannot tell what is foreign to it
-            part = likely > 0.5
-            seen = naming(logits, scan.labels, part, others)
-            named = kin_named if group.alike else seen.named
-            group = dataclasses.replace(group, named=named, sure=seen.sure, spread=seen.spread, source=None)
             members = (scan.labels == group.label) & ~selection.suspect
-            accused = (scan.labels == group.label) & selection.suspect
-            if group.unlike and not group.foreign and accused.sum() >= MIN_SEEDS:
-                shared = beyond_content(session.ordered(session.source), scan.labels, [part, accused]).flatten(1)
-                group = dataclasses.replace(group, same=float(cosine_similarity(shared[0], shared[1], dim=0)))
-                log.info("class %d: shares %.2f of what its accused share", group.label, group.same)
-            # What most of a class share is its content, which turns images of classes that resemble it.
-            if group.unlike and not group.foreign and 2 * part.sum() <= members.sum():
-                batches, how = session.ordered(session.source), {"shown": ~absent, "runtime": session.runtime}
-                (pattern,) = beyond_content(batches, scan.labels, [part])
-                taught, untaught = (
-                    imprint_by_class(one, batches, scan.labels, group.label, pattern, **how) for one in (trained, network)
-                )
-                turned, covers = taught - untaught, carried(batches, scan.labels, part, pattern)
-                every = float(turned.sum() / (len(turned) - 1))
-                group = dataclasses.replace(group, source=float(turned.max()), every=every, carried=covers)
-                log.info("class %d: turns %s of the classes, carried %.2f", group.label, np.round(turned, 2), covers)
-            log.info("class %d, %s part, %d samples: %s", group.label, name, group.size, seen)
+            group = _examined(session, trained, unseen, selection.suspect, group, likely > 0.5)
+            if group.alike:
+                group = dataclasses.replace(group, named=kin_named)
             if group.foreign:
                 namer = network
                 if not group.alike:
-                    likely = joined(scan, members, likely, logits)
+                    likely = joined(scan, members, likely, unseen.scan.logits)
                     group = dataclasses.replace(group, size=int((likely > 0.5).sum()))
-                    log.info("class %d: %d samples join", group.label, group.size - part.sum())
+                    log.info("class %d: %d samples in all", group.label, group.size)
             elif group.size > BALANCED * members.sum():
                 larger = int(members.sum()) - group.size
                 rest.append((dataclasses.replace(group, size=larger, alike=0.0), np.where(members, 1 - likely, 0)))
             selection = _with(selection, group, likely)
         parts = rest
     return selection, namer
+
+
+def _examined(
+    session: Session, trained: nn.Module, unseen: _Unseen, suspect: NDArray[np.bool_], group: Group, part: NDArray[np.bool_]
+) -> Group:
+    """The group, a part of a class, with what its names and what it shares show.
+
+    Args: suspect: (N,) bool, accused by now."""
+    labels, label = unseen.scan.labels, group.label
+    seen = naming(unseen.scan.logits, labels, part, unseen.others)
+    log.info("class %d, %d samples: %s", label, group.size, seen)
+    group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=seen.spread, source=None)
+    own = labels == label
+    if group.unlike and not group.foreign and (own & suspect).sum() >= MIN_SEEDS:
+        shared = beyond_content(session.ordered(session.source), labels, [part, own & suspect]).flatten(1)
+        group = dataclasses.replace(group, same=float(cosine_similarity(shared[0], shared[1], dim=0)))
+        log.info("class %d: shares %.2f of what its accused share", label, group.same)
+    # What most of a class share is its content, which turns images of classes that resemble it.
+    if group.unlike and not group.foreign and 2 * part.sum() <= (own & ~suspect).sum():
+        batches = session.ordered(session.source)
+        (pattern,) = beyond_content(batches, labels, [part])
+        tried = partial(imprint_by_class, shown=~unseen.absent, runtime=session.runtime)
+        taught, untaught = (tried(one, batches, labels, label, pattern) for one in (trained, unseen.network))
+        turned, covers = taught - untaught, carried(batches, labels, part, pattern)
+        every = float(turned.sum() / (len(turned) - 1))
+        group = dataclasses.replace(group, source=float(turned.max()), every=every, carried=covers)
+        log.info("class %d: turns %s of the classes, carried %.2f", label, np.round(turned, 2), covers)
+    return group
 
 
 def _with(selection: Selection, group: Group, likely: NDArray[np.float64]) -> Selection:

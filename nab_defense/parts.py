@@ -10,9 +10,10 @@ from .principal import Standardized
 from .scan import Scan
 from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, ONE_THREAD, Group, grow, in_two, probe, split_in_two
 
-__all__ = ["Part", "joined", "same_parts", "smaller_halves"]
+__all__ = ["Part", "joined", "same_parts", "smaller_halves", "with_more_like_it"]
 
 SOME_VALLEY = 0.1  # enough of one to look closer
+MAYBE = 0.4  # most that a sample is said to belong to a part that it was not found with: left out with it, not examined
 FEW = 5  # of a class, where other classes have such a part, too
 
 Part = tuple[Group, NDArray[np.float64]]  # of a class, and each sample's probability of being in it
@@ -63,6 +64,24 @@ def same_parts(scan: Scan, aside: NDArray[np.bool_], some: NDArray[np.bool_]) ->
         if separation > MIN_SEPARATION and valley > MIN_VALLEY and FEW <= (likely > 0.5).sum() <= members.sum() / 2:
             found.append(_part(label, members, likely, separation, valley))
     return found
+
+
+def with_more_like_it(scan: Scan, members: NDArray[np.bool_], part: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """A part that an earlier look found, and what is like it in a trained network: poison that it missed would teach its trigger.
+
+    Args:
+        scan: What the trained network saw.
+        members: (N,) bool, the class.
+        part: (N,) bool, some of it.
+
+    Returns: (N,) probability of belonging to the part: 1 in it, at most MAYBE for others, 0 where it does not stand apart."""
+    likely = part.astype(np.float64)
+    if min(part.sum(), (members & ~part).sum()) < MIN_SEEDS:
+        return likely
+    group, grown = grow(Standardized(scan.features), members, part, scan.losses, np.zeros_like(part))
+    if group.separation > MIN_SEPARATION and group.valley > SOME_VALLEY:
+        likely[members] = np.maximum(likely[members], np.minimum(grown, MAYBE))
+    return likely
 
 
 def joined(

@@ -164,6 +164,19 @@ def test_of_what_stood_apart_before_and_what_falls_in_two_now_the_clearer_part_i
     assert _parts(ANY, scan(30), accused, before, {0}) == []  # nor what was cleared by its names before
 
 
+def test_poison_that_an_earlier_look_missed_is_left_out_with_the_rest_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go = Group(0, 9, 50.0, 0.8, 24, 0.9, imprint=0.4)
+    selection = Selection(np.zeros(400, bool), (np.arange(400) < 24).astype(np.float32), (let_go,))
+    before: Any = SimpleNamespace(selection=selection)
+    parts = _parts(ANY, scan(30), selection, before, set())
+    assert [group.size for group, _ in parts] == [24]
+    networks = Networks(30, monkeypatch, smaller=([1, 2, 3], [0]))
+    session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None)
+    found, _ = _named(session, ANY, scan(30), selection, parts, networks)
+    assert networks.absent["smaller"][:30].all()
+    assert np.flatnonzero(found.suspect).tolist() == list(range(30))
+
+
 def test_what_most_of_a_class_shares_accuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """What 55 of 100 images of a class share is its content, and turns images that resemble it."""
     networks = Networks(55, monkeypatch, smaller=([0], [0]), larger=([2], [0]))

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from nab_defense.parts import joined, same_parts
+from nab_defense.parts import MAYBE, joined, same_parts, with_more_like_it
 from nab_defense.scan import Scan
 from tests.test_select import CLASSES, sample
 
@@ -41,3 +41,22 @@ def test_what_shows_little_of_the_trigger_joins_an_accused_part_where_its_conten
     assert now[:100].all() and not now[400:].any() and now[150:400].sum() <= 10
     assert now[100:150].mean() > 0.8 if content else not now[100:150].any()
     assert part.sum() == 100  # not written to
+
+
+def test_what_an_earlier_look_missed_of_a_part_may_belong_to_it() -> None:
+    scan, poisoned = sample(targets=[0], rate=0.1, shift=12.0)
+    members, part = scan.labels == 0, poisoned.copy()
+    part[np.flatnonzero(poisoned)[::4]] = False  # a quarter of the poison was missed
+    likely, missed = with_more_like_it(scan, members, part), poisoned & ~part
+    assert (likely[part] == 1).all() and (likely[missed] == MAYBE).mean() > 0.9
+    assert (likely[members & ~poisoned] < 0.02).mean() > 0.95 and not likely[~members].any()
+
+
+def test_a_part_that_does_not_stand_apart_and_one_of_a_few_samples_stay_as_they_were() -> None:
+    scan, poisoned = sample(targets=[0], rate=0.1, shift=12.0)
+    members, clean = scan.labels == 0, np.flatnonzero((scan.labels == 0) & ~poisoned)
+    for count in (40, 5):
+        part = np.isin(np.arange(len(scan)), clean[:count])
+        np.testing.assert_array_equal(with_more_like_it(scan, members & ~poisoned, part), part)
+    few = np.isin(np.arange(len(scan)), np.flatnonzero(poisoned)[:5])
+    np.testing.assert_array_equal(with_more_like_it(scan, members, few), few)
