@@ -42,8 +42,9 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     invisible to it, but once learned it stands apart in the trained network's features. A trigger that is the same in all
     images shows in what they share. For others the part of a class that stands apart, or did so in the scan, is left out of one
     more training, with what is like it, and accused where that network finds the content of many other classes in it (see
-    naming.naming); or that of few, and what the part shares is a trigger: it turns images of all classes, or those of one and is on covers of others [TaCT,
-    Tang et al. 2021], or it is what the accused of its class share, a trigger of which a part was found before.
+    naming.naming); or that of few, and what the part shares is a trigger: it turns images of all classes, or those of one and is
+    on covers of others [TaCT, Tang et al. 2021], or it is what the accused of its class share, a trigger of which a part was
+    found before.
 
     Args:
         session: The run.
