@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nab_defense.purify.base import hardly_turned
 from tests.digits_runs import ROOT
 
 METHODS = ("ibau", "distill", "polarizer", "rnp")
@@ -48,3 +49,13 @@ def test_the_first_table_of_repairs_is_the_worst_of_the_seeds(model: str) -> Non
         every = [purified(method, model, seed) for seed in range(3)]
         worst = min(one["acc"] for one in every), max(one["asr"] for one in every)
         assert shown(cell) == pytest.approx(worst, abs=6e-4), method
+
+
+def test_what_is_called_repaired_left_little() -> None:
+    records = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("purify_*.json"))]
+    left = {True: [0.0], False: [0.0]}
+    for record in records:
+        if "purified" in record["models"]:
+            left[hardly_turned(record["before"], record["after"])].append(record["models"]["purified"]["asr"]["value"])
+    assert len(left[True]) > 40 and max(left[True]) < 0.08
+    assert len(left[False]) > 15 and max(left[False]) > 0.3  # so it is worth asking

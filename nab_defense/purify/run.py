@@ -17,7 +17,7 @@ from ..clean import CleanSet, Pixels, logits_of
 from ..kept import Kept, hashed
 from ..runtime import Runtime, fixed_seed
 from ..universal import Pool, pool_of
-from .base import Candidates, Choice, Judge, Notes, Purifier, frozen, still_turned
+from .base import Candidates, Choice, Judge, Notes, Purifier, frozen, hardly_turned
 
 __all__ = ["PurifyResult", "count_outputs", "prepared", "purify"]
 
@@ -55,8 +55,8 @@ class PurifyResult:
 
     @property
     def repaired(self) -> bool:
-        """Accepted, and turned by perturbations in less than half as many images as the original was."""
-        return self.status == "accepted" and not still_turned(self.before, self.after)
+        """Accepted, and turned by perturbations in less than a quarter as many images as the original was."""
+        return self.status == "accepted" and hardly_turned(self.before, self.after)
 
 
 def purify(

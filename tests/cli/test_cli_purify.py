@@ -103,7 +103,7 @@ def place(tmp_path: Path, images: Path, backdoored: dict[str, Tensor], monkeypat
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a method makes is taken; for tests of what happens then."""
     monkeypatch.setattr("nab_defense.purify.base.choice.LEAST_GAIN", -1.0)
-    monkeypatch.setattr("nab_defense.purify.base.choice.TURNED", 2.0)
+    monkeypatch.setattr("nab_defense.purify.base.choice.REPAIRED", 2.0)
 
 
 def foreign(*extra: str) -> int:
@@ -190,7 +190,7 @@ def test_nothing_gained_is_rejected(place: Path) -> None:
 def test_what_can_still_be_turned_is_written_but_not_called_repaired(
     place: Path, lenient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nab_defense.purify.base.choice.TURNED", 0.0)
+    monkeypatch.setattr("nab_defense.purify.base.choice.REPAIRED", 0.0)
     assert foreign(*WEAK, "lr=1e-8", "--out", "out") == 3
     found = measured(place / "out")
     assert found["status"] == "accepted" and not found["verdict"]["protected"] and (place / "out" / "model.safetensors").exists()

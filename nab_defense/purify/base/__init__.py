@@ -1,6 +1,6 @@
 """What purifiers share."""
 
-from .choice import Choice, may_keep, still_turned
+from .choice import Choice, hardly_turned, may_keep
 from .hardening import Attacked, Hardening, hardened
 from .judge import Judge
 from .loops import FineTuning, Stepping, due, fine_tuned, keep, stepped, taken_up
@@ -8,6 +8,6 @@ from .protocol import Candidates, Notes, Purifier, check_finite, divergence, fro
 
 __all__ = [
     "Attacked", "Candidates", "Choice", "FineTuning", "Hardening", "Judge", "Notes", "Purifier", "Stepping", "check_finite",
-    "divergence", "due", "fine_tuned", "frozen", "hardened", "keep", "may_keep", "norms", "purifiers", "stepped", "still_turned",
+    "divergence", "due", "fine_tuned", "frozen", "hardened", "hardly_turned", "keep", "may_keep", "norms", "purifiers", "stepped",
     "taken_up", "train_norms",
 ]  # fmt: skip

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from ...kept import Kept
 
-__all__ = ["Choice", "may_keep", "still_turned"]
+__all__ = ["Choice", "hardly_turned", "may_keep"]
 
 log = logging.getLogger(__name__)
 LEAST_GAIN = 0.1  # of the proxy: less is noise, and no repair
 TIE = 0.02  # proxies this close are the same
 DOUBT = 2.0  # standard errors: a loss that exceeds max_drop by less may be chance
-TURNED = 0.5  # of the original's proxy: what leaves so much of it is better than it was, but not repaired
+TURNED = 0.5  # of the original's proxy: what leaves so much of it is better than it was, but no repair to lose accuracy for
+REPAIRED = 0.25  # of it: what leaves so much is not called repaired; results/README.md tells what it hides
 
 
 class Choice:
@@ -73,6 +74,11 @@ def may_keep(before: dict[str, Any], record: dict[str, Any], max_drop: float) ->
 def still_turned(before: dict[str, Any], record: dict[str, Any]) -> bool:
     """Whether half of what turned the original is left, or more; nobody knows how much of the backdoor that is."""
     return bool(record["proxy"] >= TURNED * before["proxy"])
+
+
+def hardly_turned(before: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether less than a quarter of it is left: enough to speak of a repair."""
+    return bool(record["proxy"] < REPAIRED * before["proxy"])
 
 
 def _better(record: dict[str, Any], than: dict[str, Any]) -> bool:
