@@ -18,7 +18,7 @@ from .content import alike, beyond_content
 from .detectors import detectors
 from .look import imprints, make_finding
 from .naming import carried, control, naming
-from .parts import Part, joined, same_parts, smaller_halves, with_more_like_it
+from .parts import DOUBT, Part, joined, same_parts, smaller_halves, with_more_like_it
 from .passes import clearest, confirmed
 from .plan import Finding
 from .scan import Scan, scan_model
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 FEW_CLASSES = 3  # two may have styles that are alike
 LEARNED = 0.5  # share of images that it must name as labelled: a network that learned little takes any pattern for a class
 BALANCED = 0.4  # share of a class above which its smaller part may as well be the clean one
-DOUBT = 0.02  # left out is what belongs to the part with this probability: the rest of the poison would teach its trigger
 Without = Callable[[NDArray[np.bool_], str], nn.Module]
 
 

@@ -10,9 +10,10 @@ from .principal import Standardized
 from .scan import Scan
 from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, ONE_THREAD, Group, grow, in_two, probe, split_in_two
 
-__all__ = ["Part", "joined", "same_parts", "smaller_halves", "with_more_like_it"]
+__all__ = ["DOUBT", "Part", "joined", "same_parts", "smaller_halves", "with_more_like_it"]
 
 SOME_VALLEY = 0.1  # enough of one to look closer
+DOUBT = 0.02  # left out is what belongs to the part with this probability: the rest of the poison would teach its trigger
 MAYBE = 0.4  # most that a sample is said to belong to a part that it was not found with: left out with it, not examined
 FEW = 5  # of a class, where other classes have such a part, too
 
@@ -74,14 +75,16 @@ def with_more_like_it(scan: Scan, members: NDArray[np.bool_], part: NDArray[np.b
         members: (N,) bool, the class.
         part: (N,) bool, some of it.
 
-    Returns: (N,) probability of belonging to the part: 1 in it, at most MAYBE for others, 0 where it does not stand apart."""
+    Returns: (N,) probability of belonging to the part: 1 in it, at most MAYBE for others; 0 where it does not stand apart, and
+    where too little of the class would be left to learn it from."""
     likely = part.astype(np.float64)
     if min(part.sum(), (members & ~part).sum()) < MIN_SEEDS:
         return likely
     group, grown = grow(Standardized(scan.features), members, part, scan.losses, np.zeros_like(part))
-    if group.separation > MIN_SEPARATION and group.valley > SOME_VALLEY:
-        likely[members] = np.maximum(likely[members], np.minimum(grown, MAYBE))
-    return likely
+    wider = likely.copy()
+    wider[members] = np.maximum(likely[members], np.minimum(grown, MAYBE))
+    stands = group.separation > MIN_SEPARATION and group.valley > SOME_VALLEY
+    return wider if stands and (wider[members] <= DOUBT).sum() >= MIN_SEEDS else likely
 
 
 def joined(

@@ -52,6 +52,16 @@ def test_what_an_earlier_look_missed_of_a_part_may_belong_to_it() -> None:
     assert (likely[members & ~poisoned] < 0.02).mean() > 0.95 and not likely[~members].any()
 
 
+@pytest.mark.parametrize(("rest", "widened"), [(60, True), (15, False)])
+def test_a_part_is_not_widened_where_too_little_of_its_class_would_be_left(rest: int, widened: bool) -> None:
+    scan, poisoned = sample(targets=[0], rate=0.1, shift=12.0)
+    clean = np.flatnonzero((scan.labels == 0) & ~poisoned)
+    part = poisoned.copy()
+    part[np.flatnonzero(poisoned)[::4]] = False
+    members = poisoned | np.isin(np.arange(len(scan)), clean[:rest])
+    assert (with_more_like_it(scan, members, part)[poisoned & ~part] > 0).any() == widened
+
+
 def test_a_part_that_does_not_stand_apart_and_one_of_a_few_samples_stay_as_they_were() -> None:
     scan, poisoned = sample(targets=[0], rate=0.1, shift=12.0)
     members, clean = scan.labels == 0, np.flatnonzero((scan.labels == 0) & ~poisoned)
