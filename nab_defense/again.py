@@ -86,7 +86,7 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
     kin = _kin(session, scan, halves, selection.suspect)
     parts = {label: part for label, part in halves.items() if part[0].size >= MIN_SEEDS}
     apart = (selection.doubt > 0.5) & ~selection.suspect
-    for label in np.unique(scan.labels[apart]).tolist():
+    for label in np.unique(scan.labels[apart & ~np.isin(scan.labels, [*spared, *kin])]).tolist():
         members = apart & (scan.labels == label)
         group = next(g for g in (*selection.groups, *before.selection.groups) if g.label == label)
         if label not in parts or parts[label][0].separation < group.separation:

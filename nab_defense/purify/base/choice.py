@@ -59,7 +59,8 @@ class Choice:
         return self.before, None
 
     def _kind(self, record: dict[str, Any]) -> tuple[bool, bool]:
-        return still_turned(self.before, record), self.before["accuracy"] - record["accuracy"] > self.max_drop
+        still_turned = record["proxy"] >= TURNED * self.before["proxy"]
+        return still_turned, self.before["accuracy"] - record["accuracy"] > self.max_drop
 
     def _state(self) -> dict[str, Any]:
         best = [(record, dict(n if isinstance(n, dict) else n.state_dict())) for record, n in self.best.values()]
@@ -71,13 +72,8 @@ def may_keep(before: dict[str, Any], record: dict[str, Any], max_drop: float) ->
     return bool(before["accuracy"] - record["accuracy"] <= max_drop + DOUBT * record["error"])
 
 
-def still_turned(before: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether half of what turned the original is left, or more; nobody knows how much of the backdoor that is."""
-    return bool(record["proxy"] >= TURNED * before["proxy"])
-
-
 def hardly_turned(before: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether less than a quarter of it is left: enough to speak of a repair."""
+    """Whether less than a quarter of what turned the original is left; nobody knows how much of the backdoor that is."""
     return bool(record["proxy"] < REPAIRED * before["proxy"])
 
 
