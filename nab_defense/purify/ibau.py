@@ -23,6 +23,7 @@ __all__ = ["IBAU", "hypergradient"]
 
 Value = Callable[[Tensor], Tensor]
 CLIP = 5.0  # of the gradient norm: the inner loss has no floor
+FEW = 256  # images to fit on: with fewer the rate falls in proportion, since fewer say less of what is to stay
 FORMS = ("exact", "fd", "none")
 FD_STEP = {torch.float32: 1e-2, torch.float64: 1e-5}  # of finite differences, relative to the change
 
@@ -99,7 +100,8 @@ class IBAU:
         steps: Updates.
         rounds: Candidates, at equal distances in the second half, the last at the end.
         batch_size: Images a step.
-        lr: Of SGD with momentum .9 on the weights, falling to zero along a cosine.
+        lr: Of SGD with momentum .9 on the weights, falling to zero along a cosine; with fewer than 256 images to fit on less, in
+            proportion to their number.
         fraction: Part of a batch that carries a perturbation, at first, in (0, 1).
         hold: Weight of the divergence from the original's answers, beside the cross-entropy with the labels.
         form, terms, rate: See hypergradient; the default is what was measured.
@@ -135,7 +137,7 @@ class IBAU:
         assert clean.labels is not None
         teacher = frozen(copy.deepcopy(network))
         params = list(network.requires_grad_(True).parameters())
-        optimizer = torch.optim.SGD(params, lr=self.lr, momentum=0.9)
+        optimizer = torch.optim.SGD(params, lr=self.lr * min(1.0, len(clean) / FEW), momentum=0.9)
         truths = clean.labels
 
         def fresh(step: int) -> Tensor:
