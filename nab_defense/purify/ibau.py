@@ -17,7 +17,7 @@ from ..clean import CleanSet, Pixels
 from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, purifiers, train_norms
+from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, purifiers, recentred, train_norms
 
 __all__ = ["IBAU", "hypergradient"]
 
@@ -93,8 +93,8 @@ class IBAU:
     Unlike the authors' code: a share of every batch carries a perturbation (there 1 image in 100, none in batches under 100);
     each is targeted, since one that merely spoils predictions does not lead to the backdoor's class, and there are three a class,
     spread, a patch and a warp (see universal.Pool); radius and share fall with the learning rate: the end belongs to accuracy;
-    the curvature comes from fresh batches; normalisations follow the batches; and the original's own answers to clean images are
-    held on to, so that few images do.
+    the curvature comes from fresh batches; normalisations follow the batches, from clean statistics on (see base.recentred); and
+    the original's own answers to clean images are held on to, so that few images do.
 
     Args:
         steps: Updates.
@@ -136,6 +136,7 @@ class IBAU:
     ) -> Candidates:
         assert clean.labels is not None
         teacher = frozen(copy.deepcopy(network))
+        recentred(network, clean, runtime=runtime, augment=self.augment)
         params = list(network.requires_grad_(True).parameters())
         optimizer = torch.optim.SGD(params, lr=self.lr * min(1.0, len(clean) / FEW), momentum=0.9)
         truths = clean.labels

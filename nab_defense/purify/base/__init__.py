@@ -1,5 +1,6 @@
 """What purifiers share."""
 
+from .centring import recentred
 from .choice import Choice, hardly_turned, may_keep
 from .hardening import Attacked, Hardening, hardened
 from .judge import Judge
@@ -8,6 +9,6 @@ from .protocol import Candidates, Notes, Purifier, check_finite, divergence, fro
 
 __all__ = [
     "Attacked", "Candidates", "Choice", "FineTuning", "Hardening", "Judge", "Notes", "Purifier", "Stepping", "check_finite",
-    "divergence", "due", "fine_tuned", "frozen", "hardened", "hardly_turned", "keep", "may_keep", "norms", "purifiers", "stepped",
-    "taken_up", "train_norms",
+    "divergence", "due", "fine_tuned", "frozen", "hardened", "hardly_turned", "keep", "may_keep", "norms", "purifiers",
+    "recentred", "stepped", "taken_up", "train_norms",
 ]  # fmt: skip
