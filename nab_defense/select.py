@@ -28,7 +28,6 @@ __all__ = [
     "Selection",
     "expand",
     "grow",
-    "in_two",
     "probe",
     "split_in_two",
     "take_fraction",
@@ -201,23 +200,18 @@ def expand(
 
 
 def _half(features: Rows, members: NDArray[np.bool_], scores: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """The more suspicious half of a class that falls in two; else nobody.
+    """The more suspicious half of a class that falls in two along its top singular direction [Tran et al. 2018]; else nobody.
 
     On CIFAR-10 the classes of clean data stay one hump (valley below .1), and backdoored ones have a valley of .2 to 1 once
     the network obeys the trigger."""
     half = np.zeros_like(members)
-    likely, separation, valley = in_two(features, members)
+    if members.sum() < 2 * MIN_SEEDS:
+        return half
+    likely, separation, valley = split_in_two(project(features, np.flatnonzero(members), 1)[:, 0])
     if separation > MIN_SEPARATION and valley > MIN_VALLEY:
         upper, inside = likely > 0.5, scores[members]
         half[members] = upper if roc_auc_score(upper, inside) > 0.5 else ~upper
     return half
-
-
-def in_two(features: Rows, members: NDArray[np.bool_]) -> tuple[NDArray[np.float64], float, float]:
-    """split_in_two of a class along its top singular direction [Tran et al. 2018]; separation 0 where it is too small."""
-    if members.sum() < 2 * MIN_SEEDS:
-        return np.zeros(int(members.sum())), 0.0, 0.0
-    return split_in_two(project(features, np.flatnonzero(members), 1)[:, 0])
 
 
 def probe() -> LogisticRegression:

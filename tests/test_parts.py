@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from nab_defense.parts import MAYBE, joined, same_parts, with_more_like_it
+from nab_defense import select
+from nab_defense.parts import MAYBE, joined, same_parts, smaller_halves, with_more_like_it
+from nab_defense.principal import project
 from nab_defense.scan import Scan
 from tests.test_select import CLASSES, sample
 
@@ -70,3 +72,19 @@ def test_a_part_that_does_not_stand_apart_and_one_of_a_few_samples_stay_as_they_
         np.testing.assert_array_equal(with_more_like_it(scan, members & ~poisoned, part), part)
     few = np.isin(np.arange(len(scan)), np.flatnonzero(poisoned)[:5])
     np.testing.assert_array_equal(with_more_like_it(scan, members, few), few)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("few", [120, 0])
+def test_few_that_lie_on_the_slope_of_their_class_in_each_direction_stand_apart_in_two(seed: int, few: int) -> None:
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(1200, 12)) * np.r_[2.0, 1.2, np.ones(10)]
+    features[:few, :2] = features[:few, :2] * [0.3, 0.5] + [4.5, 3.5]  # of the others, 2.25 and 2.9 deviations away
+    labels = np.zeros(1200, dtype=np.int64)
+    for scale in (1.0, 0.0):  # and equal features show nothing
+        scan = Scan(labels, np.zeros(1200, np.float32), np.ones((1200, 1), np.float32), (scale * features).astype(np.float32))
+        assert select.split_in_two(project(scan.features, np.arange(1200), 1)[:, 0])[2] < 0.1
+        found = smaller_halves(scan, np.zeros(1200, dtype=bool))
+        assert bool(found) == bool(few and scale)
+        for group, likely in found:
+            assert group.valley > 0.5 and 0.95 * few < group.size < 1.1 * few and (likely[:few] > 0.5).mean() > 0.95
