@@ -14,7 +14,7 @@ from ..clean import CleanSet, Pixels
 from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, purifiers, train_norms
+from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, purifiers, recentred, train_norms
 
 __all__ = ["Distill", "layers_by_depth", "reinitialise", "shares"]
 
@@ -44,7 +44,8 @@ def shares(count: int, first: float, last: float, head: float) -> list[float]:
     """What share of each layer's weights is re-initialised: from `first` to `last` by equal factors, then `head`.
 
     Args: count: Layers, >= 1; the last is the head."""
-    body = [first * (last / first) ** (place / max(1, count - 2)) for place in range(count - 1)]
+    depths = [place / max(1, count - 2) for place in range(count - 1)]
+    body = [first ** (1 - depth) * last**depth for depth in depths]
     return [*body, head]
 
 
@@ -64,7 +65,8 @@ class Distill:
 
     The images need no labels and need not be of the classes. Re-initialising alone takes accuracy before it takes a backdoor,
     which is the strongest thing in the network; so, beyond the paper, part of each batch carries a universal perturbation, as
-    in IBAU, and the copy is to answer as the original does without it.
+    in IBAU, and the copy is to answer as the original does without it. Normalisations follow the batches, from clean statistics
+    on (see base.recentred).
 
     Args:
         steps: Optimizer steps.
@@ -100,6 +102,7 @@ class Distill:
     def candidates(
         self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
     ) -> Candidates:
+        recentred(network, clean, runtime=runtime, augment=self.augment)
         teacher = frozen(copy.deepcopy(network))
         self._reinitialise(network, runtime.put(clean.images[:2].float() / 255), runtime.seed)
         network.requires_grad_(True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from nab_defense.clean import CleanSet, Pixels
 from nab_defense.purify.base import norms, recentred, train_norms
+from nab_defense.purify.distill import Distill
 from nab_defense.purify.ibau import IBAU
 from nab_defense.runtime import Runtime
 from tests.purify.offered import offered
@@ -84,9 +88,10 @@ def test_a_network_without_batch_normalisation_keeps_every_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), after.state_dict().values(), strict=True))
 
 
-def test_normalisations_that_follow_batches_do_not_change_what_the_network_says() -> None:
+@pytest.mark.parametrize("method", [IBAU, partial(Distill, first=0.0, last=0.0, head=0.0)], ids=["ibau", "distill"])
+def test_normalisations_that_follow_batches_do_not_change_what_the_network_says(method: Callable[..., IBAU | Distill]) -> None:
     before = network()
     clean = CleanSet(IMAGES, answers(before).argmax(1))
-    ((_, after),) = offered(IBAU(steps=8, lr=1e-9, fraction=0.1, augment=False), copy.deepcopy(before), clean)
+    ((_, after),) = offered(method(steps=8, lr=1e-9, fraction=0.1, augment=False), copy.deepcopy(before), clean)
     assert isinstance(after, Pixels)
     assert (answers(after.eval()) - answers(before)).abs().mean() < 0.1 * answers(before).std()
