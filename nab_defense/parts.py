@@ -16,6 +16,7 @@ __all__ = ["DOUBT", "Part", "joined", "same_parts", "smaller_halves", "with_more
 SOME_VALLEY = 0.1  # enough of one to look closer
 DOUBT = 0.02  # left out is what belongs to the part with this probability: the rest of the poison would teach its trigger
 MAYBE = 0.4  # most that a sample is said to belong to a part that it was not found with: left out with it, not examined
+DIRECTIONS = 3  # of a class's features, in which it may fall in two
 FEW = 5  # of a class, where other classes have such a part, too
 
 Part = tuple[Group, NDArray[np.float64]]  # of a class, and each sample's probability of being in it
@@ -25,21 +26,21 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
     """Classes that fall in two in a trained network's features, for whatever reason and however faintly.
 
     They are looked at along their top singular direction [Tran et al. 2018], and where none falls in two there, along a line in
-    the first two directions: few among many, as one poisoned image in a hundred, lie on the slope of the others along either. Of
-    small classes nearly all have two parts in a plane, and a network that sees none of these names nothing well any more.
+    the first two directions, or three: few among many, as one poisoned image in a hundred, lie on the slope of the others along
+    each. Of small classes nearly all have two parts in a plane: a network that sees none of these names nothing well any more.
 
     Args:
         scan: What a trained network saw.
         aside: (N,) bool, samples that are left aside.
 
     Returns: of each such class a group, its smaller part, and for each sample of it (N,) the probability of being in that."""
-    for values in (_along_one, _along_two):
+    for rank in range(1, DIRECTIONS + 1):
         found = []
         for label in range(scan.num_classes):
             members = (scan.labels == label) & ~aside
             if members.sum() < 2 * MIN_SEEDS:
                 continue
-            likely, separation, valley = split_in_two(values(scan.features, np.flatnonzero(members)))
+            likely, separation, valley = split_in_two(_on_a_line(scan.features, np.flatnonzero(members), rank))
             likely = likely if (likely > 0.5).mean() <= 0.5 else 1 - likely
             if _apart(separation, valley) and (likely > 0.5).sum() >= FEW:
                 found.append(_part(label, members, likely, separation, valley))
@@ -48,20 +49,17 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
     return found
 
 
-def _along_one(features: Rows, rows: NDArray[np.intp]) -> NDArray[np.float32]:
-    return project(features, rows, 1)[:, 0]
-
-
 @ONE_THREAD
-def _along_two(features: Rows, rows: NDArray[np.intp]) -> NDArray[np.float64]:
-    """Along the line in the first two directions that best parts a mixture of two normals [Fisher 1936]."""
-    plane = project(features, rows, 2)
-    plane /= np.maximum(plane.std(0), 1e-12)
+def _on_a_line(features: Rows, rows: NDArray[np.intp], rank: int) -> NDArray[np.float64]:
+    """Along the line in the first `rank` directions that best parts a mixture of two normals [Fisher 1936]."""
+    values = project(features, rows, rank)
+    if rank == 1:
+        return values[:, 0].astype(np.float64)
+    values /= np.maximum(values.std(0), 1e-12)
     # Ten starts: from a single one, by k-means, the mixture often halves the many and overlooks the few.
-    mixture = GaussianMixture(2, random_state=0, reg_covar=1e-3, n_init=10, init_params="k-means++").fit(plane)
+    mixture = GaussianMixture(2, random_state=0, reg_covar=1e-3, n_init=10, init_params="k-means++").fit(values)
     within = (mixture.covariances_ * mixture.weights_[:, None, None]).sum(0)
-    line = np.linalg.solve(within, mixture.means_[1] - mixture.means_[0])
-    return np.asarray(plane @ line)
+    return np.asarray(values @ np.linalg.solve(within, mixture.means_[1] - mixture.means_[0]))
 
 
 def _apart(separation: float, valley: float) -> bool:

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from nab_defense import select
 from nab_defense.parts import MAYBE, joined, same_parts, smaller_halves, with_more_like_it
 from nab_defense.principal import project
 from nab_defense.scan import Scan
+from nab_defense.select import split_in_two
 from tests.test_select import CLASSES, sample
 
 
@@ -74,17 +74,24 @@ def test_a_part_that_does_not_stand_apart_and_one_of_a_few_samples_stay_as_they_
     np.testing.assert_array_equal(with_more_like_it(scan, members, few), few)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("few", [120, 0])
-def test_few_that_lie_on_the_slope_of_their_class_in_each_direction_stand_apart_in_two(seed: int, few: int) -> None:
+FEW_IN_TWO, FEW_IN_THREE = [4.5, 3.5, 0.0], [4.0, 2.4, 2.4]  # of the others 1.8 to 2.9 deviations away
+
+
+@pytest.mark.parametrize(
+    ("seed", "few", "away"),
+    [*((seed, few, FEW_IN_TWO) for seed in range(5) for few in (120, 0)), (3, 120, FEW_IN_THREE), (1, 120, FEW_IN_THREE)],
+)
+def test_few_that_lie_on_the_slope_of_their_class_in_each_direction_stand_apart_in_several(
+    seed: int, few: int, away: list[float]
+) -> None:
     rng = np.random.default_rng(seed)
-    features = rng.normal(size=(1200, 12)) * np.r_[2.0, 1.2, np.ones(10)]
-    features[:few, :2] = features[:few, :2] * [0.3, 0.5] + [4.5, 3.5]  # of the others, 2.25 and 2.9 deviations away
+    features = rng.normal(size=(1200, 12)) * np.r_[2.0, 1.3, 1.2, np.full(9, 0.8)]
+    features[:few, :3] = features[:few, :3] * 0.4 + away
     labels = np.zeros(1200, dtype=np.int64)
     for scale in (1.0, 0.0):  # and equal features show nothing
         scan = Scan(labels, np.zeros(1200, np.float32), np.ones((1200, 1), np.float32), (scale * features).astype(np.float32))
-        assert select.split_in_two(project(scan.features, np.arange(1200), 1)[:, 0])[2] < 0.1
+        assert split_in_two(project(scan.features, np.arange(1200), 1)[:, 0])[2] < 0.1
         found = smaller_halves(scan, np.zeros(1200, dtype=bool))
         assert bool(found) == bool(few and scale)
         for group, likely in found:
-            assert group.valley > 0.5 and 0.95 * few < group.size < 1.1 * few and (likely[:few] > 0.5).mean() > 0.95
+            assert group.valley > 0.5 and 0.95 * few < group.size < 1.15 * few and (likely[:few] > 0.5).mean() > 0.95
