@@ -81,6 +81,7 @@ FEW_IN_TWO, FEW_IN_THREE = [4.5, 3.5, 0.0], [4.0, 2.4, 2.4]  # of the others 1.8
     ("seed", "few", "away"),
     [*((seed, few, FEW_IN_TWO) for seed in range(5) for few in (120, 0)), (3, 120, FEW_IN_THREE), (1, 120, FEW_IN_THREE)],
 )
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 def test_few_that_lie_on_the_slope_of_their_class_in_each_direction_stand_apart_in_several(
     seed: int, few: int, away: list[float]
 ) -> None:
