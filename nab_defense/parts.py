@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from sklearn.mixture import GaussianMixture
 
-from .principal import Rows, Standardized, project
+from .principal import Standardized, along, directions
 from .scan import Scan
 from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, ONE_THREAD, Group, grow, probe, split_in_two
 
@@ -34,28 +34,28 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
         aside: (N,) bool, samples that are left aside.
 
     Returns: of each such class a group, its smaller part, and for each sample of it (N,) the probability of being in that."""
+    classes = [(label, (scan.labels == label) & ~aside) for label in range(scan.num_classes)]
+    classes = [(label, members) for label, members in classes if members.sum() >= 2 * MIN_SEEDS]
+    axes = [directions(scan.features, np.flatnonzero(members), DIRECTIONS) for _, members in classes]  # the costly part, once
     for rank in range(1, DIRECTIONS + 1):
         found = []
-        for label in range(scan.num_classes):
-            members = (scan.labels == label) & ~aside
-            if members.sum() < 2 * MIN_SEEDS:
-                continue
-            likely, separation, valley = split_in_two(_on_a_line(scan.features, np.flatnonzero(members), rank))
+        for (label, members), (mean, top) in zip(classes, axes, strict=True):
+            values = along(scan.features, np.flatnonzero(members), mean, top[:, :rank])
+            likely, separation, valley = split_in_two(_on_a_line(values))
             likely = likely if (likely > 0.5).mean() <= 0.5 else 1 - likely
             if _apart(separation, valley) and (likely > 0.5).sum() >= FEW:
                 found.append(_part(label, members, likely, separation, valley))
         if found:
-            break
-    return found
+            return found
+    return []
 
 
 @ONE_THREAD
-def _on_a_line(features: Rows, rows: NDArray[np.intp], rank: int) -> NDArray[np.float64]:
-    """Along the line in the first `rank` directions that best parts a mixture of two normals [Fisher 1936]."""
-    values = project(features, rows, rank)
-    if rank == 1:
+def _on_a_line(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(M, rank) along the line that best parts a mixture of two normals [Fisher 1936]; (M,)."""
+    if values.shape[1] == 1:
         return values[:, 0].astype(np.float64)
-    values /= np.maximum(values.std(0), 1e-12)
+    values = values / np.maximum(values.std(0), 1e-12)
     # Ten starts: from a single one, by k-means, the mixture often halves the many and overlooks the few.
     mixture = GaussianMixture(2, random_state=0, reg_covar=1e-3, n_init=10, init_params="k-means++").fit(values)
     within = (mixture.covariances_ * mixture.weights_[:, None, None]).sum(0)

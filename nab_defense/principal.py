@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.preprocessing import StandardScaler
 
-__all__ = ["BLOCK", "Rows", "Standardized", "project"]
+__all__ = ["BLOCK", "Rows", "Standardized", "along", "directions", "project"]
 
 BLOCK = 65_536  # rows
 
@@ -47,7 +47,14 @@ def _fitted(table: NDArray[np.float32]) -> StandardScaler:
 
 
 def project(features: Rows, rows: NDArray[np.intp], rank: int) -> NDArray[np.float32]:
-    """Some rows, centered, on their top principal directions.
+    """Some rows, centered, on their top principal directions: along what directions() gives, see there.
+
+    Returns: (M, rank), columns of falling variance, each up to its sign."""
+    return along(features, rows, *directions(features, rows, rank))
+
+
+def directions(features: Rows, rows: NDArray[np.intp], rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The mean of some rows, and their top principal directions.
 
     By the eigenvectors of the covariance, which a pass sums up; a singular value decomposition would hold three copies of all
     rows. It squares the spread of the values, so directions whose deviation is less than a thousandth of the largest one are
@@ -58,15 +65,21 @@ def project(features: Rows, rows: NDArray[np.intp], rank: int) -> NDArray[np.flo
         rows: (M,), which of them; M >= 1.
         rank: Number of directions, at most D.
 
-    Returns: (M, rank), columns of falling variance, each up to its sign."""
+    Returns: (D,) and (D, rank), of falling variance, each up to its sign."""
     mean = sum(part.sum(axis=0, dtype=np.float64) for part in _parts(features, rows)) / len(rows)
     shift = np.asarray(mean, dtype=np.float32)
     covariance = np.zeros((features.shape[1],) * 2)
     for part in _parts(features, rows):
         part = part - shift
         covariance += part.T @ part
-    directions = np.linalg.eigh(covariance)[1][:, : -rank - 1 : -1].astype(np.float32)
-    return np.concatenate([(part - shift) @ directions for part in _parts(features, rows)])
+    return shift, np.linalg.eigh(covariance)[1][:, : -rank - 1 : -1].astype(np.float32)
+
+
+def along(
+    features: Rows, rows: NDArray[np.intp], mean: NDArray[np.float32], directions: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """(M, rank) of some rows less a mean (D,), along directions (D, rank)."""
+    return np.concatenate([(part - mean) @ directions for part in _parts(features, rows)])
 
 
 def _parts(features: Rows, rows: NDArray[np.intp]) -> Iterator[NDArray[np.float32]]:
