@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from sklearn.mixture import GaussianMixture
 
-from .principal import Standardized, along, directions
+from .principal import Rows, Standardized, along, directions
 from .scan import Scan
 from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, ONE_THREAD, Group, grow, probe, split_in_two
 
@@ -25,9 +25,10 @@ Part = tuple[Group, NDArray[np.float64]]  # of a class, and each sample's probab
 def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
     """Classes that fall in two in a trained network's features, for whatever reason and however faintly.
 
-    They are looked at along their top singular direction [Tran et al. 2018], and where none falls in two there, along a line in
-    the first two directions, or three: few among many, as one poisoned image in a hundred, lie on the slope of the others along
-    each. Of small classes nearly all have two parts in a plane: a network that sees none of these names nothing well any more.
+    They are looked at along their top singular direction [Tran et al. 2018]. Few among many, as one poisoned image in a hundred,
+    lie on the slope of the others along any one direction: where no class falls in two there, the smaller part of each in its
+    first two directions, or three, is what a probe on all features starts from, as `select.grow` does from seeds. Of small
+    classes nearly all have two parts in a plane: a network that sees none of these names nothing well any more.
 
     Args:
         scan: What a trained network saw.
@@ -37,11 +38,15 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
     classes = [(label, (scan.labels == label) & ~aside) for label in range(scan.num_classes)]
     classes = [(label, members) for label, members in classes if members.sum() >= 2 * MIN_SEEDS]
     axes = [directions(scan.features, np.flatnonzero(members), DIRECTIONS) for _, members in classes]  # the costly part, once
+    features = Standardized(scan.features)
     for rank in range(1, DIRECTIONS + 1):
         found = []
         for (label, members), (mean, top) in zip(classes, axes, strict=True):
             values = along(scan.features, np.flatnonzero(members), mean, top[:, :rank])
-            likely, separation, valley = split_in_two(_on_a_line(values))
+            if rank == 1:
+                likely, separation, valley = split_in_two(values[:, 0])
+            else:
+                likely, separation, valley = _grown(scan, features, members, _fewer(values))
             likely = likely if (likely > 0.5).mean() <= 0.5 else 1 - likely
             if _apart(separation, valley) and (likely > 0.5).sum() >= FEW:
                 found.append(_part(label, members, likely, separation, valley))
@@ -51,15 +56,24 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
 
 
 @ONE_THREAD
-def _on_a_line(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(M, rank) along the line that best parts a mixture of two normals [Fisher 1936]; (M,)."""
-    if values.shape[1] == 1:
-        return values[:, 0].astype(np.float64)
+def _fewer(values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """(M, rank): which of the rows belong to the lighter of two normals; (M,)."""
     values = values / np.maximum(values.std(0), 1e-12)
     # Ten starts: from a single one, by k-means, the mixture often halves the many and overlooks the few.
     mixture = GaussianMixture(2, random_state=0, reg_covar=1e-3, n_init=10, init_params="k-means++").fit(values)
-    within = (mixture.covariances_ * mixture.weights_[:, None, None]).sum(0)
-    return np.asarray(values @ np.linalg.solve(within, mixture.means_[1] - mixture.means_[0]))
+    return np.asarray(mixture.predict(values) == mixture.weights_.argmin())
+
+
+def _grown(
+    scan: Scan, features: Rows, members: NDArray[np.bool_], few: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], float, float]:
+    """Some of a class's M members, (M,) bool, and what a probe takes for more of them: as split_in_two."""
+    if min(few.sum(), (~few).sum()) < MIN_SEEDS:
+        return few.astype(np.float64), 0.0, 0.0
+    start = np.zeros_like(members)
+    start[members] = few
+    group, likely = grow(features, members, start, scan.losses, np.zeros_like(members), few=True)
+    return likely, group.separation, group.valley
 
 
 def _apart(separation: float, valley: float) -> bool:

@@ -225,8 +225,11 @@ def grow(
     start: NDArray[np.bool_],
     losses: NDArray[np.float32],
     rivals: NDArray[np.bool_],
+    *,
+    few: bool = False,
 ) -> tuple[Group, NDArray[np.float64]]:
-    """Probe and split, a few times over; `rivals` are the samples of other classes that are named right.
+    """Probe and split, a few times over; `rivals` are the samples of other classes that are named right. With `few` the split
+    starts from the means of the group and of the rest, since k-means would overlook a few among many.
 
     Returns: the evidence, and each member's probability of the higher group."""
     rows = np.flatnonzero(members | _some(~members))
@@ -234,7 +237,9 @@ def grow(
     for _ in range(ROUNDS):
         # Out-of-fold, since a probe with many features tells any samples it was fitted to from the rest.
         values = cross_val_predict(probe(), told, group, cv=FOLDS, method="decision_function")
-        likely, separation, valley = split_in_two(values[inside])
+        own, among = values[inside], group[inside]
+        means = (float(own[~among].mean()), float(own[among].mean())) if few and not among.all() else None
+        likely, separation, valley = split_in_two(own, means)
         grown = np.zeros_like(group)
         grown[inside] = likely > 0.5
         if (valley == 0 and separation <= MIN_SEPARATION) or grown.sum() < MIN_SEEDS:
