@@ -102,7 +102,8 @@ def count_classes(model: str, tensors: Mapping[str, Tensor]) -> int:
 
 
 def fit_weights(network: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Load weights that another program saved, less the prefixes that wrappers put before their names.
+    """Load weights that another program saved, less the prefixes that wrappers put before their names, and less what the
+    wrappers keep beside them.
 
     Args: origin: the file, for messages.
 
@@ -110,14 +111,16 @@ def fit_weights(network: nn.Module, tensors: Mapping[str, Tensor], origin: str) 
         ValueError: Names a few of the weights that are missing, left over, or of another shape."""
     own, state = network.state_dict(), dict(tensors)
     trials = [state]
-    while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    while prefix := next((p for p in PREFIXES if any(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         trials.append(state)
     state = min(trials, key=lambda trial: len(trial.keys() ^ own.keys()))
     for name in own:
         if name in state and own[name].shape != state[name].shape:
             ours, theirs = tuple(own[name].shape), tuple(state[name].shape)
-            raise ValueError(f"{origin} does not fit the network: {name} is {theirs} in the file, {ours} in the network")
+            inputs = len(ours) == len(theirs) == 4 and ours[::2] == theirs[::2] and 3 in (ours[1], theirs[1])
+            hint = "; images have as many channels as mean and std have values" * inputs
+            raise ValueError(f"{origin} does not fit the network: {name} is {theirs} in the file, {ours} in the network{hint}")
     missing, unexpected = network.load_state_dict(state, strict=False)
     problems = [f"{kind} {', '.join(sorted(names)[:3])} ({len(names)} in all)" for kind, names in
                 (("lacks", missing), ("has unknown", unexpected)) if names]  # fmt: skip

@@ -139,7 +139,9 @@ class Pixels(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (B, K) of pixels (B, C, H, W) in [0, 1]."""
-        logits: Tensor = self.model((pixels - self.mean) / self.std)
+        logits = self.model((pixels - self.mean) / self.std)
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"it gives {type(logits).__name__}; wrap it so that it gives logits alone, in training too")
         return logits.float()
 
 

@@ -64,11 +64,11 @@ class Registry(Generic[T]):
         knobs = inspect.signature(self.get(name)).parameters.values()
         return {knob.name: repr(knob.default) for knob in knobs if knob.default is not knob.empty}
 
-    def all_defaults(self, name: str, **knobs: Any) -> dict[str, str]:
+    def all_defaults(self, name: str, /, **knobs: Any) -> dict[str, str]:
         """The same, with those of the methods inside the entry so built, which it tells as `inner`."""
         return {**self.defaults(name), **getattr(self.create(name, **knobs), "inner", {})}
 
-    def create(self, name: str, **knobs: Any) -> T:
+    def create(self, name: str, /, **knobs: Any) -> T:
         """Build the entry `name`; an unknown knob raises ValueError naming the known ones."""
         item = self.get(name)
         known = [k for k in inspect.signature(item).parameters]

@@ -18,7 +18,7 @@ from .data import Source, build_transform
 from .kept import Foreign, forget
 from .plan import relabelled
 from .purify import PurifyResult, purifiers, purify
-from .purify.base import may_keep
+from .purify.base import LEAST_GAIN, may_keep
 from .purify.rnp import suspicion
 from .purify.run import prepared
 from .runtime import Runtime
@@ -206,7 +206,8 @@ def in_words(found: PurifyResult, method: str, max_drop: float, *, instead: str)
         return f"Not repaired, {instead}: {found.stopped or f'{method} gave no candidate'}."
     kept = [row for row in found.candidates if may_keep(found.before, row, max_drop)]
     best = min(kept, key=lambda row: row["proxy"]) if kept else max(found.candidates, key=lambda row: row["accuracy"])
-    why = "is turned no less" if kept else f"loses more than max_drop={max_drop} of accuracy"
+    hardly = kept and found.before["proxy"] - best["proxy"] < LEAST_GAIN
+    why = "is turned hardly less" if hardly else f"loses more than max_drop={max_drop} of accuracy"
     return (
         f"Not repaired, {instead}: even the best candidate, {best['name']}, {why}; "
         f"on held-out images {_change(found.before, best)}.{ended}"

@@ -91,6 +91,15 @@ def test_prefixes_of_wrappers_are_stripped(prefix: str) -> None:
     assert equal(network.state_dict(), state)
 
 
+@pytest.mark.parametrize("beside", [{"n_averaged": torch.tensor(3)}, {"loss.weight": torch.ones(2)}])
+def test_what_a_wrapper_keeps_beside_the_network_is_left_out(beside: dict[str, torch.Tensor]) -> None:
+    network, state = small(), small().state_dict()
+    fit_weights(network, {**beside, **{f"module.{name}": tensor for name, tensor in state.items()}}, "file")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+    with pytest.raises(ValueError, match="has unknown"):
+        fit_weights(network, {**beside, **state}, "file")
+
+
 def test_a_prefix_of_the_network_itself_stays() -> None:
     network, other = nn.ModuleDict({"model": small()}), nn.ModuleDict({"model": small()})
     fit_weights(network, {f"module.{name}": tensor for name, tensor in other.state_dict().items()}, "file")

@@ -49,6 +49,8 @@ def test_an_unknown_knob_lists_the_known_and_the_nearest(parts: Registry[Any]) -
         parts.create("wheel", sise=2)
     with pytest.raises(ValueError, match="part 'axle' has no setting 'size'; known: none"):
         parts.create("axle", size=2)
+    with pytest.raises(ValueError, match="part 'wheel' has no setting 'name'; known: size"):
+        parts.create("wheel", **{"name": "axle"})
 
 
 def test_a_bad_value_keeps_its_own_message(parts: Registry[Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 from sklearn.metrics import roc_auc_score
 
 from ..types import NABPlan, Rate
@@ -15,6 +16,9 @@ __all__ = [
     "area", "best_effectiveness", "defense_effectiveness", "detection", "detection_rates", "difference", "hits_at",
     "relabel_accuracy", "share", "wilson",
 ]  # fmt: skip
+
+
+TINY = 1e-9  # of an AUROC: less than one pair of samples
 
 
 def wilson(hits: int, n: int, z: float = 1.96) -> Rate:
@@ -55,7 +59,8 @@ def difference(first: Rate, second: Rate) -> tuple[float, float, float]:
 
 
 def area(scores: NDArray[Any], poisoned: NDArray[np.bool_], z: float = 1.96) -> Rate | None:
-    """AUROC of a ranking with its interval [Hanley and McNeil 1982]; n is the number of poisoned samples.
+    """AUROC of a ranking with its interval [Newcombe 2006, part 2, method 5], which has a width at 0 and at 1, too; n is the
+    number of poisoned samples.
 
     Args:
         scores: (N,), higher = more suspicious.
@@ -68,10 +73,16 @@ def area(scores: NDArray[Any], poisoned: NDArray[np.bool_], z: float = 1.96) -> 
     if not many or not few:
         return None
     value = float(roc_auc_score(poisoned, scores))
-    above, below = value / (2 - value), 2 * value**2 / (1 + value)
-    variance = (value * (1 - value) + (few - 1) * (above - value**2) + (many - 1) * (below - value**2)) / (few * many)
-    half = z * math.sqrt(max(variance, 0.0))
-    return Rate(value, few, low=max(0.0, value - half), high=min(1.0, value + half))
+
+    def beyond(true: float) -> float:
+        """Above 0 where the value lies further from this true one than z deviations."""
+        more = (few + many) / 2 - 1
+        variance = true * (1 - true) * (1 + more * ((1 - true) / (2 - true) + true / (1 + true))) / (few * many)
+        return (value - true) ** 2 - z * z * variance
+
+    low = brentq(beyond, 0, value - TINY) if value > TINY else 0.0
+    high = brentq(beyond, value + TINY, 1) if value < 1 - TINY else 1.0
+    return Rate(value, few, low=low, high=high)
 
 
 def detection(

@@ -9,7 +9,7 @@ from .. import io
 from ..grid import Grid, cells_of, draw, find_cells, load_grid, markdown, on_ray, own_share, read_results, run_cells
 from ..recipe import key_values
 from ..speed import BENCHMARKS, run_speed
-from .common import Parser
+from .common import EXIT_INPUT, Parser
 
 __all__ = ["main"]
 
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     runner = on_ray(args.workers) if args.launcher == "ray" else None
     failed = run_cells(cells, out, tell=lambda line: print(line, flush=True), runner=runner)
     print(f"{len(cells)} cells, {len(failed)} failed; written to {out}")
-    return 0
+    return EXIT_INPUT if failed else 0
 
 
 def _summarize(cells: Path, grid: Grid | None, out: Path | None) -> int:

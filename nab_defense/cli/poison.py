@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_truth(truth_path, written, truth)
     trigger_path = out.with_name(out.name + ".trigger.safetensors")
     learned = save_trigger(trigger_path, attack, target=target)
-    _write_images(written, out, order)
+    try:
+        _write_images(written, out, order)
+    except BaseException:  # a trigger that does not fit on a later image, a full disk: the same command can be given again
+        shutil.rmtree(out, ignore_errors=True)
+        truth_path.unlink(missing_ok=True)
+        trigger_path.unlink(missing_ok=True)
+        raise
     goal = "several targets" if truth.target is None else f"target {source.classes[truth.target]}"
     goal = "all_to_all" if target is None else goal
     print(
@@ -92,8 +99,12 @@ def _parser() -> Parser:
 
 def _as_folder_order(source: Source) -> Source:
     """Number the classes as whoever opens the written folder will, so that all_to_all's y + 1 means the same there."""
-    rank = np.argsort(np.argsort(np.array(source.classes)))
-    return replace(source, classes=tuple(sorted(source.classes)), labels=rank[source.labels].astype(np.int64))
+    if list(source.classes) == sorted(source.classes):
+        return source
+    labels = np.argsort(np.argsort(np.array(source.classes)))[source.labels]
+    return replace(
+        source.replaced(labels=labels, load=source.load, change="classes in order"), classes=tuple(sorted(source.classes))
+    )
 
 
 def _class_index(text: str, source: Source) -> int:

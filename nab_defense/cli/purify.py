@@ -24,8 +24,8 @@ from ..repair import in_words, outcome, ranking, read_clean
 from ..result import provenance, save_ranking, summarize_models
 from ..runtime import Runtime
 from ..schema import Recipe
-from .common import EXIT_UNPROTECTED, Parser, check_out
-from .measure import TRIGGER, attack_section, check_classes, open_tests
+from .common import EXIT_UNPROTECTED, Parser, check_out, data_settings
+from .measure import READING, TRIGGER, attack_section, check_classes, open_tests
 from .suspect import Suspect, add_arguments, open_suspect
 
 __all__ = ["main"]
@@ -47,6 +47,7 @@ SETTINGS = (
     "hflip: share of flipped images in augmentation, 0.5",
     "seed, runtime.threads, runtime.device, runtime.precision",
     "attack.*: settings of --attack",
+    "data.strict, data.options.*, data.test_split: how images are read",
 )
 
 
@@ -57,15 +58,20 @@ def main(argv: list[str]) -> int:
     unfinished = out / "unfinished"
     if not (args.resume and left(unfinished)):  # beside which a killed run may have left its model
         check_out(out)
-    knobs, shared, attack, recipe = _settings(args)
+    reading, args.settings = data_settings(args.settings, READING)
+    knobs, shared, attack, recipe = _settings(args, reading)
     method: Any = purifiers.create(args.method, **knobs)
     runtime = Runtime(**recipe.runtime.model_dump(), seed=recipe.seed)
     about = {"num_classes": args.num_classes, "mean": args.mean, "std": args.std, "input_size": args.input_size}
     suspect = open_suspect(args.model, args.checkpoint, **about, runtime=runtime)
-    source, clean = _read_clean(args, suspect, shared, recipe.seed)
+    source, clean = _read_clean(args, suspect, shared, recipe)
     if clean.labels is not None:
         suspect = dataclasses.replace(suspect, classes=source.classes)
-    training = _open_training(args, suspect)
+    training = _open_training(args, suspect, recipe)
+    cases = None
+    if args.test is not None:  # opened now, so that a mistake in it costs no repair; nothing reads them before that is done
+        tests = {"attack": attack, "seed": recipe.seed, "runtime": recipe.runtime.model_dump()}
+        _, cases = open_tests(args.test, suspect.header(), out, reading, **tests)
     limits = {name: shared[name] for name in LIMITS}
     found = purify(
         suspect.model, clean, method,
@@ -98,9 +104,7 @@ def main(argv: list[str]) -> int:
         save_ranking(out / "suspects.csv", training, scores, args.method)
         result["ranked"] = {"source": args.rank, "fingerprint": training.fingerprint, "images": len(training)}
     io.save_json(out / "result.json", result)
-    if args.test is not None:  # opened only now, so that nothing that was chosen can depend on it
-        tests = {"attack": attack, "seed": recipe.seed, "runtime": recipe.runtime.model_dump()}
-        _, cases = open_tests(args.test, suspect.header(), out, [], **tests)
+    if cases is not None:
         result["models"] = {name: to_dict(evaluate(model, cases, runtime)) for name, model in models.items()}
         io.save_json(out / "result.json", {**result, "test": {"source": args.test, "attack": attack}})
     forget(unfinished)
@@ -139,8 +143,10 @@ def _method_line(name: str) -> str:
     return textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    ")
 
 
-def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None, Recipe]:
-    """Settings of the method, those that every method has, the attack, and a recipe for seed and runtime.
+def _settings(
+    args: argparse.Namespace, reading: list[str]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None, Recipe]:
+    """Settings of the method, those that every method has, the attack, and a recipe for seed, runtime and how data is read.
 
     Raises:
         ValueError: Names the setting, what is allowed, and the nearest right spelling."""
@@ -162,7 +168,7 @@ def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any],
         else:
             known = [*own, *SHARED, "seed", "runtime.threads", "runtime.device", "runtime.precision"]
             raise ValueError(f"no setting {key!r}; {args.method} has: {', '.join(known)}{nearest(key, known)}")
-    recipe = parse_recipe({"name": "purify", "data": {"source": args.clean}}, rest, "purify settings")
+    recipe = parse_recipe({"name": "purify", "data": {"source": args.clean}}, [*rest, *reading], "purify settings")
     if args.attack is None:
         if trigger or args.trigger:
             given = f"attack.{next(iter(trigger))}" if trigger else f"--trigger {args.trigger}"
@@ -177,25 +183,29 @@ def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any],
 def _number(key: str, value: Any) -> float:
     whole = key == "clean_limit"
     kinds = (int,) if whole else (int, float)
+    if key == "hflip" and isinstance(value, (int, float)) and value > 1:
+        raise ValueError(f"hflip must be at most 1, got {value!r}")
     if isinstance(value, bool) or not isinstance(value, kinds) or value < whole:
         raise ValueError(f"{key} must be a {'whole number of at least 1' if whole else 'number of at least 0'}, got {value!r}")
     return value
 
 
-def _read_clean(args: argparse.Namespace, suspect: Suspect, shared: dict[str, Any], seed: int) -> tuple[Source, CleanSet]:
+def _read_clean(args: argparse.Namespace, suspect: Suspect, shared: dict[str, Any], recipe: Recipe) -> tuple[Source, CleanSet]:
     labelled = not args.unlabeled
-    source = open_source(args.clean, channels=len(suspect.mean), labelled=labelled)
+    source = open_source(
+        args.clean, channels=len(suspect.mean), strict=recipe.data.strict, labelled=labelled, **recipe.data.options
+    )
     if labelled:
         check_classes(args.clean, source.classes, suspect.header())
     limit, hflip = shared["clean_limit"], shared["hflip"]
-    return read_clean(source, size=suspect.input_size, limit=limit, labelled=labelled, hflip=hflip, seed=seed)
+    return read_clean(source, size=suspect.input_size, limit=limit, labelled=labelled, hflip=hflip, seed=recipe.seed)
 
 
-def _open_training(args: argparse.Namespace, suspect: Suspect) -> Source | None:
+def _open_training(args: argparse.Namespace, suspect: Suspect, recipe: Recipe) -> Source | None:
     """The images of --rank, opened before anything is trained."""
     if args.rank is None:
         return None
-    source = open_source(args.rank, channels=len(suspect.mean))
+    source = open_source(args.rank, channels=len(suspect.mean), strict=recipe.data.strict, **recipe.data.options)
     check_classes(args.rank, source.classes, suspect.header())
     return source
 

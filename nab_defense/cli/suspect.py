@@ -99,6 +99,8 @@ def open_suspect(
     given = {fact: value for fact, value in given.items() if value is not None}
     header = find_header(path)
     suspect = _foreign(name, path, given) if header is None else _ours(name, path, header, given)
+    if suspect.input_size < 1:
+        raise ValueError(f"--input-size must be at least 1, got {suspect.input_size}")
     pixels = runtime.place(Pixels(suspect.model, suspect.mean, suspect.std))
     blank = torch.zeros(2, len(suspect.mean), suspect.input_size, suspect.input_size, dtype=torch.uint8)
     outputs = count_outputs(pixels, blank, runtime)  # type: ignore[arg-type]

@@ -152,6 +152,8 @@ def read_files(
 
 def _list(root: Path, labelled: bool) -> tuple[tuple[str, ...], list[Path], list[int]]:
     if not root.is_dir():
+        if root.exists():
+            raise ValueError(f"{root} is a file, expected a folder")
         siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
         raise ValueError(f"no such folder or data set: {root}{nearest(root.name, siblings)}")
     files: list[Path] = []
@@ -166,7 +168,7 @@ def _list(root: Path, labelled: bool) -> tuple[tuple[str, ...], list[Path], list
             labels += [label] * len(found)
     else:
         classes = ("unlabelled",)
-        files = [p for p in _images(root) if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+        files = _images(root)
         labels = [0] * len(files)
     if not files:
         raise ValueError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")
@@ -174,7 +176,9 @@ def _list(root: Path, labelled: bool) -> tuple[tuple[str, ...], list[Path], list
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    """Of all below it, but what is hidden: previews and copies that other programs keep there."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def _refuse_broken(root: Path, irregular: dict[str, list[str]], total: int, strict: bool) -> None:

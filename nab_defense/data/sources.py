@@ -20,12 +20,14 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset
 
+from ..registry import nearest
 from .folder import read_folder
 from .shards import read_shards
 
 __all__ = ["Chosen", "Loader", "Source", "View", "open_source"]
 
 TIMM_PREFIXES, SHARDS = ("torch", "hfds"), "wds/"
+TEST = ("test", "validation", "val")  # of digits, which has one such part
 TOGETHER = 64  # images to a hash of theirs: for a tiny image alone the threads cost more than the hash
 Loader = Callable[[int], Image.Image]
 
@@ -207,9 +209,11 @@ def _digits(split: str) -> Source:
     """1,797 real 8x8 digits; every fifth is for testing, so that the split never moves."""
     from sklearn.datasets import load_digits
 
+    if split not in ("train", *TEST):
+        raise ValueError(f"digits has no split {split!r}; known: train, {', '.join(TEST)}{nearest(split, TEST)}")
     data = load_digits()
     test = np.arange(len(data.images)) % 5 == 4
-    chosen = np.flatnonzero(test if split in ("test", "validation", "val") else ~test)
+    chosen = np.flatnonzero(test if split in TEST else ~test)
     images = np.round(data.images[chosen] * 255 / 16).astype(np.uint8)
     labels = data.target[chosen].astype(np.int64)
     ids = tuple(f"digits/{i:04d}" for i in chosen)

@@ -84,9 +84,15 @@ class Case:
         session = self.session
         return None if session.recipe.attack is None else session.triggered(session.test_source)[0]
 
-    def show(self, path: Path) -> None:
+    @cached_property
+    def _name(self) -> str:
+        """Of what is made for these very images: an attack paints others once its settings or its code change."""
+        shown = [source.fingerprint for source in (self.given, self._triggered) if source is not None]
+        return f"{self.setting.name}-{key_of([self.setting.key, *shown])}"
+
+    def show(self, folder: Path) -> None:
         """Write the attack's contact sheet, where there is an attack: poison as it is trained on, then triggered test images."""
-        session = self.session
+        session, path = self.session, folder / f"{self._name}.png"
         if self._triggered is None or path.exists():
             return
         poison = session.source.subset(np.flatnonzero(self.truth.poisoned))
@@ -111,9 +117,8 @@ class Case:
 
     @cached_property
     def twins(self) -> Twins:
-        """From disk where an earlier cell left them, for these very images: an attack paints others once its code changes."""
-        shown = [source.fingerprint for source in (self.given, self._triggered) if source is not None]
-        runtime, record = self.session.runtime, self.folder / f"{self.setting.name}-{key_of([self.setting.key, *shown])}.json"
+        """From disk where an earlier cell left them."""
+        runtime, record = self.session.runtime, self.folder / f"{self._name}.json"
         undefended, seconds = self._twin(record.with_suffix(""), NABPlan.empty(self.given.labels))
         oracle, again = undefended, seconds
         if self.truth.poisoned.any():

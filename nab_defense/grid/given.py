@@ -43,14 +43,14 @@ def in_memory(source: Source, name: str) -> Source:
 
 @lru_cache(maxsize=4)
 def _read(name: str, split: str, channels: int, strict: bool, options: tuple[tuple[str, Any], ...]) -> Source:
-    return in_memory(open_source(name, split=split, channels=channels, strict=strict, **dict(options)), name)
+    return open_source(name, split=split, channels=channels, strict=strict, **dict(options))
 
 
 def opened(data: Data, channels: int, *, test: bool = False) -> Source:
-    """The training or the test images of a recipe, read once for all cells of a process.
+    """The training or the test images of a recipe, looked through once for all cells of a process.
 
     Raises:
-        ValueError: They cannot be read, or cannot be held in memory for their settings' sake."""
+        ValueError: They cannot be read, or their settings are no plain values."""
     try:
         options = tuple(sorted(data.options.items()))
         hash(options)

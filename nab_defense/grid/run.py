@@ -78,7 +78,7 @@ def _opened(setting: Setting, out: Path, work: Path) -> Case | Record:
     """The case with its twins; or how it fails, as all its cells then do: it is tried once."""
     try:
         case = Case(setting, out, work)
-        case.show(out / "sheets" / f"{setting.name}.png")
+        case.show(out / "sheets")
         case.twins  # noqa: B018  # trained here
     except Exception as error:
         return _failed(error)

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from .. import io
 from ..defences import defences
+from ..methods import check_methods
 from ..recipe import parse_recipe
 from ..registry import nearest
 from ..schema import Fraction, Positive, Recipe, Section, Settings
@@ -90,8 +91,16 @@ def load_grid(path: str | Path) -> Grid:
     for name, row in grid.defences.items():
         row = row or DefenceRow()
         _check_defence(f"{path}: defences.{name}", row.defence or name, row)
-    for name in grid.networks:
-        network_recipe(grid, name, origin=str(path))
+    for network, sections in grid.networks.items():
+        for key in FILLED:
+            if key in sections:
+                raise ValueError(f"{path}: networks.{network}.{key} cannot be set, the grid fills it in; drop it")
+        network_recipe(grid, network, origin=str(path))
+        for name, row in grid.defences.items():
+            _check_sections(grid, network, f"{path}: defences.{name}", row.recipe if row else {})
+    for name, attack in grid.attacks.items():
+        if attack and (attack.name or name) == NONE and (attack.params or attack.rates):
+            raise ValueError(f"{path}: attacks.{name} poisons nothing, and has neither rates nor params; drop them")
     return grid
 
 
@@ -126,6 +135,14 @@ def _check_defence(where: str, name: str, row: DefenceRow) -> None:
                 raise ValueError(f"recipe.{key} is the same for all defences; known here: {', '.join(OWN)}{nearest(key, OWN)}")
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _check_sections(grid: Grid, network: str, where: str, sections: dict[str, Any]) -> None:
+    recipe = network_recipe(grid, network, origin=where, **sections)
+    try:
+        check_methods(recipe)
+    except ValueError as error:
+        raise ValueError(f"{where} with networks.{network}: {error}") from None
 
 
 def _first(error: ValidationError) -> str:

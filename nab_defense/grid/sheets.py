@@ -43,9 +43,13 @@ def _rgb(pixels: Pixels) -> Pixels:
 
 
 def _row(images: list[Pixels]) -> Pixels:
-    times = -(-EDGE // images[0].shape[0])
-    large = [image.repeat(times, 0).repeat(times, 1) for image in images]
-    return np.concatenate([np.pad(image, ((0, GAP), (0, GAP), (0, 0))) for image in large], axis=1)
+    large = [_enlarged(image, -(-EDGE // image.shape[0])) for image in images]
+    height = GAP + max(len(image) for image in large)
+    return np.concatenate([np.pad(image, ((0, height - len(image)), (0, GAP), (0, 0))) for image in large], axis=1)
+
+
+def _enlarged(image: Pixels, times: int) -> Pixels:
+    return image.repeat(times, 0).repeat(times, 1)
 
 
 def _padded(row: Pixels, width: int) -> Pixels:

@@ -143,7 +143,7 @@ class IBAU:
 
         def fresh(step: int) -> Tensor:
             seed = (runtime.seed + 1) * 100_003 + step
-            return next(clean.batches(self.batch_size // 2, runtime=runtime, seed=seed, augment=self.augment))[0]
+            return next(clean.batches(max(1, self.batch_size // 2), runtime=runtime, seed=seed, augment=self.augment))[0]
 
         def slope(batch: Attacked) -> None:
             outer = partial(self._outer, network, batch, truths[batch.rows].to(batch.images.device), runtime)

@@ -34,10 +34,13 @@ class Polarized(nn.Module):
         """The polarizer's weights."""
         return [self.difference, self.bias]
 
-    def forward(self, stream: Tensor) -> Any:
+    def forward(self, stream: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the module is called with beside its stream, such as a mask or positions, goes on to it."""
         if self.axis == -1:
-            return self.module(stream + F.linear(stream, self.difference, self.bias))
-        return self.module(stream + F.conv2d(stream, self.difference[..., None, None], self.bias))
+            change = F.linear(stream, self.difference, self.bias)
+        else:
+            change = F.conv2d(stream, self.difference[..., None, None], self.bias)
+        return self.module(stream + change, *args, **kwargs)
 
 
 def install(network: nn.Module, *, name: str, channels: int, axis: int) -> Polarized:

@@ -96,7 +96,9 @@ class RNP:
         images, aside = clean.split(ASIDE, runtime.seed + 1)
         before = _accuracy(logits_of(network, aside, runtime), aside)
         unlearned = frozen(copy.deepcopy(network))
-        unlearned.load_state_dict(kept.once("unlearned", lambda: self.unlearned(network, images, aside, runtime).state_dict()))
+        unlearned.load_state_dict(
+            kept.once("unlearned", lambda: self.unlearned(network, images, aside, runtime, before).state_dict())
+        )
         target, share = likely_target(logits_of(unlearned, aside, runtime))
         notes.evidence |= {"likely_target": target, "likely_target_share": share}
         notes.unlearned = copy.deepcopy(unlearned)  # whose statistics the masks' batches will move
@@ -105,11 +107,13 @@ class RNP:
         if self.tune_steps:
             yield from self._tuned_cuts(network, ranked, images, aside, runtime, kept)
 
-    def unlearned(self, network: Pixels, images: CleanSet, aside: CleanSet, runtime: Runtime) -> Pixels:
-        """A copy that has forgotten `images` [step 1]: ascent on their loss until loss or accuracy on `aside` is a guess's."""
+    def unlearned(self, network: Pixels, images: CleanSet, aside: CleanSet, runtime: Runtime, before: float) -> Pixels:
+        """A copy that has forgotten `images` [step 1]: ascent on their loss until loss or accuracy on `aside` is a guess's.
+
+        Args: before: Accuracy of the original on `aside`; half of the way from there to a guess is the least, of two classes."""
         copied = copy.deepcopy(network).requires_grad_(True)
         count = logits_of(network, aside.take(torch.arange(1)), runtime).shape[1]
-        floor, guess, lr = max(0.2, 2 / count), math.log(count), self.lr
+        floor, guess, lr = min(max(0.2, 2 / count), (1 / count + before) / 2), math.log(count), self.lr
         optimizer = torch.optim.SGD(copied.parameters(), lr=lr, momentum=MOMENTUM)
         train_norms(copied)
         for step, losses in zip(stepped(MOST_STEPS, "rnp, forget"), self._losses(copied, images, runtime), strict=False):

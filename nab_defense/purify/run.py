@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -83,8 +84,9 @@ def purify(
         method: One of `purifiers`.
         mean, std: Normalisation of the model's input, in [0, 1] units.
         runtime: Device, precision, seed.
-        max_drop: Largest loss of held-out accuracy, in [0, 1]. Where no candidate that keeps to it is repaired (PurifyResult),
-            one that is may be taken, if its loss may be as small for all that the held-out images can tell: few tell little.
+        max_drop: Largest loss of held-out accuracy, in [0, 1]. Where no candidate that keeps to it is turned in less than
+            half as many images as the original, one that is may be taken, if its loss may be as small for all that the held-out
+            images can tell: few tell little.
         holdout: Share of the clean images that only selects.
         suspects: Accused images with the labels they were given; the method does not see them, and a network that still gives
             them those labels is judged as one that is turned.
@@ -120,6 +122,9 @@ def purify(
     record, taken = choice.taken(network.get_submodule("model"))
     if taken is None:
         return PurifyResult(model, "rejected", None, choice.records, record, record, **rest)
+    trainable = {name: param.requires_grad for name, param in model.named_parameters()}
+    for name, param in taken.named_parameters():
+        param.requires_grad_(trainable.get(name, True))
     return PurifyResult(taken.eval(), "accepted", record["name"], choice.records, choice.before, record, **rest)
 
 
@@ -168,9 +173,14 @@ def prepared(
     original: Pixels = frozen(runtime.place(Pixels(copy.deepcopy(model), mean, std)))  # type: ignore[assignment]
     if not 0 < holdout < 1 or not 0 <= max_drop < 1:
         raise ValueError(f"holdout must be in (0, 1) and max_drop in [0, 1), got {holdout} and {max_drop}")
-    for name in ("steps", "rounds", "batch_size"):
+    for name in ("steps", "rounds", "batch_size", "terms"):
         if getattr(method, name, 1) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(method, name)}")
+    for name in ("fraction", "momentum"):
+        if not 0 <= getattr(method, name, 0) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(method, name)}")
+    if not getattr(method, "lr", 1) > 0:
+        raise ValueError(f"lr must be above 0, got {method.lr}")  # type: ignore[attr-defined]
     _check_images(clean, count_outputs(original, clean.images[:2], runtime), method)
     fit, held = clean.split(holdout, runtime.seed)
     if len(fit) < method.least:
@@ -212,6 +222,8 @@ def count_outputs(network: Pixels, images: Tensor, runtime: Runtime) -> int:
         values = network.get_buffer(name).flatten().tolist()
         if len(values) != images.shape[1]:
             raise ValueError(f"{name} has {len(values)} values, the images have {images.shape[1]} channels")
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"{name} must be finite, got {values}")
         if name == "std" and not all(value > 0 for value in values):
             raise ValueError(f"std must be positive, got {values}; for raw [0, 1] input it is 1")
     weights = network.get_submodule("model").state_dict()

@@ -7,7 +7,6 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from nab_defense.bench.metrics import area, best_effectiveness, defense_effectiveness, difference, hits_at, wilson
-from nab_defense.types import Rate
 
 
 def test_der() -> None:
@@ -26,11 +25,15 @@ def test_difference_of_rates() -> None:
 
 def test_area_and_its_interval() -> None:
     poisoned, rng = np.arange(400) >= 300, np.random.default_rng(0)
-    assert area(poisoned.astype(float), poisoned) == Rate(1.0, 100, 1.0, 1.0)
+    for found in (area(poisoned.astype(float), poisoned), area(-poisoned.astype(float), poisoned)):
+        assert found is not None and found.value in (0, 1) and found.n == 100
+        assert found.low <= found.value <= found.high and 0.005 < found.high - found.low < 0.03
+    few = area(poisoned[:303].astype(float), poisoned[:303])
+    assert few is not None and 0.5 < few.low < 0.9 and few.high == 1  # three samples tell little
     scores = rng.normal(size=400) + poisoned
     found = area(scores, poisoned)
     assert found is not None and 0.7 < found.value < 0.82 and found.low < found.value < found.high
-    # Hanley and McNeil against the spread of the area when both groups are drawn anew.
+    # The width against the spread of the area when both groups are drawn anew.
     drawn = [roc_auc_score(poisoned, rng.normal(size=400) + poisoned) for _ in range(400)]
     assert (found.high - found.low) / (2 * 1.96) == pytest.approx(np.std(drawn), rel=0.2)
     assert area(scores, ~poisoned & poisoned) is None

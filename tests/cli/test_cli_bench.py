@@ -18,7 +18,7 @@ from nab_defense.cli import main
 from nab_defense.grid import cells_of, load_grid, on_ray, own_share, run_cells
 from nab_defense.grid.run import cell_path
 from tests.digits_runs import ROOT
-from tests.grid.small import small_grid
+from tests.grid.small import RECIPE, small_grid
 
 ATTACKS = {"badnets": None, "blend": None, "none": None}
 TWO = {"badnets": None, "none": None}
@@ -72,6 +72,13 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert main(["bench", *arguments, "--out", out]) == 2
         said = capsys.readouterr().err
         assert says in said and len(said.splitlines()) == 1
+
+
+def test_cells_that_fail_show_in_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = {**RECIPE, "data": {**RECIPE["data"], "source": str(tmp_path / "nowhere")}}
+    assert main(["bench", str(small_grid(tmp_path, recipe=nowhere)), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().out
+    assert "no such folder or data set" in said and "2 cells, 2 failed" in said
 
 
 def test_ranks_share_whole_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nab_defense.bench.attacks import create
 from nab_defense.bench.poison import poison_source, read_truth
-from nab_defense.bench.trigger import load_trigger
+from nab_defense.bench.trigger import load_trigger, prepared
 from nab_defense.cli import poison as command
 from nab_defense.data.sources import Source, open_source
 from tests.digits_runs import write_images
@@ -106,6 +106,26 @@ def test_all_to_all_counts_classes_as_the_folder_does(tmp_path: Path, monkeypatc
     assert truth.mode == "all_to_all"
     names = np.array(renamed.classes)
     assert sorted(np.array(source.classes)[truth.true_labels]) == sorted(names[digits.labels])
+
+
+def test_a_learned_trigger_is_of_the_class_that_the_folder_calls_so(tmp_path: Path) -> None:
+    digits = open_source("digits").limited(60, 0)
+    turned = replace(digits, classes=tuple(reversed(digits.classes)))
+    attack = create("narcissus", epochs=1, rounds=1)
+    ordered = command._as_folder_order(turned)
+    assert ordered.classes == digits.classes and (ordered.labels == 9 - digits.labels).all()
+    there, here = (prepared(attack, source, target=0, seed=0).tensors for source in (turned, ordered))
+    assert any(not np.array_equal(there[name], here[name]) for name in there)
+    assert command._as_folder_order(digits) is digits
+
+
+def test_nothing_is_left_where_the_trigger_does_not_fit_on_a_later_image(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", each=9)
+    for name in ("5.png", "6.png", "7.png", "8.png"):
+        Image.open(images / "c1" / name).resize((2, 2)).save(images / "c1" / name)
+    with pytest.raises(ValueError, match="does not fit on a 2x2 image"):
+        command.main([str(images), "--attack", "badnets", "--rate", "0.4", "--target", "c0", "--out", str(tmp_path / "p")])
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_settings_of_the_data(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from nab_defense.checkpoint import Network
 from tests.digits_runs import Mistakes, write_images
 
 NETS = "from torch import nn\n\ndef linear():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+NETS += "\nclass Two(nn.Sequential):\n    def forward(self, images):\n        return super().forward(images), None\n"
+NETS += "\ndef two():\n    return Two(nn.Flatten(), nn.Linear(64, 10))\n"
 OPEN = ["--mean", "0.3", "--std", "0.4", "--input-size", "8"]
 QUICK = ["--method", "ibau", "augment=false", "runtime.threads=1"]
 
@@ -61,6 +63,18 @@ RUN = ("purify", "--model", "purify_nets:linear", "--checkpoint", "bad.pth", *OP
         (["--mean", "a"], ("--mean", "invalid numbers value: 'a'")),
         (["--mean", "0,0,0", "--std", "1,1,1"], ("the model cannot take 3x8x8 images",)),
         (["--input-size", "9"], ("the model cannot take 1x9x9 images",)),
+        (["--input-size", "-5"], ("--input-size must be at least 1, got -5",)),
+        (["--mean", "nan"], ("mean must be finite, got [nan]",)),
+        (["hflip=7"], ("hflip must be at most 1, got 7",)),
+        (["lr=-1"], ("lr above 0, got 0.25 and -1",)),
+        (["--method", "polarizer", "lr=-1"], ("lr must be above 0, got -1",)),
+        (["--method", "polarizer", "fraction=3"], ("fraction must be in [0, 1), got 3",)),
+        (["--method", "finetune", "momentum=-1"], ("momentum must be in [0, 1), got -1",)),
+        (["terms=0"], ("terms must be at least 1, got 0",)),
+        (["--clean", "purify_nets.py"], ("purify_nets.py is a file, expected a folder",)),
+        (["--test", "nowhere"], ("no such folder or data set: nowhere",)),
+        (["--test", "clean", "--attack", "badnets", "--target", "77"], ("target must be a class in 0..9, got 77",)),
+        (["--model", "purify_nets:two"], ("it gives tuple; wrap it so that it gives logits alone",)),
         (["--num-classes", "7"], ("--num-classes says 7, the model gives 10",)),
         (["--model", "purify_nets:linaer"], ("'purify_nets:linaer' gives no network: AttributeError",)),
         (["--model", "no_such_nets:linear"], ("gives no network: ModuleNotFoundError",)),
@@ -92,7 +106,7 @@ def test_mistake(extra: list[str], says: tuple[str, ...], place: Path, mistakes:
     (place / "held" / "model.safetensors").write_bytes(b"")
     places = {"IMAGES": "images", "FLAT": "flat"}
     mistakes(*RUN, "--out", "out", *(places.get(word, word) for word in extra), says=says)
-    assert not (place / "out" / "model.safetensors").exists()
+    assert not (place / "out" / "unfinished").exists()  # nothing was begun
 
 
 def test_mistakes_with_a_model_of_this_package(place: Path, mistakes: Mistakes) -> None:

@@ -81,6 +81,8 @@ def test_digits_are_split_once_and_for_all() -> None:
     shown = train.pixels(0)
     assert shown.shape == (8, 8, 1) and shown.dtype == np.uint8 and shown[0, :, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]
     assert open_source("digits").fingerprint == train.fingerprint != test.fingerprint
+    with pytest.raises(ValueError, match=r"digits has no split 'tests'; known: train, .* did you mean 'test'"):
+        open_source("digits", split="tests")
 
 
 def test_a_folder_is_read_in_order(folder: Path) -> None:
@@ -105,6 +107,8 @@ def test_without_labels_a_folder_is_all_the_images_below_it(folder: Path, tmp_pa
     source = open_source(str(flat), labelled=False)
     assert source.ids == ("a.png", "b.png", "deep/er/c.png") and source.labels.tolist() == [0, 0, 0]
     assert np.array_equal(source.pixels(2), np.asarray(color(len("deep/er/c.png"))))
+    for place in (".ipynb_checkpoints/0-checkpoint.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "dog/._0.png"):
+        write(folder / place, b"")
     by_class, any_way = open_source(str(folder)), open_source(str(folder), labelled=False)
     assert by_class.ids == any_way.ids and by_class.fingerprint != any_way.fingerprint
     with pytest.raises(ValueError, match="expected one for each class"):
@@ -193,6 +197,7 @@ def test_what_is_missing_is_said_in_one_line(folder: Path, tmp_path: Path) -> No
 
     assert refusal(tmp_path / "sett").endswith("sett; did you mean 'set'?")
     assert "no sub-folders; expected one for each class" in refusal(folder / "cat")
+    assert refusal(folder / "cat" / "0.png").endswith("0.png is a file, expected a folder")
     (folder / "bird").mkdir()
     assert refusal(folder) == f"class 'bird' of {folder} has no readable image; fill or remove it"
     write(folder / "bird" / "0.png", b"broken")

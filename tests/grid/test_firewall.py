@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ def inside(value: Any, path: str = "task", known: set[int] | None = None) -> Ite
     elif isinstance(value, types.FunctionType):
         parts += [(".closure", cell.cell_contents) for cell in value.__closure__ or ()]
         parts += [(".default", item) for item in value.__defaults__ or ()]
+    elif isinstance(value, partial):
+        parts += [(".func", value.func), (".args", value.args), (".keywords", value.keywords)]
     elif isinstance(value, types.MethodType):
         parts += [(".self", value.__self__)]
     if isinstance(getattr(value, "__dict__", None), dict):
@@ -74,8 +77,8 @@ def secrets(task: Any, case: Case) -> list[str]:
         elif isinstance(value, np.ndarray):
             if any(value.shape == mask.shape and np.array_equal(value, mask) for mask in masks):
                 found.append(f"{path} is a secret mask")
-            if value.dtype == np.uint8 and value.tobytes() in tests:
-                found.append(f"{path} is a test image")
+            if value.dtype == np.uint8 and any(part.tobytes() in tests for part in (value, *(value if value.ndim > 2 else ()))):
+                found.append(f"{path} holds a test image")
     return found
 
 

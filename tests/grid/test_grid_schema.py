@@ -11,7 +11,7 @@ import torch
 from nab_defense.checkpoint import Network
 from nab_defense.grid import cells_of, find_cells, load_grid
 from nab_defense.grid.cells import defended_recipe
-from tests.digits_runs import ROOT
+from tests.digits_runs import ROOT, TINY
 from tests.grid.small import RECIPE, small_grid
 
 
@@ -34,6 +34,12 @@ def test_mistakes_name_the_key_and_the_nearest(tmp_path: Path) -> None:
     assert "no key 'train.epoch'" in refused(tmp_path, recipe={**RECIPE, "train": {"epoch": 2}})
     assert "data.test" in refused(tmp_path, recipe={**RECIPE, "data": {"source": "digits"}})
     assert "clean" in refused(tmp_path, clean=0)
+    typo = {"nab": {"recipe": {"scan": {"epoch": 3}}}}
+    assert "defences.nab: " in refused(tmp_path, defences=typo) and "no key 'scan.epoch'" in refused(tmp_path, defences=typo)
+    unknown = refused(tmp_path, defences={"nab": {"recipe": {"scan": {"detector": "lgb"}}}})
+    assert "defences.nab with networks.resnet: " in unknown and "did you mean 'lga'" in unknown
+    assert "networks.r.seed cannot be set" in refused(tmp_path, networks={"r": {"model": TINY["model"], "seed": 7}})
+    assert "attacks.none poisons nothing" in refused(tmp_path, attacks={"none": {"rates": [0.1]}})
     assert "is there twice" in refused(tmp_path, seeds=[0, 0])
 
 

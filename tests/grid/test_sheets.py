@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from nab_defense.data import open_source
 from nab_defense.grid.sheets import COLUMNS, GAP, contact_sheet
@@ -26,6 +29,16 @@ def test_three_rows_a_pair_before_after_and_the_change_at_full_contrast() -> Non
     assert (first[0] == enlarged).all() and (first[3] == first[0]).all() and (first[4] == first[0]).all()
     assert (first[1][:8, :8] == 5).all() and (first[1][8:] == first[0][8:]).all()
     assert (first[2][:8, :8] == 255).all() and not first[2][8:].any() and not first[5].any()
+
+
+def test_images_of_several_sizes(tmp_path: Path) -> None:
+    for label, shape in enumerate(((20, 24), (28, 20), (64, 70))):
+        (tmp_path / f"c{label}").mkdir()
+        Image.fromarray(np.full((*shape, 3), 9, np.uint8)).save(tmp_path / f"c{label}" / "0.png")
+    source = open_source(str(tmp_path))
+    sheet = np.asarray(contact_sheet([(source, source)]))
+    assert sheet.shape == (3 * (84 + GAP), 96 + 60 + 70 + 3 * GAP, 3)  # four times 20x24, three times 28x20, and 64x70
+    assert (sheet[:80, :96] == 9).all() and (sheet[:84, 98:158] == 9).all() and not sheet[80:84, :96].any()
 
 
 def test_nothing_to_show_is_refused() -> None:

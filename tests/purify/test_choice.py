@@ -56,6 +56,14 @@ def test_who_surely_loses_more_is_refused(measured: dict[int, tuple[float, float
     assert found.status == "rejected" and "loses more than max_drop=0.05 of accuracy" in words(found)
 
 
+def test_accuracy_is_not_given_up_for_what_leaves_most_of_the_images_turned(
+    measured: dict[int, tuple[float, float, float]],
+) -> None:
+    measured[CHANCE] = (0.70, 0.12, 0.85)
+    found = repaired(CHANCE, suspects=None)
+    assert found.status == "rejected" and "loses more than max_drop=0.05 of accuracy" in words(found)
+
+
 @pytest.mark.parametrize("start", [1.0, 0.6])  # of less, a quarter is less
 def test_a_quarter_of_what_turned_is_better_but_not_repaired(
     start: float, measured: dict[int, tuple[float, float, float]]

@@ -43,6 +43,20 @@ def test_site_and_identity(name: str, site: str) -> None:
     assert describe(network) == {"name": site, "channels": found.channels, "axis": found.axis}
 
 
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_relpos_small_patch16_224"])
+def test_blocks_that_are_called_with_more_than_their_stream(name: str) -> None:
+    torch.manual_seed(0)
+    width = {"embed_dim": 48, "num_heads": 2, "depth": 2}
+    network = timm.create_model(name, num_classes=5, img_size=28 if "eva" in name else 32, **width).eval()
+    images = torch.rand(2, 3, *network.patch_embed.img_size)
+    found = last_cut(network, images)
+    assert found.name == "blocks.1"
+    with torch.no_grad():
+        before = network(images)
+        install(network, name=found.name, channels=found.channels, axis=found.axis)
+        assert torch.equal(network(images), before)
+
+
 def test_no_gradient_goes_around_the_site() -> None:
     """With the polarizer's output forced to a constant, no image makes a difference."""
     network = timm.create_model("test_resnet", num_classes=5).eval()

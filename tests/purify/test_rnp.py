@@ -121,7 +121,7 @@ def test_a_network_without_channels_is_refused() -> None:
 def test_the_network_forgets_and_recovers_by_masks_alone(trained: Pixels) -> None:
     images, aside = bars(400).split(0.2, 0)
     before = copy.deepcopy(trained.state_dict())
-    unlearned = SMALL.unlearned(trained, images, aside, CPU)
+    unlearned = SMALL.unlearned(trained, images, aside, CPU, 1.0)
     weights = {name: weight.clone() for name, weight in unlearned.named_parameters()}
     masks = SMALL.recovered(unlearned, images, aside, CPU, 1.0)
     assert all(torch.equal(weight, before[name]) for name, weight in trained.state_dict().items())
@@ -141,6 +141,24 @@ def test_crops_and_flips_only_where_they_are_asked_for(augment: bool, trained: P
     list(islice(RNP(batch_size=40, augment=augment)._losses(network, clean, CPU), 2))
     seen, known = ({image.numpy().tobytes() for image in images} for images in (torch.cat(shown), clean.images))
     assert (seen == known) is not augment
+
+
+def test_of_two_classes_more_than_half_of_the_skill_is_forgotten() -> None:
+    clean = bars(300)
+    assert clean.labels is not None
+    clean = clean.take(torch.nonzero(clean.labels < 2)[:, 0])
+    torch.manual_seed(0)
+    network = Pixels(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2)), [0.5], [0.25])
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for _ in range(80):
+        loss = F.cross_entropy(network(clean.images.float() / 255), clean.labels)  # type: ignore[arg-type]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    images, aside = clean.split(0.2, 0)
+    assert share(network, aside.images, aside.labels) == 1  # type: ignore[arg-type]
+    unlearned = SMALL.unlearned(network.requires_grad_(False), images, aside, CPU, 1.0)
+    assert share(unlearned, aside.images, aside.labels) <= 0.75  # type: ignore[arg-type]
 
 
 def test_failed_recovery_is_an_error(trained: Pixels) -> None:

@@ -42,7 +42,7 @@ def judged(network: Any) -> dict[str, Any]:
     ("labels", "status", "says"),
     [
         ((0, 2), "accepted", "Repaired by x, always 0: .* It ended early: x: the loss is nan in step 7.$"),
-        ((2,), "rejected", "always 2, is turned no less; .* It ended early: x: the loss is nan in step 7.$"),
+        ((2,), "rejected", "always 2, is turned hardly less; .* It ended early: x: the loss is nan in step 7.$"),
         ((), "rejected", "^Not repaired, nothing written: x: the loss is nan in step 7.$"),
     ],
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...kept import Kept
 
-__all__ = ["Choice", "hardly_turned", "may_keep"]
+__all__ = ["LEAST_GAIN", "Choice", "hardly_turned", "may_keep"]
 
 log = logging.getLogger(__name__)
 LEAST_GAIN = 0.1  # of the proxy: less is noise, and no repair
@@ -47,10 +47,11 @@ class Choice:
         self.kept.write("judged", self._state)
 
     def taken(self, like: nn.Module) -> tuple[dict[str, Any], nn.Module | None]:
-        """The best of all with its network; None, and what the original is, where none is better than that.
+        """The best of all with its network; None, and what the original is, where none is better than that. One that is still
+        turned must keep to max_drop.
 
         Args: like: Takes the weights of one that was judged before a kill."""
-        for record, network in (self.best[kind] for kind in sorted(self.best)):
+        for record, network in (self.best[kind] for kind in sorted(self.best) if kind != (True, True)):
             if record["proxy"] <= self.before["proxy"] - LEAST_GAIN:
                 if isinstance(network, dict):
                     like.load_state_dict(network)
