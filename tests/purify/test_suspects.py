@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nab_defense.clean import CleanSet, Pixels
 from nab_defense.kept import Kept
 from nab_defense.purify import purify, run
-from nab_defense.purify.base import Candidates, Notes
+from nab_defense.purify.base import Candidates, Notes, frozen
 from nab_defense.runtime import Runtime
 from nab_defense.universal import Pool
 
@@ -27,6 +27,7 @@ class Always(nn.Module):
     def __init__(self, label: int) -> None:
         super().__init__()
         self.label = label
+        self.free, self.fixed = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1), requires_grad=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return nn.functional.one_hot(torch.full((len(images),), self.label), 3).float()
@@ -46,7 +47,7 @@ class Offers:
         self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
     ) -> Candidates:
         for label in self.labels:
-            yield f"always {label}", Pixels(Always(label), [0.5], [0.25])
+            yield f"always {label}", frozen(Pixels(Always(label), [0.5], [0.25]))
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +71,11 @@ def test_the_proxy_is_the_larger_of_the_two() -> None:
         (0, 0.3, 2),
     ]
     assert found.status == "accepted" and found.chosen == "always 0" and found.model.label == 0  # the first of equals
+
+
+def test_an_accepted_model_can_be_trained_as_the_original_could() -> None:
+    found = repaired(0)
+    assert found.status == "accepted" and found.model.free.requires_grad and not found.model.fixed.requires_grad
 
 
 def test_who_still_obeys_is_no_repair() -> None:
