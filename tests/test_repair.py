@@ -110,7 +110,9 @@ def test_rejected(tmp_path: Path, gain: Any, plain: Path) -> None:
     assert same(weights(tmp_path / "run" / "model.safetensors"), weights(plain / "model.safetensors"))
     assert result["models"] == before["models"] and result["verdict"]["evidence"] == before["verdict"]["evidence"]
     assert result["verdict"]["text"] == f"{before['verdict']['text']} {told['text']}" and not result["verdict"]["protected"]
-    assert told["text"].startswith("Not repaired, the model is shipped as it was: even the best candidate, step 2, is turned no")
+    assert told["text"].startswith(
+        "Not repaired, the model is shipped as it was: even the best candidate, step 2, is turned hardly"
+    )
 
 
 def test_accepted(tmp_path: Path, gain: Any, plain: Path) -> None:

@@ -25,7 +25,7 @@ def linear() -> nn.Module:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "purify_nets.py").write_text(NETS)
+    (tmp_path / "mistaken_nets.py").write_text(NETS)
     write_images(tmp_path / "clean", classes=10, each=6, mode="L")
     torch.save({"net": linear().state_dict()}, tmp_path / "bad.pth")
     monkeypatch.chdir(tmp_path)
@@ -37,7 +37,7 @@ def mistakes(place: Path, capsys: pytest.CaptureFixture[str]) -> Mistakes:
     return Mistakes(place, capsys)
 
 
-RUN = ("purify", "--model", "purify_nets:linear", "--checkpoint", "bad.pth", *OPEN, "--clean", "clean", *QUICK)
+RUN = ("purify", "--model", "mistaken_nets:linear", "--checkpoint", "bad.pth", *OPEN, "--clean", "clean", *QUICK)
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,12 @@ RUN = ("purify", "--model", "purify_nets:linear", "--checkpoint", "bad.pth", *OP
         (["--method", "polarizer", "fraction=3"], ("fraction must be in [0, 1), got 3",)),
         (["--method", "finetune", "momentum=-1"], ("momentum must be in [0, 1), got -1",)),
         (["terms=0"], ("terms must be at least 1, got 0",)),
-        (["--clean", "purify_nets.py"], ("purify_nets.py is a file, expected a folder",)),
+        (["--clean", "mistaken_nets.py"], ("mistaken_nets.py is a file, expected a folder",)),
         (["--test", "nowhere"], ("no such folder or data set: nowhere",)),
         (["--test", "clean", "--attack", "badnets", "--target", "77"], ("target must be a class in 0..9, got 77",)),
-        (["--model", "purify_nets:two"], ("it gives tuple; wrap it so that it gives logits alone",)),
+        (["--model", "mistaken_nets:two"], ("it gives tuple; wrap it so that it gives logits alone",)),
         (["--num-classes", "7"], ("--num-classes says 7, the model gives 10",)),
-        (["--model", "purify_nets:linaer"], ("'purify_nets:linaer' gives no network: AttributeError",)),
+        (["--model", "mistaken_nets:linaer"], ("'mistaken_nets:linaer' gives no network: AttributeError",)),
         (["--model", "no_such_nets:linear"], ("gives no network: ModuleNotFoundError",)),
         (["--model", "resnet81"], ("timm has no model 'resnet81'", "did you mean 'resnet")),
         (["--model", "test_resnet"], ("bad.pth does not fit the network: it lacks", "has unknown")),
@@ -124,5 +124,5 @@ def test_mistakes_with_a_model_of_this_package(place: Path, mistakes: Mistakes) 
     mistakes("purify", "--checkpoint", "run", "--std", "1", *rest, says=("run says std = (0.4,); leave out --std",))
     mistakes("purify", "--checkpoint", "run", "--model", "resnet18", *rest, says=("saved with model 'test_resnet'",))
     mistakes("purify", "--checkpoint", "bad.pth", *rest, says=("does not say how its network is built; add --model",))
-    own = ("purify", "--checkpoint", "bad.pth", "--model", "purify_nets:linear", *rest)
+    own = ("purify", "--checkpoint", "bad.pth", "--model", "mistaken_nets:linear", *rest)
     mistakes(*own, "--mean", "0.3", says=("nothing says the std of this network's input; add --std",))
