@@ -19,6 +19,7 @@ MAYBE = 0.4  # most that a sample is said to belong to a part that it was not fo
 DIRECTIONS = 3  # of a class's features, in which it may fall in two
 FEW = 5  # of a class, where other classes have such a part, too
 
+Split = tuple[NDArray[np.float64], float, float]  # see select.split_in_two
 Part = tuple[Group, NDArray[np.float64]]  # of a class, and each sample's probability of being in it
 
 
@@ -38,21 +39,31 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
     classes = [(label, (scan.labels == label) & ~aside) for label in range(scan.num_classes)]
     classes = [(label, members) for label, members in classes if members.sum() >= 2 * MIN_SEEDS]
     axes = [directions(scan.features, np.flatnonzero(members), DIRECTIONS) for _, members in classes]  # the costly part, once
+
+    def values(rank: int) -> list[NDArray[np.float32]]:
+        pairs = zip(classes, axes, strict=True)
+        return [along(scan.features, np.flatnonzero(members), mean, top[:, :rank]) for (_, members), (mean, top) in pairs]
+
+    found = _smaller(classes, [split_in_two(line[:, 0]) for line in values(1)])
+    if found:
+        return found
     features = Standardized(scan.features)
-    for rank in range(1, DIRECTIONS + 1):
-        found = []
-        for (label, members), (mean, top) in zip(classes, axes, strict=True):
-            values = along(scan.features, np.flatnonzero(members), mean, top[:, :rank])
-            if rank == 1:
-                likely, separation, valley = split_in_two(values[:, 0])
-            else:
-                likely, separation, valley = _grown(scan, features, members, _fewer(values))
-            likely = likely if (likely > 0.5).mean() <= 0.5 else 1 - likely
-            if _apart(separation, valley) and (likely > 0.5).sum() >= FEW:
-                found.append(_part(label, members, likely, separation, valley))
+    for rank in range(2, DIRECTIONS + 1):
+        pairs = zip(classes, values(rank), strict=True)
+        found = _smaller(classes, [_grown(scan, features, members, _fewer(plane)) for (_, members), plane in pairs])
         if found:
             return found
     return []
+
+
+def _smaller(classes: list[tuple[int, NDArray[np.bool_]]], splits: list[Split]) -> list[Part]:
+    """Of the classes that their splits show to fall in two the smaller part."""
+    found = []
+    for (label, members), (likely, separation, valley) in zip(classes, splits, strict=True):
+        likely = likely if (likely > 0.5).mean() <= 0.5 else 1 - likely
+        if _apart(separation, valley) and (likely > 0.5).sum() >= FEW:
+            found.append(_part(label, members, likely, separation, valley))
+    return found
 
 
 @ONE_THREAD
@@ -64,9 +75,7 @@ def _fewer(values: NDArray[np.float32]) -> NDArray[np.bool_]:
     return np.asarray(mixture.predict(values) == mixture.weights_.argmin())
 
 
-def _grown(
-    scan: Scan, features: Rows, members: NDArray[np.bool_], few: NDArray[np.bool_]
-) -> tuple[NDArray[np.float64], float, float]:
+def _grown(scan: Scan, features: Rows, members: NDArray[np.bool_], few: NDArray[np.bool_]) -> Split:
     """Some of a class's M members, (M,) bool, and what a probe takes for more of them: as split_in_two."""
     if min(few.sum(), (~few).sum()) < MIN_SEEDS:
         return few.astype(np.float64), 0.0, 0.0

@@ -99,12 +99,11 @@ def _parser() -> Parser:
 
 def _as_folder_order(source: Source) -> Source:
     """Number the classes as whoever opens the written folder will, so that all_to_all's y + 1 means the same there."""
-    if list(source.classes) == sorted(source.classes):
+    classes = tuple(sorted(source.classes))
+    if classes == source.classes:
         return source
     labels = np.argsort(np.argsort(np.array(source.classes)))[source.labels]
-    return replace(
-        source.replaced(labels=labels, load=source.load, change="classes in order"), classes=tuple(sorted(source.classes))
-    )
+    return replace(source.replaced(labels=labels, load=source.load, change="classes in order"), classes=classes)
 
 
 def _class_index(text: str, source: Source) -> int:

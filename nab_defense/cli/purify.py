@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     source, clean = _read_clean(args, suspect, shared, recipe)
     if clean.labels is not None:
         suspect = dataclasses.replace(suspect, classes=source.classes)
-    training = _open_training(args, suspect, recipe)
+    training = None if args.rank is None else _opened(args.rank, suspect, recipe)
     cases = None
     if args.test is not None:  # opened now, so that a mistake in it costs no repair; nothing reads them before that is done
         tests = {"attack": attack, "seed": recipe.seed, "runtime": recipe.runtime.model_dump()}
@@ -183,30 +183,26 @@ def _settings(
 def _number(key: str, value: Any) -> float:
     whole = key == "clean_limit"
     kinds = (int,) if whole else (int, float)
-    if key == "hflip" and isinstance(value, (int, float)) and value > 1:
-        raise ValueError(f"hflip must be at most 1, got {value!r}")
     if isinstance(value, bool) or not isinstance(value, kinds) or value < whole:
         raise ValueError(f"{key} must be a {'whole number of at least 1' if whole else 'number of at least 0'}, got {value!r}")
+    if key == "hflip" and value > 1:
+        raise ValueError(f"hflip must be at most 1, got {value!r}")
     return value
 
 
 def _read_clean(args: argparse.Namespace, suspect: Suspect, shared: dict[str, Any], recipe: Recipe) -> tuple[Source, CleanSet]:
     labelled = not args.unlabeled
-    source = open_source(
-        args.clean, channels=len(suspect.mean), strict=recipe.data.strict, labelled=labelled, **recipe.data.options
-    )
-    if labelled:
-        check_classes(args.clean, source.classes, suspect.header())
+    source = _opened(args.clean, suspect, recipe, labelled=labelled)
     limit, hflip = shared["clean_limit"], shared["hflip"]
     return read_clean(source, size=suspect.input_size, limit=limit, labelled=labelled, hflip=hflip, seed=recipe.seed)
 
 
-def _open_training(args: argparse.Namespace, suspect: Suspect, recipe: Recipe) -> Source | None:
-    """The images of --rank, opened before anything is trained."""
-    if args.rank is None:
-        return None
-    source = open_source(args.rank, channels=len(suspect.mean), strict=recipe.data.strict, **recipe.data.options)
-    check_classes(args.rank, source.classes, suspect.header())
+def _opened(name: str, suspect: Suspect, recipe: Recipe, *, labelled: bool = True) -> Source:
+    """Images for the model, of its classes where they are labelled, read as the settings of the data say."""
+    data = recipe.data
+    source = open_source(name, channels=len(suspect.mean), strict=data.strict, labelled=labelled, **data.options)
+    if labelled:
+        check_classes(name, source.classes, suspect.header())
     return source
 
 

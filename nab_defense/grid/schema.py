@@ -97,7 +97,8 @@ def load_grid(path: str | Path) -> Grid:
                 raise ValueError(f"{path}: networks.{network}.{key} cannot be set, the grid fills it in; drop it")
         network_recipe(grid, network, origin=str(path))
         for name, row in grid.defences.items():
-            _check_sections(grid, network, f"{path}: defences.{name}", row.recipe if row else {})
+            if row and row.recipe:
+                _check_sections(grid, network, f"{path}: defences.{name}", row.recipe)
     for name, attack in grid.attacks.items():
         if attack and (attack.name or name) == NONE and (attack.params or attack.rates):
             raise ValueError(f"{path}: attacks.{name} poisons nothing, and has neither rates nor params; drop them")

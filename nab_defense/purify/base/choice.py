@@ -42,16 +42,16 @@ class Choice:
         self.records.append(record)
         log.info("%s: held-out accuracy %.3f, proxy %.3f", record["name"], record["accuracy"], record["proxy"])
         kind = self._kind(record)
-        if may_keep(self.before, record, self.max_drop) and (kind not in self.best or _better(record, self.best[kind][0])):
+        fits = kind != (True, True) and may_keep(self.before, record, self.max_drop)  # what is still turned must keep to max_drop
+        if fits and (kind not in self.best or _better(record, self.best[kind][0])):
             self.best[kind] = record, copy.deepcopy(network)
         self.kept.write("judged", self._state)
 
     def taken(self, like: nn.Module) -> tuple[dict[str, Any], nn.Module | None]:
-        """The best of all with its network; None, and what the original is, where none is better than that. One that is still
-        turned must keep to max_drop.
+        """The best of all with its network; None, and what the original is, where none is better than that.
 
         Args: like: Takes the weights of one that was judged before a kill."""
-        for record, network in (self.best[kind] for kind in sorted(self.best) if kind != (True, True)):
+        for record, network in (self.best[kind] for kind in sorted(self.best)):
             if record["proxy"] <= self.before["proxy"] - LEAST_GAIN:
                 if isinstance(network, dict):
                     like.load_state_dict(network)
