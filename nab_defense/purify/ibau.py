@@ -17,13 +17,12 @@ from ..clean import CleanSet, Pixels
 from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, purifiers, recentred, train_norms
+from .base import Attacked, Candidates, Notes, check_finite, frozen, hardened, missed, purifiers, rate_for, recentred
 
 __all__ = ["IBAU", "hypergradient"]
 
 Value = Callable[[Tensor], Tensor]
 CLIP = 5.0  # of the gradient norm: the inner loss has no floor
-FEW = 256  # images to fit on: with fewer the rate falls in proportion, since fewer say less of what is to stay
 FORMS = ("exact", "fd", "none")
 FD_STEP = {torch.float32: 1e-2, torch.float64: 1e-5}  # of finite differences, relative to the change
 
@@ -138,7 +137,7 @@ class IBAU:
         teacher = frozen(copy.deepcopy(network))
         recentred(network, clean, runtime=runtime, augment=self.augment)
         params = list(network.requires_grad_(True).parameters())
-        optimizer = torch.optim.SGD(params, lr=self.lr * min(1.0, len(clean) / FEW), momentum=0.9)
+        optimizer = torch.optim.SGD(params, lr=rate_for(self.lr, clean), momentum=0.9)
         truths = clean.labels
 
         def fresh(step: int) -> Tensor:
@@ -146,7 +145,7 @@ class IBAU:
             return next(clean.batches(max(1, self.batch_size // 2), runtime=runtime, seed=seed, augment=self.augment))[0]
 
         def slope(batch: Attacked) -> None:
-            outer = partial(self._outer, network, batch, truths[batch.rows].to(batch.images.device), runtime)
+            outer = partial(missed, network, batch, truths, self.hold, runtime)
             inner = partial(_inner, network, batch, fresh(batch.step) if self.form != "none" else batch.images)
             value, grads = hypergradient(outer, inner, batch.one.change, params, form=self.form, terms=self.terms, rate=self.rate)
             check_finite(value, "ibau", batch.step)
@@ -155,14 +154,6 @@ class IBAU:
             nn.utils.clip_grad_norm_(params, CLIP)
 
         yield from hardened(self, network, teacher, clean, optimizer, slope, pool=pool, runtime=runtime, kept=kept)
-
-    def _outer(self, network: Pixels, batch: Attacked, truth: Tensor, runtime: Runtime, change: Tensor) -> Tensor:
-        """What is to be low: labels and the original's answers missed, on images of which a part carries the change."""
-        train_norms(network)
-        with runtime.autocast():
-            logits = network(batch.painted(change))
-        batch.note(logits.detach())
-        return F.cross_entropy(logits[: batch.alone], truth[: batch.alone]) + self.hold * divergence(logits, batch.wanted)
 
 
 def _inner(network: Pixels, batch: Attacked, images: Tensor, change: Tensor) -> Tensor:

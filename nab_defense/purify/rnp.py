@@ -8,8 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +19,33 @@ from ..clean import EVAL_BATCH, CleanSet, Pixels, logits_of
 from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Candidates, Notes, check_finite, divergence, frozen, purifiers, stepped, train_norms
+from .base import (
+    Attacked,
+    Candidates,
+    Notes,
+    check_finite,
+    frozen,
+    hardened,
+    missed,
+    purifiers,
+    rate_for,
+    recentred,
+    stepped,
+    train_norms,
+)
 
 __all__ = ["RNP", "likely_target", "suspicion"]
 
 log = logging.getLogger(__name__)
 MOMENTUM, CLIP = 0.9, 5.0
+WIDER = 2  # batches of forgetting and recovery
 ASIDE = 0.15  # of the images: judge when to stop, and how deep to cut
 MOST_STEPS = 400  # of unlearning
 OVERBOARD = 4.0  # times the loss of a guess: too far gone to be won back
 RECOVERED = 0.5  # of the way from a guess to the original accuracy
-MAX_CUT = 0.05  # loss of accuracy, beyond which a cut without fine-tuning is not worth a look
+MAX_CUT = 0.05  # loss of accuracy, beyond which a cut without tuning is not worth a look
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the channels: few may hold the backdoor, or a quarter
 FEWEST = 20  # channels
-HALVINGS = 3  # of the rate of fine-tuning, at most, for one cut
 
 
 def likely_target(logits: Tensor) -> tuple[int, float]:
@@ -58,17 +70,17 @@ class RNP:
     """Prunes the channels that a network, once it has forgotten the clean images, must switch off to know them again.
 
     Unlike the authors' code, forgetting stops within an epoch, judged on images that are set aside, on a loss that is capped;
-    what does not recover is refused; channels are cut by rank, not by a threshold. Pruning alone costs small networks too much
-    accuracy, so that a second series of candidates fine-tunes the rest after each cut, as fine-pruning does (arXiv:1805.12185).
-    Statistics of normalisations stay: those of clean images wake a cut backdoor. The hint at the target class can be wrong.
+    what does not recover is refused; channels are cut by rank, not by a threshold. Such cuts cost small networks too much
+    accuracy, so that, beyond the paper, one more candidate is trained after its cut, as fine-pruning is (arXiv:1805.12185), but
+    against universal perturbations, as in IBAU: clean images alone leave what the cut did not reach. The hint at the target class
+    can be wrong.
 
     Args:
         lr: Of forgetting, SGD with momentum .9.
         mask_lr: Of the masks, SGD with momentum .9.
-        recover_steps: Of the masks, each on another batch.
-        tune_lr: Of fine-tuning, Adam, falling to zero along a cosine after each cut; halved where it costs accuracy.
-        tune_steps: After each cut; 0: the paper's method.
-        hold: Weight of the divergence from the original's answers in fine-tuning, beside the cross-entropy with the labels.
+        recover_steps: Of the masks, each on another batch of twice `batch_size`.
+        share: Of the channels, cut before the training; 0: the paper's cuts alone.
+        steps, rounds, tune_lr, fraction, hold: Of the training, see IBAU.
         batch_size: Images a step.
         augment: Random crops and flips.
     """
@@ -79,10 +91,13 @@ class RNP:
     lr: float = 0.01
     mask_lr: float = 0.04
     recover_steps: int = 80
-    tune_lr: float = 3e-3
-    tune_steps: int = 60
-    hold: float = 1.0
-    batch_size: int = 128
+    share: float = 0.2
+    steps: int = 280
+    rounds: int = 1
+    tune_lr: float = 0.01
+    fraction: float = 0.25
+    hold: float = 2.0
+    batch_size: int = 64
     augment: bool = True
 
     def check(self, network: Pixels, images: Tensor) -> None:
@@ -104,8 +119,10 @@ class RNP:
         notes.unlearned = copy.deepcopy(unlearned)  # whose statistics the masks' batches will move
         ranked = ranking(kept.once("masks", lambda: self.recovered(unlearned, images, aside, runtime, before)))
         yield from self._cuts(copy.deepcopy(network), ranked, aside, runtime, before - MAX_CUT)
-        if self.tune_steps:
-            yield from self._tuned_cuts(network, ranked, images, aside, runtime, kept)
+        if self.share:
+            gone = ranked[: max(1, round(self.share * len(ranked)))]
+            for name, tuned in self._tuned(network, gone, clean, pool, runtime, kept):
+                yield f"{len(gone)} of {len(ranked)} channels, {name}", tuned
 
     def unlearned(self, network: Pixels, images: CleanSet, aside: CleanSet, runtime: Runtime, before: float) -> Pixels:
         """A copy that has forgotten `images` [step 1]: ascent on their loss until loss or accuracy on `aside` is a guess's.
@@ -159,25 +176,13 @@ class RNP:
             )
         return {name: mask.detach() for name, mask in masks.items()}
 
-    def _losses(
-        self,
-        network: Callable[[Tensor], Tensor],
-        images: CleanSet,
-        runtime: Runtime,
-        *,
-        teacher: Pixels | None = None,
-        done: int = 0,
-    ) -> Iterator[Tensor]:
-        """Without end, for each batch after the first `done` the losses (B,) of the network's logits, all finite; with what is
-        held of the teacher's."""
+    def _losses(self, network: Callable[[Tensor], Tensor], images: CleanSet, runtime: Runtime) -> Iterator[Tensor]:
+        """Without end, the losses (B,) of the network's logits, all finite."""
         assert images.labels is not None
-        batches = images.endless(self.batch_size, runtime=runtime, seed=runtime.seed, augment=self.augment)
-        for step, (batch, rows) in enumerate(islice(batches, done, None), done + 1):
+        batches = images.endless(WIDER * self.batch_size, runtime=runtime, seed=runtime.seed, augment=self.augment)
+        for step, (batch, rows) in enumerate(batches, 1):
             with runtime.autocast():
-                logits = network(batch)
-                losses = F.cross_entropy(logits, images.labels[rows].to(batch.device), reduction="none")
-                if teacher is not None:
-                    losses = losses + self.hold * divergence(logits, teacher(batch))
+                losses = F.cross_entropy(network(batch), images.labels[rows].to(batch.device), reduction="none")
             check_finite(losses.mean(), "rnp", step)
             yield losses
 
@@ -189,60 +194,31 @@ class RNP:
                 return
             yield f"{cut} of {len(ranked)} channels", network
 
-    def _tuned_cuts(
-        self, network: Pixels, ranked: list[Channel], images: CleanSet, aside: CleanSet, runtime: Runtime, kept: Kept
-    ) -> Candidates:
-        """As before, but with some steps of fine-tuning after each cut; cut channels stay cut.
-
-        A rate at which these steps cost accuracy on `aside` is too high for this network: it is halved, and they are done anew,
-        or left out where no rate will do."""
-        teacher, optimizer = frozen(copy.deepcopy(network)), torch.optim.Adam(network.parameters())
-        state = kept.read("tuned") or {"cut": 0, "rate": self.tune_lr, "batches": 0}
-        if state["cut"]:
-            network.load_state_dict(state["network"])
-            optimizer.load_state_dict(state["optimizer"])
-        rate, used = state["rate"], state["batches"]
-        every = self._losses(network, images, runtime, teacher=teacher, done=used)
-        for cut in _depths(ranked):
-            if cut < state["cut"]:
-                continue  # offered before
-            if cut > state["cut"]:
-                prune(network, ranked[:cut])
-                saved = copy.deepcopy([network.state_dict(), optimizer.state_dict()])
-                least = _accuracy(logits_of(network, aside, runtime), aside) - MAX_CUT
-                for _ in range(HALVINGS + 1):
-                    self._tuned(network, optimizer, every, ranked[:cut], rate)
-                    used += self.tune_steps
-                    if _accuracy(logits_of(network, aside, runtime), aside) >= least:
-                        break
-                    rate /= 2
-                    log.info("rnp: fine-tuning cost accuracy, its rate is lowered to %g", rate)
-                    network.load_state_dict(saved[0])
-                    optimizer.load_state_dict(copy.deepcopy(saved[1]))
-                now = {"cut": cut, "rate": rate, "batches": used}
-                kept.write("tuned", partial(_with_weights, now, network, optimizer))
-            yield f"{cut} of {len(ranked)} channels, tuned", frozen(network)
-
     def _tuned(
-        self, network: Pixels, optimizer: torch.optim.Optimizer, every: Iterator[Tensor], gone: list[Channel], rate: float
-    ) -> None:
-        """Some steps whose rate falls to zero along a cosine."""
-        network.eval().requires_grad_(True)
-        for step, losses in zip(stepped(self.tune_steps, "rnp, tune"), every, strict=False):
-            optimizer.param_groups[0]["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / self.tune_steps))
-            optimizer.zero_grad()
-            losses.mean().backward()
-            optimizer.step()
+        self, network: Pixels, gone: list[Channel], clean: CleanSet, pool: Pool, runtime: Runtime, kept: Kept
+    ) -> Candidates:
+        """Training against universal perturbations, during which the channels stay cut."""
+        assert clean.labels is not None
+        truths, teacher = clean.labels, frozen(copy.deepcopy(network))
+        recentred(network, clean, runtime=runtime, augment=self.augment)
+        params = list(network.requires_grad_(True).parameters())
+        optimizer = torch.optim.SGD(params, lr=rate_for(self.tune_lr, clean), momentum=MOMENTUM)
+
+        def slope(batch: Attacked) -> None:
             prune(network, gone)
+            loss = missed(network, batch, truths, self.hold, runtime)
+            check_finite(loss, "rnp", batch.step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(params, CLIP)
+
+        for name, tuned in hardened(self, network, teacher, clean, optimizer, slope, pool=pool, runtime=runtime, kept=kept):
+            prune(network, gone)
+            yield name, tuned
 
 
 def _depths(ranked: list[Channel]) -> list[int]:
     """How many channels to cut, one after another."""
     return sorted({max(1, round(share * len(ranked))) for share in SHARES})
-
-
-def _with_weights(state: dict[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {**state, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
 
 
 def _accuracy(logits: Tensor, clean: CleanSet) -> float:

@@ -59,7 +59,7 @@ def test_cells_share_their_twins_and_are_run_once(tmp_path: Path, obeyed: None) 
     assert found["abl"]["figures"]["altered"]["value"] == 0.01 and found["abl"]["figures"]["rejects"] is None
     assert found["none"]["relative_seconds"] == {"train": 1, "total": 1}
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
-    (sheet,), (record,) = ((tmp_path / "out").glob(f"{kind}") for kind in ("sheets/*", "twins/resnet-*.json"))
+    (sheet,), (record,) = ((tmp_path / "out").glob(kind) for kind in ("sheets/*", "twins/resnet-*.json"))
     assert sheet.stem == record.stem and sheet.suffix == ".png"
     _, told = run(grid, tmp_path / "out")
     assert told == ["4 of 4 cells are there already"]

@@ -32,7 +32,7 @@ METHODS = {
     "finetune": BRIEF,
     "ft_sam": BRIEF,
     "clp": {},
-    "rnp": {"tune_steps": 1, "batch_size": 12},
+    "rnp": BRIEF,
 }
 
 
@@ -53,11 +53,11 @@ def pool(name: str) -> tuple[Pool, dict[str, Any]]:
 def candidates(method: str, name: str, network: Pixels) -> Iterator[tuple[str, nn.Module]]:
     made = purifiers.create(method, **METHODS[method])
     made.check(network, CLEAN.images[:2].float() / 255)
-    if method == "rnp":  # an untrained network knows nothing that it could forget and recover: only the cuts
-        ranked = ranking({name: torch.arange(count) / count for name, count in maskable(network).items()})
-        return made._tuned_cuts(network, ranked, CLEAN, CLEAN, CPU, Kept())
     shared, state = pool(name)
     shared.load_state_dict(state)
+    if method == "rnp":  # an untrained network knows nothing that it could forget and recover: only the training after a cut
+        ranked = ranking({name: torch.arange(count) / count for name, count in maskable(network).items()})
+        return made._tuned(network, ranked[: len(ranked) // 10], CLEAN, shared, CPU, Kept())
     return made.candidates(network, CLEAN, pool=shared, runtime=CPU, notes=Notes(), kept=Kept())
 
 

@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "distill": FEW,
     "finetune": FEW,
     "ft_sam": FEW,
-    "rnp": {"tune_steps": 2, "batch_size": 16},
+    "rnp": FEW,
     "clp": {"rounds": 3},
 }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...changes import Universal
@@ -16,11 +17,12 @@ from ...kept import Kept
 from ...runtime import Runtime
 from ...universal import Pool
 from .loops import Stepping, due, keep, stepped, taken_up
-from .protocol import Candidates
+from .protocol import Candidates, divergence, train_norms
 
-__all__ = ["Attacked", "Hardening", "hardened"]
+__all__ = ["Attacked", "Hardening", "hardened", "missed", "rate_for"]
 
 MIXED = 0.5  # of the images of a batch without a perturbation
+FEW = 256  # images to fit on: with fewer the rate falls in proportion, since fewer say less of what is to stay
 LEAST_STRENGTH, LEAST_SHARE = 0.05, 0.25  # of the radius, and of the part of a batch that is attacked, kept to the end
 
 
@@ -67,6 +69,29 @@ class Attacked:
         if others.any():
             hit = float((logits[: self.count].argmax(1)[others] == self.one.wanted).float().mean())
             self.one.rate = (self.one.rate + hit) / 2
+
+
+def rate_for(lr: float, clean: CleanSet) -> float:
+    """The learning rate for so many images to fit on: less than `lr`, in proportion to their number, where they are few."""
+    return lr * min(1.0, len(clean) / FEW)
+
+
+def missed(
+    network: Pixels, batch: Attacked, truths: Tensor, hold: float, runtime: Runtime, change: Tensor | None = None
+) -> Tensor:
+    """What is to be low: labels and, `hold` times, the original's answers missed, where a part carries the perturbation.
+
+    Normalisations follow the batch.
+
+    Args:
+        truths: (N,) labels of the clean set.
+        change: In the perturbation's place."""
+    train_norms(network)
+    with runtime.autocast():
+        logits = network(batch.painted(change))
+    batch.note(logits.detach())
+    truth = truths[batch.rows[: batch.alone]].to(logits.device)
+    return F.cross_entropy(logits[: batch.alone], truth) + hold * divergence(logits, batch.wanted)
 
 
 def hardened(
