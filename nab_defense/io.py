@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
@@ -204,6 +205,14 @@ def _parsed(text: str) -> Any:
         return text
 
 
+_SCALAR = np.float64(0).__reduce__()[0]  # makes a number of its type and bytes, and refuses objects
+# What programs keep beside the weights: arguments, and figures as numpy's numbers. Read as plain values they can do nothing.
+BESIDE: list[Any] = [
+    (SimpleNamespace, "argparse.Namespace"),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    (codecs.encode, "_codecs.encode"),
+    *(np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}),
+]
 STATE_KEYS = ("state_dict", "net", "model", "model_state_dict", "state_dict_ema", "weights")
 
 
@@ -219,8 +228,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
-        # timm and many others keep their arguments beside the weights; read as plain values, they can do nothing
-        with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):
+        with torch.serialization.safe_globals(BESIDE):
             tree = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and tar errors, by the file's age
         found = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))

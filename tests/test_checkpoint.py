@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -35,6 +36,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_weights_are_found_under_every_usual_key(key: str, tmp_path: Path) -> None:
     state = small().state_dict()
     beside: dict[str, Any] = {"epoch": 3, "args": argparse.Namespace(lr=0.1, opt="sgd"), "optimizer": {"lr": 0.1}}
+    beside |= {"best": np.float64(0.9), "seen": np.int64(7), "half": np.float16(0.5), "done": np.bool_(True)}
     torch.save(state if key == "" else {key: state, **beside}, tmp_path / "weights.pth")
     found, where = io.load_weights(tmp_path / "weights.pth")
     assert where == key and equal(found, state)
