@@ -91,7 +91,7 @@ class RNP:
     lr: float = 0.01
     mask_lr: float = 0.04
     recover_steps: int = 80
-    share: float = 0.2
+    share: float = 0.15
     steps: int = 280
     rounds: int = 1
     tune_lr: float = 0.01
