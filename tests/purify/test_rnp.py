@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nab_defense.channels import maskable, masked, prune, ranking
+from nab_defense.channels import Channel, maskable, masked, prune, ranking
 from nab_defense.clean import Pixels
-from nab_defense.purify.base import purifiers
+from nab_defense.purify.base import Candidates, purifiers
 from nab_defense.purify.rnp import RNP, likely_target, suspicion
 from nab_defense.runtime import Runtime
 from tests.bars import bars
@@ -166,6 +166,18 @@ def test_cuts_weaken_a_backdoor_and_stay_cut(trained: Pixels) -> None:
     assert names[-1] == "10 of 32 channels, step 60" and zeros == 10
     assert all(re.fullmatch(r"\d+ of 32 channels", name) for name in names[:-1])
     assert share(network, clean.images, clean.labels) > 0.9 and share(network, others, 0) < 0.2
+
+
+def test_a_cut_that_training_does_not_win_back_is_made_anew_with_less(trained: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tuned(_: RNP, network: Pixels, gone: list[Channel], *__: object) -> Candidates:
+        if len(gone) > 5:
+            prune(network, ranking({name: torch.zeros(count) for name, count in maskable(network).items()}))  # knows nothing
+        yield f"step {len(gone)}", network
+
+    monkeypatch.setattr(RNP, "_tuned", tuned)
+    for share, cuts in ((0.9, [29, 10, 3]), (0.4, [13, 4]), (0.15, [5])):
+        every = [name for name, _ in offered(RNP(batch_size=20, share=share), copy.deepcopy(trained), bars(400))]
+        assert [name for name in every if "step" in name] == [f"{cut} of 32 channels, step {cut}" for cut in cuts]
 
 
 def test_without_a_share_there_are_the_papers_cuts_alone(trained: Pixels) -> None:
