@@ -120,13 +120,14 @@ class RNP:
         notes.evidence |= {"likely_target": target, "likely_target_share": share}
         notes.unlearned = copy.deepcopy(unlearned)  # whose statistics the masks' batches will move
         ranked = ranking(kept.once("masks", lambda: self.recovered(unlearned, images, aside, runtime, before)))
-        yield from self._cuts(copy.deepcopy(network), ranked, aside, runtime, before - MAX_CUT)
+        least = before - MAX_CUT
+        yield from self._cuts(copy.deepcopy(network), ranked, aside, runtime, least)
         cut = round(self.share * len(ranked))
         while cut:
             tuned: nn.Module = network
-            for name, tuned in self._tuned(copy.deepcopy(network), ranked[:cut], clean, pool, runtime, kept):
+            for name, tuned in self._tuned(network, ranked[:cut], clean, pool, runtime, kept):
                 yield f"{cut} of {len(ranked)} channels, {name}", tuned
-            if _accuracy(logits_of(tuned, aside, runtime), aside) >= before - MAX_CUT:
+            if _accuracy(logits_of(tuned, aside, runtime), aside) >= least:
                 return  # even of images that it trained on a network with too deep a cut knows less
             cut, kept = round(cut / LESS), Kept()
 
@@ -201,11 +202,11 @@ class RNP:
             yield f"{cut} of {len(ranked)} channels", network
 
     def _tuned(
-        self, network: Pixels, gone: list[Channel], clean: CleanSet, pool: Pool, runtime: Runtime, kept: Kept
+        self, teacher: Pixels, gone: list[Channel], clean: CleanSet, pool: Pool, runtime: Runtime, kept: Kept
     ) -> Candidates:
-        """Training against universal perturbations, during which the channels stay cut."""
+        """Copies of the original that are trained against universal perturbations, during which the channels stay cut."""
         assert clean.labels is not None
-        truths, teacher = clean.labels, frozen(copy.deepcopy(network))
+        truths, network = clean.labels, copy.deepcopy(teacher)
         recentred(network, clean, runtime=runtime, augment=self.augment)
         params = list(network.requires_grad_(True).parameters())
         optimizer = torch.optim.SGD(params, lr=rate_for(self.tune_lr, clean), momentum=MOMENTUM)

@@ -170,6 +170,7 @@ def test_cuts_weaken_a_backdoor_and_stay_cut(trained: Pixels) -> None:
 
 def test_a_cut_that_training_does_not_win_back_is_made_anew_with_less(trained: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
     def tuned(_: RNP, network: Pixels, gone: list[Channel], *__: object) -> Candidates:
+        network = copy.deepcopy(network)
         if len(gone) > 5:
             prune(network, ranking({name: torch.zeros(count) for name, count in maskable(network).items()}))  # knows nothing
         yield f"step {len(gone)}", network
