@@ -53,9 +53,12 @@ class CleanSet:
         return replace(self, images=self.images[rows], labels=None if self.labels is None else self.labels[rows])
 
     def split(self, fraction: float, seed: int) -> tuple[CleanSet, CleanSet]:
-        """Two disjoint parts, the second with `fraction` of each class (of all, without labels), at least one image each."""
+        """Two disjoint parts, the second with `fraction` of each class, at least one image; of all, without labels, and where a
+        class has one image only."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        groups = [order] if self.labels is None else [order[self.labels[order] == k] for k in self.labels.unique()]
+        groups = [order]
+        if self.labels is not None and self.labels.unique(return_counts=True)[1].min() > 1:
+            groups = [order[self.labels[order] == k] for k in self.labels.unique()]
         counts = [max(1, round(fraction * len(group))) for group in groups]
         second = torch.cat([group[:count] for group, count in zip(groups, counts, strict=True)]).sort().values
         first = torch.cat([group[count:] for group, count in zip(groups, counts, strict=True)]).sort().values

@@ -206,11 +206,14 @@ def _parsed(text: str) -> Any:
 
 
 _SCALAR = np.float64(0).__reduce__()[0]  # makes a number of its type and bytes, and refuses objects
-# What programs keep beside the weights: arguments, and figures as numpy's numbers. Read as plain values they can do nothing.
+_ARRAY = np.empty(0).__reduce__()[0]
+# What programs keep beside the weights: arguments, and numpy's numbers, alone and in arrays. Read so they can do nothing.
 BESIDE: list[Any] = [
     (SimpleNamespace, "argparse.Namespace"),
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     (codecs.encode, "_codecs.encode"),
+    np.ndarray,
     *(np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}),
 ]
 STATE_KEYS = ("state_dict", "net", "model", "model_state_dict", "state_dict_ema", "weights")

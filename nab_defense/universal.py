@@ -141,8 +141,9 @@ def pool_of(network: nn.Module, clean: CleanSet, *, radius: float, patch: int, r
         patch: Edge of patches, in pixels, at 32 px.
         runtime: Device, precision, seed."""
     batches = clean.endless(PROBE_BATCH, runtime=runtime, seed=runtime.seed, augment=False)
-    edge = min(max(SMALLEST_PATCH, round(patch * clean.scale)), *clean.images.shape[2:])
-    way = WAY * max(1.0, (clean.images[0, 0].numel() / 1024) ** 0.5)
+    larger = (clean.images[0, 0].numel() / 1024) ** 0.5
+    edge = min(max(SMALLEST_PATCH, round(patch * larger)), *clean.images.shape[2:])
+    way = WAY * max(1.0, larger)
     radius *= clean.scale
     images, _ = next(batches)
     blank, classes = torch.zeros_like(images[0]), likely_classes(network, images, edge=edge, runtime=runtime)

@@ -37,6 +37,7 @@ def test_weights_are_found_under_every_usual_key(key: str, tmp_path: Path) -> No
     state = small().state_dict()
     beside: dict[str, Any] = {"epoch": 3, "args": argparse.Namespace(lr=0.1, opt="sgd"), "optimizer": {"lr": 0.1}}
     beside |= {"best": np.float64(0.9), "seen": np.int64(7), "half": np.float16(0.5), "done": np.bool_(True)}
+    beside["poisoned"] = {"indices": np.arange(5), "shares": np.ones((2, 3), np.float32), "is": np.zeros(4, bool)}
     torch.save(state if key == "" else {key: state, **beside}, tmp_path / "weights.pth")
     found, where = io.load_weights(tmp_path / "weights.pth")
     assert where == key and equal(found, state)

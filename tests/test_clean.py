@@ -49,6 +49,11 @@ def test_split_is_disjoint_and_keeps_the_classes_in_proportion() -> None:
     assert second.labels is not None and second.labels.bincount().tolist() == [5, 5, 5, 5]
 
 
+def test_split_leaves_images_in_both_parts_where_classes_have_one() -> None:
+    first, second = numbered(100, classes=100).split(0.15, seed=0)
+    assert (len(first), len(second)) == (85, 15)
+
+
 def test_pixels_normalises_and_logits_are_of_changed_and_clipped_images() -> None:
     clean = numbered(5)
     network = Pixels(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), [0.5] * 3, [0.25] * 3)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nab_defense import universal
 from nab_defense.changes import GRID, SEARCH, Patch, Spread, Universal, Warp, boxed
+from nab_defense.clean import CleanSet
 from nab_defense.runtime import Runtime
 from nab_defense.universal import PROBE_CLASSES, likely_classes, pool_of, pursued, started
 from tests.bars import bars
@@ -84,6 +85,14 @@ def test_a_planted_patch_is_found_where_it_is_and_suspected_alone(seed: int) -> 
     for one in pool.suspicious:
         one.rate = float(one is patch)  # as if the others were withstood: they are drawn no more
     assert all(pool.draw() is patch for _ in range(20)) and patch.drawn == 20
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patches_have_the_same_edge_whatever_the_channels(channels: int) -> None:
+    clean = CleanSet(torch.randint(0, 256, (20, channels, 32, 32), dtype=torch.uint8))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(channels * 1024, 3)).requires_grad_(False)
+    pool = pool_of(network, clean, radius=2.0, patch=5, runtime=CPU)
+    assert {one.edge for one in pool.changes if isinstance(one, Patch)} == {5}
 
 
 def test_changes_toward_another_class_must_stand_out_nearly_as_far(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from ..bench.evaluate import evaluate, to_dict
 from ..clean import CleanSet, Pixels
 from ..data import Source, open_source
 from ..kept import forget, left
-from ..purify import PurifyResult, purifiers, purify
+from ..purify import PurifyResult, check_known, purifiers, purify
 from ..recipe import key_values, parse_recipe
 from ..registry import nearest
 from ..repair import in_words, outcome, ranking, read_clean
@@ -53,7 +53,7 @@ SETTINGS = (
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
-    stem = args.checkpoint.parent.name if args.checkpoint.stem == "model" else args.checkpoint.stem
+    stem = args.checkpoint.absolute().parent.name if args.checkpoint.stem == "model" else args.checkpoint.stem
     out = args.out or Path("runs") / f"purified_{stem}"
     unfinished = out / "unfinished"
     if not (args.resume and left(unfinished)):  # beside which a killed run may have left its model
@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
         tests = {"attack": attack, "seed": recipe.seed, "runtime": recipe.runtime.model_dump()}
         _, cases = open_tests(args.test, suspect.header(), out, reading, **tests)
     limits = {name: shared[name] for name in LIMITS}
+    check_known(suspect.model, clean, mean=suspect.mean, std=suspect.std, runtime=runtime)
     found = purify(
         suspect.model, clean, method,
         mean=suspect.mean, std=suspect.std, runtime=runtime, **limits, state=unfinished, resume=args.resume,

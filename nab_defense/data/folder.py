@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from timm.utils.misc import natural_key
 
 from ..registry import nearest
 
@@ -95,7 +96,7 @@ def _inspect(file: File) -> tuple[Image.Image | None, str, str]:
 
 
 def read_folder(root: Path, channels: int | None, strict: bool, *, labelled: bool = True) -> Folder:
-    """Read a folder with one sub-folder a class; without labels, all images below it.
+    """Read a folder with one sub-folder a class, in timm's order (2 before 10); without labels, all images below it.
 
     Args:
         root: The folder.
@@ -141,7 +142,8 @@ def read_files(
     _refuse_broken(root, irregular, len(ids), strict)
     only_grey = sum(len(irregular.get(kind, [])) for kind in ("grey", "16-bit")) == len(kept) > 0
     if channels == 3 and only_grey:
-        raise ValueError(f"all images in {root} are grey and the model takes 3 channels; to train on them set model.in_chans=1")
+        mend = "to train on them set model.in_chans=1; for a model that is trained save them as RGB"
+        raise ValueError(f"all images in {root} are grey and the model takes 3 channels; {mend}")
     mode = "L" if channels == 1 or (channels is None and only_grey) else "RGB"
     load = _FileImages([files[i] for i in kept], cache, mode)
     chosen = np.asarray(kept, dtype=np.int64)
@@ -159,7 +161,8 @@ def _list(root: Path, labelled: bool) -> tuple[tuple[str, ...], list[Path], list
     files: list[Path] = []
     labels: list[int] = []
     if labelled:
-        classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+        folders = (p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        classes = tuple(sorted(sorted(folders), key=natural_key))
         if not classes:
             raise ValueError(f"{root} has no sub-folders; expected one for each class")
         for label, name in enumerate(classes):

@@ -68,7 +68,7 @@ class CLP:
 
     Args:
         strictest: The smallest u.
-        rounds: Candidates, from u = 5 down to `strictest`, in equal steps.
+        rounds: Candidates, from u = 5 down to `strictest`, in equal steps; 1: `strictest` alone.
     """
 
     labelled: ClassVar[bool] = False
@@ -86,7 +86,7 @@ class CLP:
     ) -> Candidates:
         images, _ = next(clean.batches(2, runtime=runtime))
         pairs = [(norm, amplification(conv, norm)) for conv, norm in normalised_convolutions(network, images)]
-        for u in torch.linspace(5.0, self.strictest, self.rounds).tolist():
+        for u in torch.linspace(self.strictest, 5.0, self.rounds).flip(0).tolist():
             with torch.no_grad():
                 for norm, gains in pairs:
                     loud = gains > gains.mean() + u * gains.std()

@@ -75,7 +75,7 @@ class Distill:
         lr, momentum, weight_decay: Of SGD, whose rate falls to zero along a cosine.
         temperature: Softens both answers.
         first, last, head: Shares of weights re-initialised in the first layer, the last before the head, and the head.
-        fraction: Part of a batch that carries one, at first; 0: distillation as published.
+        fraction: Part of a batch that carries one, at first; 0: none.
         augment: Random crops and flips.
     """
 

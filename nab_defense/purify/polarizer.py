@@ -68,7 +68,7 @@ class Polarizer:
     The whole network stays as it is; a polarizer that it carries already is trained on. The layer starts as the identity and sees
     the whole stream: at the published place the skip connection of a residual block leads the trigger around it. The paper
     attacks each image by itself, toward its runner-up class; a trigger is one change that turns all images to its class, and so
-    is the attack here, see IBAU. The loss, too, is as there, in place of the paper's five terms.
+    is the attack here, see IBAU. The loss, too, is as there, in place of the paper's four terms.
 
     Args:
         steps: Updates.

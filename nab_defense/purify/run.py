@@ -20,10 +20,11 @@ from ..runtime import Runtime, fixed_seed
 from ..universal import Pool, pool_of
 from .base import Candidates, Choice, Judge, Notes, Purifier, frozen, hardly_turned
 
-__all__ = ["PurifyResult", "count_outputs", "prepared", "purify"]
+__all__ = ["PurifyResult", "check_known", "count_outputs", "prepared", "purify"]
 
 VERSION = version("nab_defense")
 Judged = Callable[[nn.Module], dict[str, Any]]
+CHANCE = 2.0  # standard errors above a guess: what a model exceeds that knows the labels
 RADIUS, PATCH = 6.0, 5  # of the perturbations at 32 px, see universal.Pool
 
 
@@ -207,6 +208,24 @@ def _with_suspects(judge: Judged, suspects: CleanSet | None, runtime: Runtime) -
         return {**record, **worse, "obeyed": obeyed}
 
     return judged
+
+
+def check_known(model: nn.Module, clean: CleanSet, *, mean: Sequence[float], std: Sequence[float], runtime: Runtime) -> None:
+    """Refuse a model that knows no more of labelled images than a guess does: no fall of its accuracy could be judged.
+
+    Raises:
+        ValueError: It does not; another order of classes, say, or another normalisation."""
+    if clean.labels is None:
+        return
+    network: Pixels = frozen(runtime.place(Pixels(copy.deepcopy(model), mean, std)))  # type: ignore[assignment]
+    count_outputs(network, clean.images[:2], runtime)
+    accuracy = float((logits_of(network, clean, runtime).argmax(1) == clean.labels).float().mean())
+    guess = float(clean.labels.bincount().max()) / len(clean)
+    if accuracy <= guess + CHANCE * (guess * (1 - guess) / len(clean)) ** 0.5:
+        raise ValueError(
+            f"the model names {accuracy:.2f} of the {len(clean)} clean images rightly, as a guess might; check the order of"
+            " classes, --mean, --std and --input-size, or repair it with --unlabeled"
+        )
 
 
 def count_outputs(network: Pixels, images: Tensor, runtime: Runtime) -> int:

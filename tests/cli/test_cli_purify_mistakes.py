@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from nab_defense import checkpoint
+from nab_defense import checkpoint, open_source
 from nab_defense.checkpoint import Network
 from tests.digits_runs import Mistakes, write_images
 
@@ -23,11 +24,23 @@ def linear() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 
+def fitted(folder: Path, *, shift: int = 0) -> nn.Module:
+    """One that knows the images of a folder; with a shift by the labels of other classes."""
+    source, network = open_source(str(folder)), linear()
+    images = np.stack([np.asarray(source.load(i)) for i in range(len(source))])
+    labels = torch.from_numpy(source.labels + shift) % 10
+    flat = (torch.from_numpy(images).float().flatten(1) / 255 - 0.3) / 0.4
+    weights = torch.linalg.lstsq(torch.cat([flat, torch.ones(len(flat), 1)], 1), torch.eye(10)[labels], driver="gelsd").solution
+    network.load_state_dict({"1.weight": weights[:-1].T.contiguous(), "1.bias": weights[-1]})
+    return network
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mistaken_nets.py").write_text(NETS)
     write_images(tmp_path / "clean", classes=10, each=6, mode="L")
-    torch.save({"net": linear().state_dict()}, tmp_path / "bad.pth")
+    torch.save({"net": fitted(tmp_path / "clean").state_dict()}, tmp_path / "bad.pth")
+    torch.save({"net": fitted(tmp_path / "clean", shift=1).state_dict()}, tmp_path / "shifted.pth")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -82,6 +95,7 @@ RUN = ("purify", "--model", "mistaken_nets:linear", "--checkpoint", "bad.pth", *
         (["--model", "test_resnet"], ("bad.pth does not fit the network: it lacks", "has unknown")),
         (["--checkpoint", "bda.pth"], ("no such file: bda.pth",)),
         (["--checkpoint", "bad.safetensors"], ("no such file: bad.safetensors",)),
+        (["--checkpoint", "shifted.pth"], ("names 0.00 of the 60 clean images rightly", "check the order of classes, --mean")),
         (["--checkpoint", "module.pth"], ("module.pth cannot be read as weights: it holds torch.nn.modules",)),
         (["--checkpoint", "nan.pth"], ("1.weight holds values that are not finite",)),
         (["--checkpoint", "wide.pth"], ("1.weight is (10, 65) in the file, (10, 64) in the network",)),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data import create_dataset
 
 from nab_defense.data import open_source
 from nab_defense.data.sources import Source
@@ -98,6 +99,14 @@ def test_a_folder_is_read_in_order(folder: Path) -> None:
     view = source.view(lambda image: image.size)
     assert view[4] == ((8, 8), 1) and view.filename(6) == "dog/deeper/x.PNG" and view.filename(6, basename=True) == "x.PNG"
     assert view.fingerprint == source.fingerprint and len(view) == 7
+
+
+def test_classes_come_in_the_order_that_timm_gives_them(tmp_path: Path) -> None:
+    names = ("2", "10", "1", "b", "A", "c10", "c9")
+    for name in names:
+        write(tmp_path / name / "0.png", color())
+    theirs = create_dataset("", root=str(tmp_path)).reader.class_to_idx
+    assert open_source(str(tmp_path)).classes == tuple(sorted(names, key=theirs.get)) == ("1", "2", "10", "A", "b", "c9", "c10")
 
 
 def test_without_labels_a_folder_is_all_the_images_below_it(folder: Path, tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def test_clp_silences_a_loud_channel_alone() -> None:
     after = model(PIXELS).view(2, 32, -1)
     others = torch.arange(32) != 7
     assert names == ["u 5", "u 4"]
+    assert [name for name, _ in offered(CLP(strictest=3.0, rounds=1), model, bars(240))] == ["u 3"]
     assert not after[:, 7].any() and torch.equal(after[:, others], before[:, others])
 
 
