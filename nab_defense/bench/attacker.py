@@ -80,14 +80,13 @@ def restored(build: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> n
     return network.eval().requires_grad_(False)
 
 
-def draws(count: int, *, batch: int, epochs: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
-    """(step, indices) of shuffled batches for some epochs; an incomplete last batch is left out."""
-    step, size = 0, min(batch, count)
+def draws(count: int, *, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Indices of shuffled batches for some epochs; an incomplete last batch is left out."""
+    size = min(batch, count)
     for _ in range(epochs):
         order = torch.randperm(count, generator=generator)
         for first in range(0, count - size + 1, size):
-            yield step, order[first : first + size]
-            step += 1
+            yield order[first : first + size]
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -134,7 +133,7 @@ def fit_classifier(
     total = epochs * max(1, len(images) // batch)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=total + 1)
-    for _, chosen in draws(len(images), batch=batch, epochs=epochs, generator=generator):
+    for chosen in draws(len(images), batch=batch, epochs=epochs, generator=generator):
         logits = network(runtime.put(shifted(images[chosen], generator)))
         loss = F.cross_entropy(logits, labels[chosen].to(logits.device))
         optimizer.zero_grad()

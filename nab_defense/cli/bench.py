@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def main(argv: list[str]) -> int:
     runner = on_ray(args.workers) if args.launcher == "ray" else None
     failed = run_cells(cells, out, tell=lambda line: print(line, flush=True), runner=runner)
     print(f"{len(cells)} cells, {len(failed)} failed; written to {out}")
-    return EXIT_INPUT if failed else 0
+    # torchrun ends every process once one has a status of its own, and other settings would be left half done
+    return EXIT_INPUT if failed and "RANK" not in os.environ else 0
 
 
 def _summarize(cells: Path, grid: Grid | None, out: Path | None) -> int:

@@ -87,8 +87,8 @@ class Case:
     @cached_property
     def _name(self) -> str:
         """Of what is made for these very images: an attack paints others once its settings or its code change."""
-        shown = [source.fingerprint for source in (self.given, self._triggered) if source is not None]
-        return f"{self.setting.name}-{key_of([self.setting.key, *shown])}"
+        tested = self.session.test_source if self._triggered is None else self._triggered
+        return f"{self.setting.name}-{key_of([self.setting.key, self.given.fingerprint, tested.fingerprint])}"
 
     def show(self, folder: Path) -> None:
         """Write the attack's contact sheet, where there is an attack: poison as it is trained on, then triggered test images."""

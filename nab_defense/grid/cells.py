@@ -52,7 +52,7 @@ class Setting:
     def config(self) -> dict[str, Any]:
         """Everything that determines it, and the defaults of what is left out: a cell must not stand for another default."""
         recipe = self.recipe
-        defaults = {"detector": detectors.defaults(recipe.scan.detector), "relabeler": relabelers.defaults(recipe.relabel.name)}
+        defaults = method_defaults(recipe)
         if recipe.attack is not None:
             defaults["attack"] = attacks.all_defaults(recipe.attack.name, **recipe.attack.params)
         return {
@@ -87,7 +87,9 @@ class Cell:
     @cached_property
     def config(self) -> dict[str, Any]:
         row = self.row
-        defaults = {} if self.kind == ORACLE else defences.all_defaults(self.kind, **row.params)
+        defaults: dict[str, Any] = {} if self.kind == ORACLE else defences.all_defaults(self.kind, **row.params)
+        if row.recipe:
+            defaults = {**defaults, "recipe": method_defaults(defended_recipe(self))}
         given = {"name": self.kind, "params": row.params, "recipe": row.recipe, "defaults": defaults}
         return {**self.setting.config, "defence": given}
 
@@ -145,6 +147,11 @@ def _setting(grid: Grid, origin: str, network: str, name: str, row: AttackRow, r
     except ValueError as error:
         raise ValueError(f"{origin}: attacks.{name} with networks.{network}: {error}") from None
     return Setting(recipe, grid.clean, network, name, rate, seed)
+
+
+def method_defaults(recipe: Recipe) -> dict[str, Any]:
+    """The settings that the recipe's detector and relabeler have where it names none."""
+    return {"detector": detectors.defaults(recipe.scan.detector), "relabeler": relabelers.defaults(recipe.relabel.name)}
 
 
 def defended_recipe(cell: Cell) -> Recipe:

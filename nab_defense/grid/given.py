@@ -64,6 +64,8 @@ def opened(data: Data, channels: int, *, test: bool = False) -> Source:
 def split_off(source: Source, *, limit: int | None, clean: int, seed: int) -> tuple[Source, Source]:
     """Images to train on, `limit` of them or what is left, and `clean` others.
 
+    The first come in an order that tells nothing: a folder's goes class by class, by which poison shows.
+
     Raises:
         ValueError: There are too few."""
     count = len(source) - clean if limit is None else limit
@@ -72,4 +74,4 @@ def split_off(source: Source, *, limit: int | None, clean: int, seed: int) -> tu
             f"{source.name} has {len(source)} images: too few for clean={clean} beside data.limit={limit}; lower one of them"
         )
     order = np.random.default_rng([seed, 1]).permutation(len(source))
-    return source.subset(np.sort(order[:count])), source.subset(np.sort(order[count : count + clean]))
+    return source.subset(order[:count]), source.subset(np.sort(order[count : count + clean]))

@@ -19,7 +19,7 @@ TOLD = ("NAB_CACHE", "HF_HUB_OFFLINE", "HF_HOME", "NO_ALBUMENTATIONS_UPDATE")  #
 
 
 def own_share(cells: list[Cell]) -> list[Cell]:
-    """This process's part where torchrun started several: whole settings in turn, so that no two train the same twin."""
+    """This process's part where torchrun started several: whole settings in turn, so that no two train one undefended twin."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())

@@ -78,16 +78,23 @@ def read_results(folder: Path, grid: Grid | None = None) -> Results:
 
 
 def _check_one_setting(folder: Path, records: list[Record]) -> None:
-    """Refuse two cells in one place, and cells of one row that were not made alike: their twins would be mixed."""
-    cells: dict[tuple[str, ...], str] = {}
-    rows: dict[tuple[str, ...], str] = {}
+    """Refuse two cells in one place, and cells of one row that were not compared with the same two twins."""
+    cells: dict[str, str] = {}
+    rows: dict[str, tuple[str, str]] = {}
     for record in records:
         *row, defence = map(str, record["cell"].values())
-        setting = key_of({key: value for key, value in record["config"].items() if key != "defence"})
-        for known, place, key in ((cells, (*row, defence), record["key"]), (rows, tuple(row), setting)):
-            if known.setdefault(place, key) != key:
-                what = f"{folder} holds {known[place]} and {key} for {' '.join(place)}"
-                raise ValueError(f"{what}, made by other settings each: delete one, or name the grid's YAML")
+        place, key = " ".join((*row, defence)), record["key"]
+        if place in cells:
+            raise ValueError(f"{folder} holds {cells[place]} and {key} for {place}: delete one, or name the grid's YAML")
+        cells[place] = key
+        if record["status"] == FAILED:
+            continue
+        setting = {name: value for name, value in record["config"].items() if name != "defence"}
+        made = key_of([setting, record["twins"]])
+        first, alike = rows.setdefault(" ".join(row), (key, made))
+        if made != alike:
+            what = f"{folder}: {first} and {key}, of {place}, have other twins: made by other settings, images or processors"
+            raise ValueError(f"{what}; delete one, or name the grid's YAML")
 
 
 def markdown(results: Results) -> str:

@@ -74,11 +74,16 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert says in said and len(said.splitlines()) == 1
 
 
-def test_cells_that_fail_show_in_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_that_fail_show_in_the_exit_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     nowhere = {**RECIPE, "data": {**RECIPE["data"], "source": str(tmp_path / "nowhere")}}
     assert main(["bench", str(small_grid(tmp_path, recipe=nowhere)), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().out
     assert "no such folder or data set" in said and "2 cells, 2 failed" in said
+    monkeypatch.setenv("RANK", "0")  # torchrun would end the other processes
+    assert main(["bench", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "out")]) == 0
+    assert "2 failed" in capsys.readouterr().out
 
 
 def test_ranks_share_whole_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

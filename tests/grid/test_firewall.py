@@ -17,6 +17,7 @@ from nab_defense.data import Source
 from nab_defense.defences import Outcome, Task, defences
 from nab_defense.grid import cells_of, load_grid, run_cells
 from nab_defense.grid.case import Case
+from nab_defense.grid.given import Pictures, split_off
 from nab_defense.schema import Attack, Recipe
 from nab_defense.types import NABPlan
 from tests.grid.small import RECIPE, small_grid
@@ -112,6 +113,15 @@ def test_the_spy_finds_what_is_hidden(spied: tuple[Task, Case]) -> None:
     ]  # fmt: skip
     for secret in hidden:
         assert secrets((task, secret), case), secret
+
+
+def test_the_order_of_images_says_nothing() -> None:
+    labels = np.repeat(np.arange(10), 60)  # as a folder is read
+    pixels = np.zeros((600, 2, 2), np.uint8)
+    source = Source("folder", tuple("abcdefghij"), labels, tuple(map(str, range(600))), Pictures(tuple(pixels)), "L", "", {})
+    given, trusted = split_off(source, limit=500, clean=100, seed=0)
+    assert sorted(given.ids + trusted.ids) == sorted(source.ids)
+    assert np.mean(np.diff(given.labels) == 0) < 0.2 and abs(np.corrcoef(given.labels, np.arange(500))[0, 1]) < 0.2
 
 
 def test_names_of_images_say_nothing(spied: tuple[Task, Case]) -> None:

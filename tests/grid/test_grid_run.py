@@ -119,6 +119,7 @@ def test_a_fault_of_the_program_is_written_down_too(tmp_path: Path, obeyed: None
 
 def test_another_default_is_another_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"paper": {"defence": "nab_paper", "params": {"detector": "knn"}}, "fix": {"defence": "purify"}, "oracle": None}
+    rows["ours"] = {"defence": "nab", "recipe": {"scan": {"detector": "knn"}}}
     grid = load_grid(small_grid(tmp_path, attacks={"blend": None}, defences=rows))
 
     def keys() -> list[str]:
@@ -127,9 +128,9 @@ def test_another_default_is_another_cell(tmp_path: Path, monkeypatch: pytest.Mon
     before = keys()
     assert keys() == before
     monkeypatch.setattr(KNN, "__init__", lambda self, neighbors=7: None)
-    assert [new == old for new, old in zip(keys(), before, strict=True)] == [False, True, True]
+    assert [new == old for new, old in zip(keys(), before, strict=True)] == [False, True, True, False]
     monkeypatch.setattr(IBAU, "__init__", lambda self, steps=7: None)
-    assert [new == old for new, old in zip(keys(), before, strict=True)] == [False, False, True]
+    assert [new == old for new, old in zip(keys(), before, strict=True)] == [False, False, True, False]
     monkeypatch.setattr(Blend, "__init__", lambda self, alpha=0.5: None)
     assert not set(keys()) & set(before)
 

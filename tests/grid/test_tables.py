@@ -63,7 +63,14 @@ def test_means_marks_and_empty_cells(tmp_path: Path) -> None:
 def test_two_cells_in_one_place_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "badnets", "drop", 0, 0.1)
     write(tmp_path / "older", "badnets", "drop", 0, 0.9, key="older")
-    with pytest.raises(ValueError, match=r"holds badnetsdrop0 and older for resnet badnets 0\.2 0 drop, made by other settings"):
+    with pytest.raises(ValueError, match=r"holds badnetsdrop0 and older for resnet badnets 0\.2 0 drop: delete one"):
+        read_results(tmp_path)
+
+
+def test_copies_of_a_cell_are_not_seeds(tmp_path: Path) -> None:
+    for folder in ("one", "copy"):
+        write(tmp_path / folder, "badnets", "drop", 0, 0.1)
+    with pytest.raises(ValueError, match="holds badnetsdrop0 and badnetsdrop0 for resnet"):
         read_results(tmp_path)
 
 
@@ -72,7 +79,11 @@ def test_rows_that_were_not_made_alike_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 1, "defence": "nab"})
     assert len(read_results(tmp_path).records) == 2
     write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 2, "defence": "nab"})
-    with pytest.raises(ValueError, match=r"for resnet badnets 0\.2 0, made by other settings"):
+    with pytest.raises(ValueError, match=r"resnet badnets 0\.2 0 nab, have other twins: made by other settings"):
+        read_results(tmp_path)
+    other = {"undefended": {"acc": {"value": 0.5}}, "oracle": {}}
+    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 1, "defence": "nab"}, twins=other)
+    with pytest.raises(ValueError, match="have other twins"):
         read_results(tmp_path)
 
 

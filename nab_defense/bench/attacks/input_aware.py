@@ -96,7 +96,7 @@ class InputAware(Learned):
         batch, which leaves some images without a trigger; a victim that is not trained along with the mask needs one on each."""
         mask = lesson.runtime.place(seeded(lambda: Generator(images.shape[1], 1), lesson.seed))
         optimizer = torch.optim.Adam(mask.parameters(), lr=0.01)
-        for _, chosen in draws(len(images), batch=BATCH, epochs=self.mask_epochs, generator=generator):
+        for chosen in draws(len(images), batch=BATCH, epochs=self.mask_epochs, generator=generator):
             batch = lesson.runtime.put(images[chosen])
             drawn = mask(batch)
             loss = 100 * (drawn.mean((1, 2, 3)) - self.density).abs().mean() + diversity(batch, drawn)
@@ -113,7 +113,7 @@ class InputAware(Learned):
         network = runtime.place(seeded(lambda: Classifier(images.shape[1], lesson.num_classes), lesson.seed + 2))
         runtime.place(mask)
         optimizer = torch.optim.Adam([*pattern.parameters(), *network.parameters()], lr=0.003)
-        for _, chosen in draws(len(images), batch=BATCH, epochs=self.epochs, generator=generator):
+        for chosen in draws(len(images), batch=BATCH, epochs=self.epochs, generator=generator):
             batch = runtime.put(images[chosen])
             drawn, where = pattern(batch), mask(batch)
             # Thirds rather than the paper's tenths: there are fewer steps to learn in.

@@ -28,7 +28,7 @@ def inward_noise(
     device = next(network.parameters()).device
     noise = torch.zeros(1, *images.shape[1:], device=device, requires_grad=True)
     optimizer = torch.optim.Adam([noise], lr=eps / 10)
-    for _, chosen in draws(len(images), batch=64, epochs=epochs, generator=generator):
+    for chosen in draws(len(images), batch=64, epochs=epochs, generator=generator):
         moved = (images[chosen].to(device) + noise).clamp(0, 1)
         loss = F.cross_entropy(network(moved), torch.full((len(chosen),), target, device=device))
         (noise.grad,) = torch.autograd.grad(loss, noise)

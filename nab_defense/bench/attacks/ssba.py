@@ -78,7 +78,7 @@ class Ssba(Learned):
         weights = [*encoder.parameters(), *decoder.parameters()]
         optimizer = torch.optim.Adam(weights, lr=1e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps + 1)
-        for _, chosen in draws(len(images), batch=BATCH, epochs=self.epochs, generator=generator):
+        for chosen in draws(len(images), batch=BATCH, epochs=self.epochs, generator=generator):
             bits = torch.randint(2, (len(chosen), self.bits), generator=generator).float().to(runtime.torch_device)
             batch = runtime.put(shifted(images[chosen], generator))
             residual = encoder(batch, 2 * bits - 1)
