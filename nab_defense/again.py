@@ -53,12 +53,12 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
         without: (mask (N,), which part) -> a network trained without these samples; called only where a class falls in two.
 
     Returns: what is found now in all; where nothing new stands apart, or the network learned too little to tell, what was found
-    before, with what was examined."""
+    before, with what was examined, and whether it could be."""
     recipe, known = session.recipe, before.plan.suspect
     scan = _read(session, trained)
     if (scan.logits.argmax(1) == scan.labels)[~known].mean() < LEARNED:
         log.info("no second look: the trained network names less than half of the images as they are labelled")
-        return before
+        return dataclasses.replace(before, looked_again=False)
     report = detectors.create(recipe.scan.detector, **recipe.scan.params).detect(scan)
     selection = expand(report, scan, fraction=recipe.fraction, previous=Selection(known, before.selection.doubt), trained=True)
     selection = confirmed(selection, scan.labels, imprints(session, trained, selection.suspect & ~known), known=known)
@@ -88,6 +88,8 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
     apart = (selection.doubt > 0.5) & ~selection.suspect
     for label in np.unique(scan.labels[apart & ~np.isin(scan.labels, [*spared, *kin])]).tolist():
         members = apart & (scan.labels == label)
+        if members.sum() < MIN_SEEDS:
+            continue  # what is left of a group whose other samples were accused meanwhile
         group = next(g for g in (*selection.groups, *before.selection.groups) if g.label == label)
         if label not in parts or parts[label][0].separation < group.separation:
             own = (scan.labels == label) & ~selection.suspect
@@ -172,7 +174,8 @@ def _examined(
     labels, label = unseen.scan.labels, group.label
     seen = naming(unseen.scan.logits, labels, part, unseen.others)
     log.info("class %d, %d samples: %s", label, group.size, seen)
-    group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=seen.spread, source=None)
+    group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=seen.spread)
+    group = dataclasses.replace(group, source=None, every=None, carried=None, same=None)  # of what was tried before
     own = labels == label
     if group.unlike and not group.foreign and (own & suspect).sum() >= MIN_SEEDS:
         shared = beyond_content(session.ordered(session.source), labels, [part, own & suspect]).flatten(1)

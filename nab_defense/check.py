@@ -15,7 +15,7 @@ from . import ranks
 from .content import Batches, beyond_content
 from .plan import clean_label_groups, relabelled
 from .runtime import Runtime
-from .select import Group
+from .select import MIN_SEEDS, Group
 from .types import NABPlan
 
 __all__ = ["Survival", "Verdict", "imprint", "imprint_by_class", "judge", "judge_again", "measure"]
@@ -169,7 +169,13 @@ def _picked(batches: Batches, mask: NDArray[np.bool_], runtime: Runtime) -> Iter
 
 
 def judge(
-    plan: NABPlan, survival: Survival, classes: tuple[str, ...], *, groups: tuple[Group, ...] = (), blind: bool = False
+    plan: NABPlan,
+    survival: Survival,
+    classes: tuple[str, ...],
+    *,
+    groups: tuple[Group, ...] = (),
+    small: int = 0,
+    looked_again: bool = True,
 ) -> Verdict:
     """Put the check into words.
 
@@ -178,7 +184,8 @@ def judge(
         survival: What was measured afterwards.
         classes: Names of the labels.
         groups: What the look at the data examined; those that were let go are named.
-        blind: There were too few samples to find anything among.
+        small: Classes that have too few samples to find anything among.
+        looked_again: False where the trained network knew too little for a second look.
     """
     evidence = {
         **asdict(survival),
@@ -188,24 +195,47 @@ def judge(
         "covers": int(plan.cover.sum()),
         "changed": float(plan.changed.sum()) / len(plan),
         "acquitted": [asdict(group) for group in groups if group.acquitted],
+        "crowded": [asdict(group) for group in groups if _crowded(group, plan)],
+        "small_classes": small,
+        "looked_again": looked_again,
     }
-    protected, text = _sentence(plan, survival, classes, evidence, blind)
-    spared = " and ".join(f"{group['size']} samples of class {classes[group['label']]!r}" for group in evidence["acquitted"])
+    protected, text = _sentence(plan, survival, classes, evidence)
+    return Verdict(protected, evidence["suspects"] > 0, " ".join([text, *_remarks(classes, evidence)]), evidence)
+
+
+def _crowded(group: Group, plan: NABPlan) -> bool:
+    """It stood apart, and too few of its class are left to tell it by, so that it was neither tried nor accused."""
+    own, tried = plan.labels == group.label, (group.imprint, group.named) != (None, None)
+    return bool(group.distinct and not tried and not plan.suspect[own].any() and own.sum() - group.size < MIN_SEEDS)
+
+
+def _remarks(classes: tuple[str, ...], evidence: dict[str, Any]) -> list[str]:
+    """What was looked at and let go, and where nothing could be seen."""
+    spared, crowded = (
+        " and ".join(f"{group['size']} samples of class {classes[group['label']]!r}" for group in evidence[kind])
+        for kind in ("acquitted", "crowded")
+    )
+    remarks = []
     if spared:
-        text = f"{text} {spared} stood apart and were let go: they share no trigger."
-    return Verdict(protected, evidence["suspects"] > 0, text, evidence)
+        remarks.append(f"{spared} stood apart and were let go: they share no trigger.")
+    if crowded:
+        remarks.append(f"{crowded} stood apart; fewer than {MIN_SEEDS} others are left to tell them by, so look at them.")
+    if 0 < evidence["small_classes"] < len(classes):
+        few = f"have fewer than {2 * MIN_SEEDS} samples, among which nothing can be found"
+        remarks.append(f"{evidence['small_classes']} of the {len(classes)} classes {few}.")
+    if not evidence["looked_again"]:
+        remarks.append("There was no second look: the network names less than half of the images as they are labelled.")
+    return remarks
 
 
-def _sentence(
-    plan: NABPlan, survival: Survival, classes: tuple[str, ...], evidence: dict[str, Any], blind: bool
-) -> tuple[bool, str]:
+def _sentence(plan: NABPlan, survival: Survival, classes: tuple[str, ...], evidence: dict[str, Any]) -> tuple[bool, str]:
     """Whether the model is protected, and why."""
     suspects, stamped, dropped, total = evidence["suspects"], evidence["stamped"], evidence["dropped"], len(plan)
     if _learned_nothing(plan, survival):
         return False, f"Not protected: the network learned nothing, {_right(survival)}."
-    if not suspects and blind:
-        few = f"{total} samples are too few to find a group of poison among"
-        return False, f"Not protected: {few}; raise fraction, or add images."
+    if not suspects and evidence["small_classes"] == len(classes):
+        few = f"{total} samples are too few to find a group of poison among, less than {2 * MIN_SEEDS} in each class"
+        return False, f"Not protected: {few}; add images."
     if not suspects:
         return True, (
             f"Nothing was found in {total} samples and nothing was changed: this is ordinary training. "

@@ -60,8 +60,10 @@ def beyond_content(batches: Batches, labels: NDArray[np.int64], groups: Sequence
         codes[group] = first_group + index
     present, codes = np.unique(codes, return_inverse=True)
     classes = int((present < first_group).sum())
-    sums, first = torch.zeros(len(present), *next(iter(batches))[0].shape[1:]), 0
+    sums, first = torch.zeros(0), 0
     for images, _ in batches:
+        if not first:
+            sums = torch.zeros(len(present), *images.shape[1:])
         sums.index_add_(0, torch.from_numpy(codes[first : first + len(images)]), images.cpu().float())
         first += len(images)
     means = (sums.flatten(1) / torch.from_numpy(np.bincount(codes))[:, None]).double().numpy().T

@@ -71,7 +71,10 @@ def cache_folder(name: str) -> Path:
     Raises:
         ValueError: It cannot be written to."""
     folder = Path(os.environ.get("NAB_CACHE") or "~/.cache/nab_defense").expanduser() / name
-    check_folder(folder)
+    try:
+        check_folder(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}, by NAB_CACHE") from None
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -130,7 +133,7 @@ def save_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -
     writer = csv.writer(_Lines(), lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    _write(path, lambda stream: stream.write("".join(lines).encode()))
+    _write(path, lambda stream: stream.write("".join(lines).encode("utf-8", "backslashreplace")))
 
 
 def load_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:

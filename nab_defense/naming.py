@@ -57,10 +57,10 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
         group: (N,) bool, at least one sample, all of one label.
         others: (N,) bool, at least one sample, drawn from all classes."""
     label, classes = int(labels[group][0]), logits.shape[1]
-    names, confidence = logits.argmax(1), softmax(logits.astype(np.float64), axis=1).max(1)
+    names, confidence = logits.argmax(1), [softmax(logits[mask].astype(np.float64), axis=1).max(1) for mask in (group, others)]
     foreign = [np.bincount(names[mask & (names != label)], minlength=classes) for mask in (group, others)]
     mixed = [float(entropy(counts)) if counts.any() else 0.0 for counts in foreign]
-    sure = roc_auc_score(np.repeat([1, 0], [group.sum(), others.sum()]), np.r_[confidence[group], confidence[others]])
+    sure = roc_auc_score(np.repeat([1, 0], [group.sum(), others.sum()]), np.concatenate(confidence))
     spread = mixed[0] / mixed[1] if mixed[1] > 0 else 0.0
     return Naming(float((names[group] == label).mean()), float(sure), spread)
 

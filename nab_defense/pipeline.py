@@ -24,7 +24,7 @@ from .plan import Finding, load_finding, save_finding
 from .repair import Trusted, repair, trusted_images
 from .result import describe, save_suspects
 from .schema import Recipe
-from .select import too_few
+from .select import small_classes
 from .session import Session
 from .train import fit
 from .types import EvalResult, NABPlan
@@ -229,8 +229,9 @@ def check(session: Session, shipped: nn.Module, network: nn.Module, finding: Fin
     """The verdict on a trained model; no truth is read."""
     plan = finding.plan
     survival = measure(shipped, network, session.ordered(session.source), plan, runtime=session.runtime)
-    blind = session.recipe.rule == "expand" and too_few(plan.labels, session.recipe.fraction)
-    return judge(plan, survival, session.source.classes, groups=finding.selection.groups, blind=blind)
+    small = small_classes(plan.labels) if session.recipe.rule == "expand" else 0
+    groups, again = finding.selection.groups, finding.looked_again
+    return judge(plan, survival, session.source.classes, groups=groups, small=small, looked_again=again)
 
 
 def check_again(session: Session, repaired: nn.Module, plan: NABPlan, first: Verdict, repair: str) -> Verdict:

@@ -23,12 +23,14 @@ MAX_DOUBT = 0.01
 
 @dataclass(frozen=True, eq=False)
 class Finding:
-    """What came of looking at the data: the ranking, the accused, what to do, and the relabeller's confidence, (N,)."""
+    """What came of looking at the data: the ranking, the accused, what to do, and the relabeller's confidence, (N,);
+    `looked_again` is False where the trained network knew too little for a second look."""
 
     report: SuspectReport
     selection: Selection
     plan: NABPlan
     confidence: NDArray[np.float32]
+    looked_again: bool = True
 
     @property
     def ranking(self) -> NDArray[np.float32]:
@@ -107,7 +109,8 @@ def save_finding(path: Path, finding: Finding) -> None:
     arrays = {name: getattr(plan, name) for name in PLAN_ARRAYS}
     arrays |= {"scores": report.scores, "doubt": selection.doubt, "confidence": finding.confidence}
     groups = [dataclasses.asdict(group) for group in selection.groups]
-    meta = {"fingerprint": plan.fingerprint, "detector": report.detector, "params": report.params, "groups": groups}
+    seen = {"detector": report.detector, "params": report.params, "groups": groups, "looked_again": finding.looked_again}
+    meta = {"fingerprint": plan.fingerprint, **seen}
     io.save_arrays(path, arrays, meta)
 
 
@@ -124,7 +127,7 @@ def load_finding(path: Path) -> Finding:
     plan = NABPlan(**{name: arrays[name] for name in PLAN_ARRAYS}, fingerprint=meta["fingerprint"])
     report = SuspectReport(arrays["scores"], plan.labels, meta["detector"], meta["params"], plan.fingerprint)
     selection = Selection(plan.suspect, arrays["doubt"], tuple(Group(**group) for group in meta["groups"]))
-    return Finding(report, selection, plan, arrays["confidence"])
+    return Finding(report, selection, plan, arrays["confidence"], meta["looked_again"])
 
 
 def load_plan(path: str | Path) -> NABPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .runtime import Runtime
 __all__ = ["EarlyScan", "Scan", "features_and_logits", "scan_model"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-LOSSES = 2**20  # rows at once
+LOSSES = 2**24  # logits at once
 HELD = 2**28  # bytes; larger arrays of a scan lie in a file
 
 
@@ -88,8 +89,9 @@ def scan_model(model: nn.Module, loader: Batches, labels: NDArray[np.int64], *, 
     model.train(training)
     if first != size or not np.array_equal(seen, labels):
         raise ValueError("the loader does not give the source's samples in order; use one without shuffling and with all samples")
-    for first in range(0, size, LOSSES):
-        rows = slice(first, first + LOSSES)
+    step = max(1, LOSSES // max(1, logits.shape[1]))
+    for first in range(0, size, step):
+        rows = slice(first, first + step)
         found = F.cross_entropy(torch.from_numpy(logits[rows]), torch.from_numpy(seen[rows]), reduction="none")
         losses[rows] = found.numpy()
     return Scan(labels, losses, logits, features, fingerprint)
@@ -112,10 +114,21 @@ def _batch_by_batch(model: nn.Module, loader: Batches, runtime: Runtime) -> Iter
 
 
 def _rows(size: int, width: int) -> NDArray[np.float32]:
-    """An empty (size, width) array; above HELD bytes it is a file that is gone with the array, so that memory stays bounded."""
-    if 4 * size * width <= HELD:
+    """An empty (size, width) array; above HELD bytes it is a file that is gone with the array, so that memory stays bounded.
+
+    Raises:
+        ValueError: There is no room for the file."""
+    count = 4 * size * width
+    if count <= HELD:
         return np.empty((size, width), dtype=np.float32)
-    with tempfile.TemporaryFile(dir=cache_folder("scans")) as stream:
+    folder = cache_folder("scans")
+    with tempfile.TemporaryFile(dir=folder) as stream:
+        try:
+            if hasattr(os, "posix_fallocate"):  # else a disk that is full later ends the process without a word
+                os.posix_fallocate(stream.fileno(), 0, count)
+        except OSError as error:
+            mend = "make room there, or have NAB_CACHE name a folder on another disk"
+            raise ValueError(f"{folder} has no room for {count / 1e9:.1f} GB of features ({error.strerror}); {mend}") from None
         return np.memmap(stream, dtype=np.float32, mode="w+", shape=(size, width))
 
 

@@ -29,9 +29,9 @@ __all__ = [
     "expand",
     "grow",
     "probe",
+    "small_classes",
     "split_in_two",
     "take_fraction",
-    "too_few",
 ]
 
 MIN_SEPARATION = 2.0  # Ashman's D: below it a mixture of two normals does not separate [Ashman et al. 1994]
@@ -260,6 +260,6 @@ def _some(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return chosen
 
 
-def too_few(labels: NDArray[np.int64], fraction: float) -> bool:
-    """Whether `expand` cannot accuse anybody: neither seeds nor a half of a class can reach MIN_SEEDS."""
-    return int(fraction * len(labels)) < MIN_SEEDS and np.bincount(labels).max() < 2 * MIN_SEEDS
+def small_classes(labels: NDArray[np.int64]) -> int:
+    """How many classes have too few samples for `expand` to accuse any: a group of MIN_SEEDS, and as many beside it."""
+    return int((np.bincount(labels) < 2 * MIN_SEEDS).sum())

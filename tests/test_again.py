@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from nab_defense import again
-from nab_defense.again import _named, _parts
+from nab_defense.again import _named, _parts, look_again
 from nab_defense.content import beyond_content
+from nab_defense.plan import Finding, load_finding, save_finding
 from nab_defense.scan import Scan
 from nab_defense.select import Group, Selection
+from nab_defense.types import NABPlan, SuspectReport
 
 LABELS = np.repeat(np.arange(4), 100)
 NOBODY = Selection(np.zeros(400, bool), np.zeros(400, np.float32))
@@ -61,6 +64,18 @@ class Networks:
         trained: Any = "trained"
         seen = scan(self.upper)
         return _named(session, trained, seen, NOBODY, _parts(session, seen, NOBODY, FINDING, set()), self)
+
+
+def test_a_look_that_was_left_out_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = SuspectReport(np.zeros(400, np.float32), LABELS, "lga")
+    before = Finding(report, NOBODY, NABPlan.empty(LABELS), np.zeros(400, np.float32))
+    few = np.where(np.arange(400)[:, None] < 190, np.eye(4)[LABELS], np.eye(4)[(LABELS + 1) % 4]).astype(np.float32)
+    monkeypatch.setattr(again, "_read", lambda session, network: scan(30, few))  # it names .475 of them as they are labelled
+    found = look_again(cast(Any, SimpleNamespace(recipe=None)), ANY, ANY, before, without=ANY)
+    assert before.looked_again and not found.looked_again and found.plan is before.plan
+    for finding in (before, found):
+        save_finding(tmp_path / "plan.npz", finding)
+        assert load_finding(tmp_path / "plan.npz").looked_again == finding.looked_again
 
 
 def test_the_part_of_a_class_that_shows_what_others_show_is_accused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,18 +165,19 @@ def test_of_two_equal_parts_either_may_be_the_poison(monkeypatch: pytest.MonkeyP
 
 
 def test_of_what_stood_apart_before_and_what_falls_in_two_now_the_clearer_part_is_examined() -> None:
-    apart = np.isin(np.arange(400), [5, 6, 7, 110, 111])
-    let_go = Group(0, 9, 50.0, 0.8, 40, 0.9, imprint=0.1), Group(1, 9, 4.0, 0.7, 40, 0.9, imprint=0.2)
+    some, others, few = np.arange(5, 25), np.arange(110, 132), np.arange(200, 219)  # the last too few to be examined
+    apart = np.isin(np.arange(400), [*some, *others, *few])
+    let_go = tuple(Group(k, 9, d, 0.8, 40, 0.9, imprint=0.1) for k, d in enumerate((50.0, 4.0, 50.0)))
     before: Any = SimpleNamespace(selection=Selection(np.zeros(400, bool), apart.astype(np.float32), let_go))
-    (first, likely), (second, also) = _parts(ANY, scan(30), before.selection, before, set())
-    assert (first.label, first.size, first.separation, second.label, second.size) == (0, 3, 50.0, 1, 2)
-    assert np.flatnonzero(likely).tolist() == [5, 6, 7] and np.flatnonzero(also).tolist() == [110, 111]
-    fainter = dataclasses.replace(before.selection, groups=(dataclasses.replace(let_go[0], separation=5.0), let_go[1]))
-    assert {group.label: group.size for group, _ in _parts(ANY, scan(30), fainter, before, set())} == {0: 30, 1: 2}
+    (first, likely), (second, also) = _parts(ANY, scan(45), before.selection, before, set())
+    assert (first.label, first.size, first.separation, second.label, second.size) == (0, 20, 50.0, 1, 22)
+    assert np.array_equal(np.flatnonzero(likely > 0.5), some) and np.array_equal(np.flatnonzero(also > 0.5), others)
+    fainter = dataclasses.replace(before.selection, groups=(dataclasses.replace(let_go[0], separation=5.0), *let_go[1:]))
+    assert {group.label: group.size for group, _ in _parts(ANY, scan(45), fainter, before, set())} == {0: 45, 1: 22}
     accused = Selection(apart, apart.astype(np.float32), let_go)
-    ((half, _),) = _parts(ANY, scan(30), accused, before, set())  # what is accused already is not examined
-    assert half.label == 0 and half.size == 27
-    assert _parts(ANY, scan(30), accused, before, {0}) == []  # nor what was cleared by its names before
+    ((half, _),) = _parts(ANY, scan(45), accused, before, set())  # what is accused already is not examined
+    assert half.label == 0 and half.size == 25
+    assert _parts(ANY, scan(45), accused, before, {0}) == []  # nor what was cleared by its names before
 
 
 def test_poison_that_an_earlier_look_missed_is_left_out_with_the_rest_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

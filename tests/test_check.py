@@ -142,6 +142,22 @@ def test_groups_that_were_let_go_are_named() -> None:
         assert verdict.evidence == {**plain.evidence, "acquitted": [dataclasses.asdict(group) for group in tried]}
 
 
+def test_where_nothing_could_be_seen_is_said() -> None:
+    """Of a class that is nearly all poison, classes with few samples, and a network that learned too little for a second look."""
+    nobody, survival = make(np.zeros(N, bool)), Survival(0, None, None, 0, None)
+    own = int((nobody.labels == 1).sum())
+    most = Group(1, 9, 8.6, 1.0, own, 0.99)
+    seen = judge(nobody, survival, CLASSES, groups=(most, dataclasses.replace(most, label=0, separation=1.0)))
+    assert f" {own} samples of class 'dog' stood apart; fewer than 20 others are left to tell them by, so look" in seen.text
+    assert seen.evidence["crowded"] == [dataclasses.asdict(most)]
+    tried = judge(nobody, survival, CLASSES, groups=(dataclasses.replace(most, named=0.9),))
+    assert tried.evidence["crowded"] == []
+    some = judge(nobody, survival, CLASSES, small=2)
+    assert some.protected and "2 of the 3 classes have fewer than 40 samples, among which nothing can be found." in some.text
+    once = judge(nobody, survival, CLASSES, looked_again=False)
+    assert "There was no second look: the network names less than half" in once.text and not once.evidence["looked_again"]
+
+
 def test_nothing_could_be_changed_is_not_protected() -> None:
     verdict = judge(make(CLEAN), Survival(0, None, None, 10, None), CLASSES)
     assert not verdict.protected and verdict.found
@@ -208,7 +224,7 @@ def test_a_network_that_learned_nothing_protects_nobody() -> None:
 
 
 def test_blind_is_not_protected() -> None:
-    verdict = judge(NABPlan.empty(CONTENT), Survival(0, None, None, 0, None), CLASSES, blind=True)
+    verdict = judge(NABPlan.empty(CONTENT), Survival(0, None, None, 0, None), CLASSES, small=3)
     assert not verdict.protected and not verdict.found and verdict.text.startswith("Not protected: 60 samples are too few")
 
 
@@ -255,5 +271,5 @@ def test_without_suspects_a_repair_proves_nothing() -> None:
     nothing = Survival(0, None, None, 0, None, 0.9)
     _, verdict = again(make(np.zeros(N, bool)), nothing, nothing)
     assert verdict.protected and verdict.text.startswith("Repaired: there are no suspects to check the repair on. Repaired by x.")
-    _, verdict = again(make(np.zeros(N, bool)), nothing, nothing, blind=True)
+    _, verdict = again(make(np.zeros(N, bool)), nothing, nothing, small=3)
     assert not verdict.protected and verdict.text.startswith("Not protected, though repaired: there are no suspects to check")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +142,18 @@ def test_large_arrays_lie_in_a_file_with_the_same_bits(monkeypatch: pytest.Monke
     for name in ("features", "logits", "losses"):
         np.testing.assert_array_equal(getattr(mapped, name), getattr(held, name))
     assert not list((tmp_path / "scans").iterdir())  # the file has no name: it goes with the array
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("NAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(scan, "HELD", 0)
+    monkeypatch.setattr("os.posix_fallocate", full)
+    model, batches = build(), Batches()
+    with pytest.raises(ValueError, match=r"scans has no room for 0.0 GB of features \(No space left.*NAB_CACHE name a folder"):
+        scan_model(model, batches, batches.labels.numpy(), runtime=CPU)
 
 
 def test_a_loader_that_gives_more_than_the_labels_is_refused() -> None:

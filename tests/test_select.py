@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from nab_defense import select
 from nab_defense.scan import Scan
-from nab_defense.select import MIN_LEAD, MIN_SEEDS, Selection, expand, split_in_two, take_fraction, too_few
+from nab_defense.select import MIN_LEAD, MIN_SEEDS, Selection, expand, small_classes, split_in_two, take_fraction
 from nab_defense.types import SuspectReport
 
 CLASSES, DIM = 5, 24
@@ -234,6 +234,6 @@ def test_take_fraction_takes_exactly_that() -> None:
         np.testing.assert_array_equal(selection.doubt, selection.suspect)
 
 
-def test_too_few_samples_are_known_beforehand() -> None:
-    assert too_few(np.arange(399) % 20, 0.05) and not too_few(np.arange(400) % 20, 0.05)
-    assert not too_few(np.repeat([0, 1], 2 * MIN_SEEDS), 0.05)  # a half of a class may do
+def test_classes_in_which_nobody_can_be_accused_are_known_beforehand() -> None:
+    assert small_classes(np.arange(800) % 20) == 0 and small_classes(np.arange(799) % 20) == 1
+    assert small_classes(np.arange(30_000) % 1000) == 1000  # however many seeds there are

@@ -17,7 +17,7 @@ from timm.utils.misc import natural_key
 
 from ..registry import nearest
 
-__all__ = ["EXTENSIONS", "File", "Folder", "read_files", "read_folder"]
+__all__ = ["EXTENSIONS", "File", "FileImages", "Folder", "read_files", "read_folder"]
 
 EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 CACHE_BYTES = 1 << 30  # decoded images stay in memory up to this size
@@ -45,7 +45,7 @@ class Folder:
 
 
 @dataclass(frozen=True, eq=False)
-class _FileImages:
+class FileImages:
     """Index -> image in `mode`: from memory, or decoded anew from its file. A copy in another process has the files alone."""
 
     files: list[File]
@@ -145,7 +145,7 @@ def read_files(
         mend = "to train on them set model.in_chans=1; for a model that is trained save them as RGB"
         raise ValueError(f"all images in {root} are grey and the model takes 3 channels; {mend}")
     mode = "L" if channels == 1 or (channels is None and only_grey) else "RGB"
-    load = _FileImages([files[i] for i in kept], cache, mode)
+    load = FileImages([files[i] for i in kept], cache, mode)
     chosen = np.asarray(kept, dtype=np.int64)
     return Folder(
         classes, np.asarray(labels, dtype=np.int64)[chosen], tuple(ids[i] for i in kept), tuple(digests), load, mode, irregular

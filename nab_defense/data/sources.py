@@ -185,7 +185,7 @@ def open_source(
 def fingerprint(ids: Sequence[str], labels: NDArray[np.int64], contents: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for part in ("\n".join(ids), ",".join(map(str, labels.tolist())), "\n".join(contents)):
-        digest.update(part.encode())
+        digest.update(part.encode("utf-8", "surrogateescape"))  # of file names that are not UTF-8
         digest.update(b"\0")
     return digest.hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .. import ranks
 from ..runtime import told_bytes
+from .folder import FileImages
 from .sources import Chosen, Loader, Source
 from .transforms import RESIZED, resized
 
@@ -21,6 +23,7 @@ __all__ = ["Held", "Store"]
 log = logging.getLogger(__name__)
 
 SMALL = 64  # pixels; on larger images networks take so long that reading hardly counts, and memory is soon full
+TOGETHER = 256  # images that one thread decodes in turn
 SHARE = 0.25  # of the device's memory that is free when the store is made
 ASSUMED = 4 << 30  # bytes taken for free where the system does not say
 
@@ -53,15 +56,23 @@ class Held:
 
         Raises:
             ValueError, OSError: What the source raises for an image that cannot be read."""
-        pixels, transform, untouched = torch.empty(self.shape, dtype=torch.uint8), resized(self.augment, self.size), True
-        for index in range(len(self.source)):
-            image = self.source.image(index)
-            untouched = untouched and image.size == (self.size, self.size)
-            pixels[index] = transform(image)
-        self.untouched = untouched
+        pixels, transform = np.empty(self.shape, dtype=np.uint8), resized(self.augment, self.size)
+
+        def fill(first: int) -> bool:
+            sizes = set()
+            for index in range(first, min(first + TOGETHER, len(self.source))):
+                image = self.source.image(index)
+                pixels[index] = transform(image)
+                sizes.add(image.size)
+            return sizes == {(self.size, self.size)}
+
+        # Files are decoded side by side; what paints images may keep them, or networks, and does so one by one.
+        *_, (load, _) = _origins(self.source)
+        with ThreadPoolExecutor(None if isinstance(load, FileImages) else 1) as pool:
+            self.untouched = all(list(pool.map(fill, range(0, len(self.source), TOGETHER))))
         text = "%s: %s images at %d px held in memory, %.1f MB"
         log.info(text, self.source.name, f"{len(self.source):,}", self.size, self.nbytes / 1e6)
-        return pixels.to(self.device)
+        return torch.from_numpy(pixels).to(self.device)
 
     def serves(self, augment: str) -> bool:
         """Whether these are the pixels that this augmentation starts from."""

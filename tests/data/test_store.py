@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from nab_defense.bench.attacks import create
 from nab_defense.bench.poison import poison_source, triggered_source
 from nab_defense.data import Source, Store, build_transform, open_source
 from nab_defense.data.store import SMALL
+from tests.digits_runs import write_images
 
 CPU = torch.device("cpu")
 
@@ -52,6 +54,19 @@ def test_each_image_is_decoded_once_for_all_stages() -> None:
     assert torch.equal(held(store, part), whole[[3, 1, 12]]) and torch.equal(held(store, part.subset([2])), whole[[12]])
     np.testing.assert_array_equal(whole[:, 0].numpy(), np.stack([source.pixels(i)[..., 0] for i in range(20)]))
     assert set(counted.asked.values()) == {2}  # once for the store, once for the line above
+
+
+def test_files_decoded_side_by_side_keep_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nab_defense.data.store.TOGETHER", 2)
+    write_images(tmp_path / "images", each=9, edge=10)
+    source = open_source(str(tmp_path / "images"))
+    with torch.inference_mode():  # as a scan reads them
+        whole = held(Store(10, CPU), source)
+    np.testing.assert_array_equal(whole.permute(0, 2, 3, 1).numpy(), np.stack([source.pixels(i) for i in range(18)]))
+    (tmp_path / "images" / "c1" / "8.png").unlink()
+    source.load.cache.clear()  # type: ignore[attr-defined]
+    with pytest.raises(OSError, match="8.png"):
+        held(Store(10, CPU), source)
 
 
 def test_nothing_is_decoded_before_it_is_asked_for_and_then_only_the_part() -> None:
