@@ -65,7 +65,7 @@ def test_files_decoded_side_by_side_keep_their_places(tmp_path: Path, monkeypatc
     np.testing.assert_array_equal(whole.permute(0, 2, 3, 1).numpy(), np.stack([source.pixels(i) for i in range(18)]))
     (tmp_path / "images" / "c1" / "8.png").unlink()
     source.load.cache.clear()  # type: ignore[attr-defined]
-    with pytest.raises(OSError, match="8.png"):
+    with pytest.raises(OSError, match=r"8\.png"):
         held(Store(10, CPU), source)
 
 
