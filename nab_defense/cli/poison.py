@@ -14,6 +14,7 @@ from PIL import Image
 from ..bench.attacks import attacks, create
 from ..bench.poison import MODES, poison_source, write_truth
 from ..bench.trigger import prepared, save_trigger
+from ..data.folder import in_order
 from ..data.sources import Source, open_source
 from ..io import check_folder
 from ..recipe import key_values, parse_recipe
@@ -99,10 +100,10 @@ def _parser() -> Parser:
 
 def _as_folder_order(source: Source) -> Source:
     """Number the classes as whoever opens the written folder will, so that all_to_all's y + 1 means the same there."""
-    classes = tuple(sorted(source.classes))
+    classes = in_order(source.classes)
     if classes == source.classes:
         return source
-    labels = np.argsort(np.argsort(np.array(source.classes)))[source.labels]
+    labels = np.array([classes.index(name) for name in source.classes])[source.labels]
     return replace(source.replaced(labels=labels, load=source.load, change="classes in order"), classes=classes)
 
 

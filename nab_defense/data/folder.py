@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from timm.utils.misc import natural_key
 
 from ..registry import nearest
 
-__all__ = ["EXTENSIONS", "File", "FileImages", "Folder", "read_files", "read_folder"]
+__all__ = ["EXTENSIONS", "File", "FileImages", "Folder", "in_order", "read_files", "read_folder"]
 
 EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 CACHE_BYTES = 1 << 30  # decoded images stay in memory up to this size
@@ -161,8 +161,7 @@ def _list(root: Path, labelled: bool) -> tuple[tuple[str, ...], list[Path], list
     files: list[Path] = []
     labels: list[int] = []
     if labelled:
-        folders = (p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        classes = tuple(sorted(sorted(folders), key=natural_key))
+        classes = in_order(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         if not classes:
             raise ValueError(f"{root} has no sub-folders; expected one for each class")
         for label, name in enumerate(classes):
@@ -176,6 +175,11 @@ def _list(root: Path, labelled: bool) -> tuple[tuple[str, ...], list[Path], list
     if not files:
         raise ValueError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")
     return classes, files, labels
+
+
+def in_order(classes: Iterable[str]) -> tuple[str, ...]:
+    """As timm numbers the folders of classes: 2 before 10."""
+    return tuple(sorted(sorted(classes), key=natural_key))
 
 
 def _images(folder: Path) -> list[Path]:
