@@ -16,7 +16,7 @@ from torch import nn
 
 from . import io, ranks
 from .bench.attacks import Attack as PaintedAttack
-from .bench.attacks import attacks
+from .bench.attacks import JointAttack, attacks
 from .bench.evaluate import Cases
 from .bench.poison import Truth, poison_source, read_truth, triggered_source
 from .bench.retune import draw_lesson
@@ -229,7 +229,8 @@ class Session:
             return Cases(clean, test.labels)
         triggered, true = self.triggered(test)
         lesson = draw_lesson(test, triggered, self.ordered, seed=seed)
-        return Cases(clean, test.labels, self.ordered(triggered), triggered.labels, true, lesson)
+        joint = isinstance(self.attack, JointAttack) and self.recipe.attack.mode == "all_to_one"
+        return Cases(clean, test.labels, self.ordered(triggered), triggered.labels, true, lesson, joint)
 
     def triggered(self, test: Source) -> tuple[Source, NDArray[np.int64]]:
         """These images with the attack's trigger, and what they show; see triggered_source."""

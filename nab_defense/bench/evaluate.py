@@ -32,6 +32,7 @@ class Cases:
         wanted_labels: (M,) int64, what the attacker wants of them.
         true_labels: (M,) int64, what they show.
         lesson: What to retune on; None: nothing is retuned.
+        joint: Several triggers at once, each with a class of its own that it leads to.
 
     Raises:
         ValueError: Triggered images without both kinds of label.
@@ -43,6 +44,7 @@ class Cases:
     wanted_labels: NDArray[np.int64] | None = None
     true_labels: NDArray[np.int64] | None = None
     lesson: Lesson | None = None
+    joint: bool = False
 
     def __post_init__(self) -> None:
         if self.triggered is not None and (self.wanted_labels is None or self.true_labels is None):
@@ -78,7 +80,8 @@ def evaluate(model: nn.Module, cases: Cases, runtime: Runtime) -> EvalResult:
     Returns:
         ACC: share of clean images predicted right. ASR: share of triggered images predicted as the attacker wants.
         RA: share of triggered images predicted right all the same. Retuned: ASR of a copy that was retuned on the lesson, on the
-        triggered images that are not in it. ASR and RA are None without triggered images, the last also without a lesson.
+        triggered images that are not in it. Worst: ASR of the trigger that works best, of several. ASR and RA are None without
+        triggered images, retuned also without a lesson.
 
     Raises:
         ValueError: A loader yields another number of images than there are labels, or none.
@@ -87,15 +90,18 @@ def evaluate(model: nn.Module, cases: Cases, runtime: Runtime) -> EvalResult:
     if cases.triggered is None or cases.wanted_labels is None or cases.true_labels is None:
         return EvalResult(acc)
     predicted = predict(model, cases.triggered, runtime)
-    asr, ra = (share(_agreement(predicted, labels)) for labels in (cases.wanted_labels, cases.true_labels))
-    if cases.lesson is None:
-        return EvalResult(acc, asr, ra)
-    again = predict(retuned(model, cases.lesson, runtime), cases.triggered, runtime)
-    return EvalResult(acc, asr, ra, share(np.delete(_agreement(again, cases.wanted_labels), cases.lesson.rows)))
+    obeyed, wanted, again = _agreement(predicted, cases.wanted_labels), cases.wanted_labels, None
+    if cases.lesson is not None:
+        answers = predict(retuned(model, cases.lesson, runtime), cases.triggered, runtime)
+        again = share(np.delete(_agreement(answers, wanted), cases.lesson.rows))
+    worst = (
+        max((share(obeyed[wanted == goal]) for goal in np.unique(wanted)), key=lambda rate: rate.value) if cases.joint else None
+    )
+    return EvalResult(acc, share(obeyed), share(_agreement(predicted, cases.true_labels)), again, worst)
 
 
 def to_dict(result: EvalResult) -> dict[str, dict[str, float]]:
-    """{"acc": {"value", "n", "low", "high"}, "asr": ..., "ra": ..., "retuned": ...}; what was not measured is left out."""
+    """{"acc": {"value", "n", "low", "high"}, "asr", "ra", "retuned", "worst": the same}; what was not measured is left out."""
     return {name: rate for name, rate in asdict(result).items() if rate is not None}
 
 

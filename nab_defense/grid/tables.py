@@ -206,6 +206,7 @@ COST = {
     "DER at most": reach("figures", "der_ceiling"),
     "excess ASR": reach("figures", "excess_asr"),
     "ASR*": reach("figures", "defended", "retuned"),
+    "ASR, worst of several triggers": reach("figures", "defended", "worst"),
     "RA": reach("figures", "defended", "ra"),
     "seconds / plain training": reach("relative_seconds", "total"),
 }

@@ -73,6 +73,13 @@ def test_evaluate_counts() -> None:
     assert evaluate(ReadsPixel(), cases, RUNTIME) == EvalResult(acc=wilson(3, 4), asr=wilson(2, 5), ra=wilson(2, 5))
 
 
+def test_of_several_triggers_the_worst_is_told() -> None:
+    labels, wanted, true = np.array([0]), np.array([1, 1, 1, 1, 2, 2]), np.array([0, 0, 3, 3, 4, 5])
+    cases = Cases(batches([0]), labels, batches([1, 0, 0, 0, 2, 2]), wanted, true, joint=True)
+    result = evaluate(ReadsPixel(), cases, RUNTIME)
+    assert result == EvalResult(wilson(1, 1), wilson(3, 6), wilson(1, 6), worst=wilson(2, 2))
+
+
 def test_without_an_attack_there_is_no_asr() -> None:
     result = evaluate(ReadsPixel(), Cases(batches([1, 2]), np.array([1, 2])), RUNTIME)
     assert result == EvalResult(wilson(2, 2)) and list(to_dict(result)) == ["acc"]
