@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from .check import imprint_by_class
 from .content import alike, beyond_content
 from .detectors import detectors
+from .imprint import imprint_by_class
 from .look import imprints, make_finding
 from .naming import carried, control, naming
 from .parts import DOUBT, Part, joined, same_parts, smaller_halves, with_more_like_it

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from . import ranks
-from .content import Batches, beyond_content
+from .content import Batches
+from .imprint import imprints, picked
 from .plan import clean_label_groups, relabelled
 from .runtime import Runtime
 from .select import MIN_SEEDS, Group
 from .types import NABPlan
 
-__all__ = ["Survival", "Verdict", "imprint", "imprint_by_class", "judge", "judge_again", "measure"]
+__all__ = ["Survival", "Verdict", "judge", "judge_again", "measure"]
 
 SURVIVAL_LIMIT = 0.1  # share of suspects that may still go to their given label
 LEARNED_MARGIN = 0.05  # above a guess, 1 / K
@@ -68,7 +68,7 @@ def measure(model: nn.Module, plain: nn.Module, batches: Batches, plan: NABPlan,
     groups = clean_label_groups(plan.labels, plan.new_labels, plan.suspect)
     altered = relabelled(plan)
     same = plan.suspect & ~altered
-    rises = [imprint(model, batches, plan.labels, group, runtime=runtime) for group in groups]
+    rises = imprints(model, batches, plan.labels, groups, runtime=runtime)
     obeyed = _predicted(model, batches, np.ones(len(plan), bool), runtime) == plan.labels
     plain_rate = _share(_predicted(plain, batches, altered, runtime) == plan.labels[altered])
     return Survival(
@@ -85,11 +85,11 @@ def _predicted(model: nn.Module, batches: Batches, mask: NDArray[np.bool_], runt
     """The model's labels of the images in the mask."""
     model.eval()
     found = []
-    for picked, _ in _picked(batches, mask, runtime):
-        found.append(torch.zeros(0, dtype=torch.int64, device=picked.device))
-        if len(picked):
+    for images, _ in picked(batches, mask, runtime):
+        found.append(torch.zeros(0, dtype=torch.int64, device=images.device))
+        if len(images):
             with runtime.autocast():
-                found[-1] = model(picked).argmax(1)
+                found[-1] = model(images).argmax(1)
     return torch.cat(ranks.in_order(found)).cpu().numpy()
 
 
@@ -100,72 +100,6 @@ def _per_class(obeyed: NDArray[np.bool_], labels: NDArray[np.int64]) -> float | 
 
 def _share(mask: NDArray[np.bool_]) -> float | None:
     return float(mask.mean()) if len(mask) else None
-
-
-def imprint(
-    model: nn.Module, batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], *, runtime: Runtime
-) -> float:
-    """What a group of one class shares, added to images of other classes: how many turn to the group's class?
-
-    A clean-label trigger cannot be seen on its own images, whose content agrees with their label. What the group shares beyond
-    any content estimates the trigger, without truth; on a harmless group it is only a faint image.
-
-    Args:
-        model: A network, or a DefendedModel; normalised batches.
-        batches: (images, labels) of the whole scanned source, in order; gone through twice.
-        labels: (N,) given labels.
-        group: (N,) bool, samples of one class.
-
-    Returns: The rise of the share of other images given the group's label, in [-1, 1]."""
-    label = int(labels[group][0])
-    (pattern,) = beyond_content(batches, labels, [group])
-    others = labels != label
-    rises = imprint_by_class(model, batches, labels, label, pattern, shown=others, runtime=runtime)
-    return float(rises @ np.bincount(labels[others], minlength=len(rises)) / max(1, others.sum()))
-
-
-@torch.inference_mode()
-def imprint_by_class(
-    model: nn.Module,
-    batches: Batches,
-    labels: NDArray[np.int64],
-    label: int,
-    pattern: Tensor,
-    *,
-    shown: NDArray[np.bool_],
-    runtime: Runtime,
-) -> NDArray[np.float64]:
-    """imprint on the images of each class alone: a trigger may work on one.
-
-    Args:
-        model, batches, labels: As in imprint; the batches are gone through once.
-        label: The group's.
-        pattern: (C, H, W), what the group shares, see content.beyond_content.
-        shown: (N,) bool, which images it is added to.
-
-    Returns: (K,) rises in [-1, 1]; 0 for the group's own class, and where no image is shown."""
-    device = runtime.torch_device
-    model.eval()
-    pattern, shown = pattern.to(device), shown & (labels != label)
-    risen = torch.zeros(int(labels.max()) + 1, dtype=torch.int64, device=device)  # summed there, so that no batch waits for it
-    for picked, rows in _picked(batches, shown, runtime):
-        if len(picked):
-            with runtime.autocast():
-                before, after = (model(seen).argmax(1) == label for seen in (picked, picked + pattern))
-            classes = torch.from_numpy(labels[rows]).to(device, non_blocking=True)
-            risen.index_add_(0, classes, after.long() - before.long())
-    counts = np.bincount(labels[shown], minlength=len(risen)).clip(min=1)
-    return np.array(ranks.total(*risen.tolist()), dtype=np.float64) / counts
-
-
-def _picked(batches: Batches, mask: NDArray[np.bool_], runtime: Runtime) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """Of each batch the images in the mask, none or more, on the device, and their rows; each rank has batches of its own.
-
-    Picked where they lie by numbers that are known here: a mask on a GPU would make it wait to learn how many there are."""
-    for first, images, _ in ranks.deal(batches):
-        rows = np.flatnonzero(mask[first : first + len(images)])
-        places = torch.from_numpy(rows)
-        yield runtime.put(images[places.to(images.device, non_blocking=True)]), first + rows
 
 
 def judge(

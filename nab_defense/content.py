@@ -42,7 +42,9 @@ def weighted_images(batches: Batches, weights: NDArray[np.float64]) -> Tensor:
     return total.float()
 
 
-def beyond_content(batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]]) -> Tensor:
+def beyond_content(
+    batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]], *, together: bool = True
+) -> Tensor:
     """What the images of a group have in common that no mixture of contents explains: an estimate of their trigger.
 
     It is their mean, less the mixture of the other images' class means that comes nearest to it. Poison drawn from all classes
@@ -52,28 +54,42 @@ def beyond_content(batches: Batches, labels: NDArray[np.int64], groups: Sequence
         batches: (images (B, C, H, W), labels) of N images in order.
         labels: (N,) as given.
         groups: (N,) bool each, at least one image in each and one outside all of them; no image in two.
+        together: No group's images are content; False: to each group those of the others are, each group of one class.
 
     Returns: (G, C, H, W) float32, on the CPU."""
-    first_group = labels.max() + 1
-    codes = labels.copy()
+    classes, shape, first = int(labels.max()) + 1, torch.Size(), 0
+    codes, own = labels.copy(), [int(labels[group][0]) for group in groups]
     for index, group in enumerate(groups):
-        codes[group] = first_group + index
-    present, codes = np.unique(codes, return_inverse=True)
-    classes = int((present < first_group).sum())
-    sums, first = torch.zeros(0), 0
+        codes[group] = classes + index
+    sums, counts = torch.zeros(0), np.bincount(codes, minlength=classes + len(groups))
     for images, _ in batches:
         if not first:
-            sums = torch.zeros(len(present), *images.shape[1:])
+            shape = images.shape[1:]
+            sums = torch.zeros(len(counts), *shape)
         sums.index_add_(0, torch.from_numpy(codes[first : first + len(images)]), images.cpu().float())
         first += len(images)
-    means = (sums.flatten(1) / torch.from_numpy(np.bincount(codes))[:, None]).double().numpy().T
+    every, found = list(range(len(groups))), []
+    for wanted in [every] if together else [[index] for index in every]:
+        table, sizes = sums.flatten(1).clone(), counts.copy()
+        for other in set(every) - set(wanted):
+            table[own[other]] += table[classes + other]
+            sizes[own[other]] += sizes[classes + other]
+        content = np.flatnonzero(sizes[:classes])
+        rows = [*content, *(classes + index for index in wanted)]
+        means = (table[rows] / torch.from_numpy(sizes[rows])[:, None]).double().numpy().T
+        found.append(_unexplained(means, len(content)))
+    return torch.from_numpy(np.concatenate(found, axis=1).T).float().view(len(groups), *shape)
+
+
+def _unexplained(means: NDArray[np.float64], classes: int) -> NDArray[np.float64]:
+    """(D, G): of means (D, classes + G), what no mixture of the first `classes` explains of the others."""
     # The triangular factor holds all lengths and angles; the last row, far larger, makes the weights sum to one.
     factor: NDArray[np.float64] = scipy.linalg.qr(means, mode="r")[0][: means.shape[1]]
     anchor = SUM_TO_ONE * np.abs(factor).max()
     table = np.vstack([factor[:, :classes], np.full(classes, anchor)])
     weights = [scipy.optimize.nnls(table, np.append(column, anchor))[0] for column in factor[:, classes:].T]
-    beyond = means[:, classes:] - means[:, :classes] @ np.stack(weights, axis=1)
-    return torch.from_numpy(beyond.T).float().view(len(groups), *sums.shape[1:])
+    beyond: NDArray[np.float64] = means[:, classes:] - means[:, :classes] @ np.stack(weights, axis=1)
+    return beyond
 
 
 def alike(patterns: Tensor) -> NDArray[np.bool_]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from .check import imprint
+from . import imprint
 from .detectors import detectors
 from .detectors.lga import lga_loss
 from .passes import JUDGES, clear, clearest, confirmed, judged, settled
@@ -120,13 +120,14 @@ def _scan(session: Session, watch: Callable[[Scan, nn.Module], bool], kept: bool
 
 
 def imprints(session: Session, network: nn.Module, suspect: NDArray[np.bool_]) -> dict[int, float]:
-    """What the suspects of each label share, tried on other images (see check.imprint): label -> share that it turns."""
-    labels, tried = session.source.labels, {}
-    for label in np.unique(labels[suspect]).tolist():
-        group = suspect & (labels == label)
-        tried[label] = imprint(network, session.ordered(session.source), labels, group, runtime=session.runtime)
-        log.info("class %d: %d suspects, imprint %.2f", label, group.sum(), tried[label])
-    return tried
+    """What the suspects of each label share, tried on other images (see imprint.imprints): label -> share that it turns."""
+    labels = session.source.labels
+    given = np.unique(labels[suspect]).tolist()
+    groups = [suspect & (labels == label) for label in given]
+    rises = imprint.imprints(network, session.ordered(session.source), labels, groups, runtime=session.runtime)
+    for label, group, rise in zip(given, groups, rises, strict=True):
+        log.info("class %d: %d suspects, imprint %.2f", label, group.sum(), rise)
+    return dict(zip(given, rises, strict=True))
 
 
 def _relabel(

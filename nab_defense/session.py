@@ -224,13 +224,12 @@ class Session:
             told = difference(self.test_source.classes, self.source.classes)
             raise ValueError(f"{data.test} has other classes than {data.source}: {told}")
         test = self.test_source.limited(data.test_limit, seed)
-        clean = self.ordered(test)
         if self.recipe.attack is None:
-            return Cases(clean, test.labels)
+            return Cases(self.ordered(test), test.labels)
         triggered, true = self.triggered(test)
         lesson = draw_lesson(test, triggered, self.ordered, seed=seed)
         joint = isinstance(self.attack, JointAttack) and self.recipe.attack.mode == "all_to_one"
-        return Cases(clean, test.labels, self.ordered(triggered), triggered.labels, true, lesson, joint)
+        return Cases(self.ordered(test), test.labels, self.ordered(triggered), triggered.labels, true, lesson, joint)
 
     def triggered(self, test: Source) -> tuple[Source, NDArray[np.int64]]:
         """These images with the attack's trigger, and what they show; see triggered_source."""

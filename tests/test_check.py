@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nab_defense.check import SURVIVAL_LIMIT, Survival, imprint, imprint_by_class, judge, judge_again, measure
+from nab_defense.check import SURVIVAL_LIMIT, Survival, judge, judge_again, measure
 from nab_defense.content import beyond_content
 from nab_defense.defended import DefendedModel
+from nab_defense.imprint import imprint_by_class, imprints
 from nab_defense.runtime import Runtime
 from nab_defense.select import Group
 from nab_defense.stamp import Stamp
@@ -87,11 +89,11 @@ def test_survival_is_a_share_of_the_relabelled_suspects() -> None:
 
 def test_imprint_of_a_clean_label_trigger_and_of_a_harmless_group() -> None:
     network = Backdoored()
-    assert imprint(network, pictures(CLEAN, CONTENT), CONTENT, CLEAN, runtime=CPU) == 1
+    assert imprints(network, pictures(CLEAN, CONTENT), CONTENT, [CLEAN], runtime=CPU) == [1]
     harmless = pictures(np.zeros(N, bool), CONTENT)
-    assert imprint(network, harmless, CONTENT, CLEAN, runtime=CPU) == 0
-    assert imprint(ship(network), pictures(CLEAN, CONTENT), CONTENT, CLEAN, runtime=CPU) == 0  # the stamp holds
-    assert imprint(ship(Backdoored(False)), pictures(CLEAN, CONTENT), CONTENT, CLEAN, runtime=CPU) == 1
+    assert imprints(network, harmless, CONTENT, [CLEAN], runtime=CPU) == [0]
+    assert imprints(ship(network), pictures(CLEAN, CONTENT), CONTENT, [CLEAN], runtime=CPU) == [0]  # the stamp holds
+    assert imprints(ship(Backdoored(False)), pictures(CLEAN, CONTENT), CONTENT, [CLEAN], runtime=CPU) == [1]
 
 
 def test_imprint_by_class_on_chosen_images() -> None:
@@ -105,8 +107,27 @@ def test_imprint_by_class_on_chosen_images() -> None:
 
 def test_imprint_takes_off_what_goes_there_anyway() -> None:
     dirty = DIRTY & (np.arange(N) < 15)  # 10 of the 40 images of other classes have the trigger already
-    rise = imprint(Backdoored(), pictures(CLEAN | dirty, CONTENT), CONTENT, CLEAN, runtime=CPU)
+    (rise,) = imprints(Backdoored(), pictures(CLEAN | dirty, CONTENT), CONTENT, [CLEAN], runtime=CPU)
     assert rise == pytest.approx(30 / 40)
+
+
+class Counted(list[tuple[Tensor, Tensor]]):
+    """Batches, and how often they were gone through."""
+
+    passes = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        return super().__iter__()
+
+
+def test_imprints_of_many_groups_are_those_of_each_alone_and_take_two_passes() -> None:
+    groups = [(label == CONTENT) & (np.arange(N) < 30) for label in (2, TARGET, 0)]
+    batches = Counted(pictures(CLEAN, CONTENT))
+    found = imprints(Backdoored(), batches, CONTENT, groups, runtime=CPU)
+    assert batches.passes == 2 and found == [0, 1, 0]
+    assert found == [rise for group in groups for rise in imprints(Backdoored(), batches, CONTENT, [group], runtime=CPU)]
+    assert imprints(Backdoored(), batches, CONTENT, [], runtime=CPU) == []
 
 
 def test_measure_takes_the_imprint_of_clean_label_classes_only() -> None:

@@ -75,6 +75,16 @@ def test_beyond_content_is_the_trigger_whatever_the_poison_shows(shares: list[fl
     torch.testing.assert_close(found, direction.view(1, 4, 8), atol=0.01, rtol=0)
 
 
+def test_beyond_content_of_each_group_apart_is_as_if_it_were_alone() -> None:
+    images, _ = styled(EARLY & (TRUE == 0), [0.25] * 4, torch.ones(1, 4, 8))
+    batches = loaders(images, 7)(np.ones(len(TRUE), bool))
+    groups = [EARLY & (TRUE == 0), ~EARLY & (TRUE == 2), TRUE == 3]  # the last is all of its class
+    apart = beyond_content(batches, TRUE, groups, together=False)
+    alone = torch.cat([beyond_content(batches, TRUE, [group]) for group in groups])
+    torch.testing.assert_close(apart, alone, atol=1e-5, rtol=0)
+    assert (beyond_content(batches, TRUE, groups) - alone).abs().max() > 1e-3
+
+
 def test_beyond_content_never_holds_the_content_of_another_class() -> None:
     group = EARLY & (TRUE == 0)
     images, means = styled(group, [0.0, 1.0, 0.0, 0.0], torch.zeros(1, 4, 8))  # labelled 0, showing 1: wrong labels, no trigger

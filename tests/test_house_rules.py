@@ -17,7 +17,7 @@ PACKAGE = "nab_defense"
 LAYERS: list[Collection[str]] = [
     "types registry stamp io runtime clean changes channels kept neighbors principal ranks parallel".split(),  # noqa: SIM905
     {"data", "scan", "content", "dataset", "defended", "train", "sites", "universal"},
-    {"detectors", "relabel", "purify", "select", "parts", "passes", "naming", "plan", "replay"},
+    {"detectors", "relabel", "purify", "select", "parts", "passes", "naming", "imprint", "plan", "replay"},
     {"checkpoint", "check", "bench", "report"},
     ["schema", "recipe", "methods", "loaders", "session", "look", "again", "repair", "result", "pipeline", "defences"],
     ["speed", "grid", "cli"],

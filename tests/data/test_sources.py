@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from timm.data import create_dataset
 
 from nab_defense.data import open_source
 from nab_defense.data.sources import Source
-from nab_defense.io import load_csv, save_csv
 
 ODD = {  # file name -> kind, each also the maker's key below
     "grey.png": "grey",
@@ -101,23 +98,6 @@ def test_a_folder_is_read_in_order(folder: Path) -> None:
     view = source.view(lambda image: image.size)
     assert view[4] == ((8, 8), 1) and view.filename(6) == "dog/deeper/x.PNG" and view.filename(6, basename=True) == "x.PNG"
     assert view.fingerprint == source.fingerprint and len(view) == 7
-
-
-def test_classes_come_in_the_order_that_timm_gives_them(tmp_path: Path) -> None:
-    names = ("2", "10", "1", "b", "A", "c10", "c9")
-    for name in names:
-        write(tmp_path / name / "0.png", color())
-    theirs = create_dataset("", root=str(tmp_path)).reader.class_to_idx
-    assert open_source(str(tmp_path)).classes == tuple(sorted(names, key=theirs.get)) == ("1", "2", "10", "A", "b", "c9", "c10")
-
-
-def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
-    for name in (b"caf\xe9", b"b"):
-        write(Path(os.fsdecode(bytes(tmp_path) + b"/" + name)) / "0.png", color())
-    source = open_source(str(tmp_path))
-    assert len(source) == 2 and len(source.fingerprint) == 64
-    save_csv(tmp_path / "names.csv", ["id"], [[ident] for ident in source.ids])
-    assert load_csv(tmp_path / "names.csv", ["id"]) == [{"id": "b/0.png"}, {"id": "caf\\udce9/0.png"}]
 
 
 def test_without_labels_a_folder_is_all_the_images_below_it(folder: Path, tmp_path: Path) -> None:

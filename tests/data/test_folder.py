@@ -1,0 +1,34 @@
+"""Names of folders and files: the order that they give the classes, and those that are no UTF-8."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from PIL import Image
+from timm.data import create_dataset
+
+from nab_defense.data import open_source
+from nab_defense.io import load_csv, save_csv
+
+
+def write(folder: Path) -> None:
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+
+
+def test_classes_come_in_the_order_that_timm_gives_them(tmp_path: Path) -> None:
+    names = ("2", "10", "1", "b", "A", "c10", "c9")
+    for name in names:
+        write(tmp_path / name)
+    theirs = create_dataset("", root=str(tmp_path)).reader.class_to_idx
+    assert open_source(str(tmp_path)).classes == tuple(sorted(names, key=theirs.get)) == ("1", "2", "10", "A", "b", "c9", "c10")
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    for name in (b"caf\xe9", b"b"):
+        write(Path(os.fsdecode(bytes(tmp_path) + b"/" + name)))
+    source = open_source(str(tmp_path))
+    assert len(source) == 2 and len(source.fingerprint) == 64
+    save_csv(tmp_path / "names.csv", ["id"], [[ident] for ident in source.ids])
+    assert load_csv(tmp_path / "names.csv", ["id"]) == [{"id": "b/0.png"}, {"id": "caf\\udce9/0.png"}]
