@@ -42,7 +42,7 @@ def on_ray(workers: int | None = None) -> Runner:
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError:
-        raise ValueError("--launcher ray needs Ray; pip install 'nab_defense[ray]'") from None
+        raise ValueError("--launcher ray needs Ray; pip install ray, or this package with its extra [ray]") from None
 
     def run(cells: list[Cell], out: Path) -> Iterator[tuple[Cell, Record]]:
         if not cells:
