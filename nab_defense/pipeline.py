@@ -91,7 +91,7 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
 
 
 class Clock:
-    """Seconds of each stage, kept on disk so that a resumed run still reports what it took."""
+    """Seconds of each stage that ended, kept on disk for a resumed run; of one that was killed what it took after that counts."""
 
     def __init__(self, session: Session) -> None:
         self.path = session.stages / "seconds.json"

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import shutil
 import zlib
 from collections.abc import Callable
@@ -28,6 +27,11 @@ __all__ = ["fit_once", "scan_key"]
 
 log = logging.getLogger(__name__)
 CODE = Path(__file__).parent
+# What images, batches, training and readings come from.
+CODE_OF = [
+    "scan.py", "train.py", "replay.py", "runtime.py", "loaders.py", "detectors/lga.py", "data/folder.py", "data/store.py",
+    "data/loader.py", "data/resident.py", "data/transforms.py",
+]  # fmt: skip
 LARGEST = 2**31  # bytes that all kept scans may take
 
 
@@ -39,16 +43,11 @@ def scan_key(network: nn.Module, fingerprint: str, *, runtime: Runtime, **settin
         fingerprint: Of the images and the labels as given.
         runtime: What changes rounding or draws.
         settings: JSON-able, all else that the batches and the training depend on; nothing of the detector."""
-    known = {**settings, "fingerprint": fingerprint, "runtime": asdict(runtime), "device": runtime.torch_device.type}
-    known |= {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "timm": version("timm"),
-        "cpu": platform.processor(),
-    }
+    known = {**settings, "fingerprint": fingerprint, "runtime": asdict(runtime), "hardware": runtime.hardware()}
+    known |= {"threads": torch.get_num_threads(), **{name: version(name) for name in ("torch", "torchvision", "timm", "pillow")}}
     known["weights"] = hashed(network.state_dict())
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
-    for file in ("scan.py", "train.py", "replay.py", "detectors/lga.py", "data/resident.py", "data/transforms.py"):
+    for file in CODE_OF:
         digest.update((CODE / file).read_bytes())  # what better code makes must not be taken for it
     return digest.hexdigest()[:32]
 

@@ -29,7 +29,7 @@ from .runtime import Runtime, fixed_seed
 from .scan import features_and_logits
 from .schema import Attack, Model, Recipe, Schedule
 from .stamp import Stamp
-from .train import TrainConfig
+from .train import TrainConfig, build_optimizer
 from .types import NABPlan
 
 __all__ = ["Session", "difference"]
@@ -104,9 +104,7 @@ class Session:
         self.stamp.region(size, size)
         if recipe.relabel.name == "trusted":
             self.trusted_source  # noqa: B018
-        for model in (recipe.model, recipe.scan.model, recipe.relabel.encoder):
-            if model is None:
-                continue
+        for model in filter(None, (recipe.model, recipe.scan.model, recipe.relabel.encoder)):
             network = self.build(model).eval()
             blank = torch.zeros(2, recipe.model.in_chans, size, size)
             try:
@@ -118,6 +116,7 @@ class Session:
                     f"{model.name!r} cannot take {recipe.model.in_chans}x{size}x{size} images: {reason}; "
                     "set data.size to what it takes, or choose another model"
                 ) from error
+        build_optimizer(self.build(), self.schedule, self.runtime)
 
     # Data
 

@@ -23,7 +23,7 @@ from .parallel import Replica
 from .registry import nearest
 from .runtime import Runtime, fixed_seed
 
-__all__ = ["TrainConfig", "fit"]
+__all__ = ["TrainConfig", "build_optimizer", "fit"]
 
 log = logging.getLogger(__name__)
 OPTIMIZERS = [str(name) for name in list_optimizers()]
@@ -132,7 +132,8 @@ def fit(
             return F.cross_entropy(logits, labels, label_smoothing=train.smoothing)
 
     runtime.place(model)
-    optimizer = _optimizer(model, train, runtime)
+    optimizer = build_optimizer(model, train, runtime)
+    second_order = bool(getattr(optimizer, "is_second_order", False))
     accum = train.grad_accum_steps
     updates = -(-steps // accum)  # per epoch; a shorter last group still counts
     scheduler = _scheduler(optimizer, train, updates)
@@ -161,14 +162,16 @@ def fit(
                         logits = replica.forward(runtime.put(images))
                     labels = labels.to(logits.device)
                     value = loss(logits.float(), labels)
-                    (value / (min(accum, steps - step // accum * accum) / replica.weight(len(labels)))).backward()
+                    (value / (min(accum, steps - step // accum * accum) / replica.weight(len(labels)))).backward(
+                        create_graph=second_order
+                    )
                 if last:
                     if train.clip_grad is not None:
                         dispatch_clip_grad(model.parameters(), train.clip_grad)
                     optimizer.step()
                     optimizer.zero_grad()
                     if ema is not None:
-                        ema.update(model, step=update)
+                        ema.update(model, step=update + 1)
                 meter.add(value, logits, labels)
                 if step % CHECK_EVERY == 0 or step + 1 == steps:
                     meter.read(f"lower lr (now {train.lr}) or set clip_grad")
@@ -214,23 +217,32 @@ class _Meter:
         return {"loss": self.loss, "accuracy": self.accuracy, "seconds": seconds}
 
 
-def _optimizer(model: nn.Module, train: TrainConfig, runtime: Runtime) -> Any:
-    """timm's optimizer. Fused where torch has it so: one pass over the weights in place of several."""
-    known = get_optimizer_class(train.opt.lower(), bind_defaults=False) in FUSED
-    fused: dict[str, Any] = {"fused": True} if known and runtime.torch_device.type in ("cpu", "cuda") else {}
-    return create_optimizer_v2(
-        model, opt=train.opt, lr=train.lr, weight_decay=train.weight_decay, momentum=train.momentum, **fused
-    )
+def build_optimizer(model: nn.Module, train: TrainConfig, runtime: Runtime) -> Any:
+    """timm's optimizer. Fused where torch has it so: one pass over the weights in place of several.
+
+    Raises:
+        ValueError: It cannot be built here: some need CUDA, or a package of their own."""
+    given: dict[str, Any] = {"lr": train.lr, "weight_decay": train.weight_decay, "momentum": train.momentum}
+    try:
+        known = get_optimizer_class(train.opt.lower(), bind_defaults=False) in FUSED
+        if known and runtime.torch_device.type in ("cpu", "cuda"):
+            given["fused"] = True
+        return create_optimizer_v2(model, opt=train.opt, **given)
+    except (AssertionError, ImportError, RuntimeError, TypeError) as error:
+        raise ValueError(f"the optimizer {train.opt!r} cannot be used: {' '.join(str(error).split())[:200]}") from error
 
 
 def _scheduler(optimizer: Any, train: TrainConfig, updates: int) -> Any:
     if train.sched == "none":
         return None
+    warmup = min(train.warmup_epochs, train.epochs - 1)
+    if warmup < train.warmup_epochs:
+        log.warning("warmup_epochs=%s are cut to %d: there are %d epochs", train.warmup_epochs, warmup, train.epochs)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=train.sched,
         num_epochs=train.epochs,
-        warmup_epochs=min(train.warmup_epochs, train.epochs - 1),
+        warmup_epochs=warmup,
         warmup_lr=train.warmup_lr,
         min_lr=train.min_lr,
         decay_epochs=train.decay_epochs,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,21 @@ def test_old_scans_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(replay, "LARGEST", size // 4)
     case.run(lr=0.03)
     assert not [path for path in cache.rglob("*") if path.is_file() and path.parent not in (first, second)]
+
+
+@pytest.mark.parametrize("what", ["processor", "pillow", "torchvision", "data/folder.py"])
+def test_so_do_the_machine_and_what_reads_the_images(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    network = nn.Linear(2, 3)
+    before = scan_key(network, "f", runtime=CPU)
+    if what == "processor":
+        monkeypatch.setattr("nab_defense.runtime._processor", lambda: "another")
+    elif what.endswith(".py"):
+        shutil.copytree(replay.CODE, tmp_path / "code", ignore=shutil.ignore_patterns("__pycache__"))
+        (tmp_path / "code" / what).write_text("# other code")
+        monkeypatch.setattr(replay, "CODE", tmp_path / "code")
+    else:
+        monkeypatch.setattr(replay, "version", lambda name: "0" if name == what else version(name))
+    assert scan_key(network, "f", runtime=CPU) != before
 
 
 @pytest.mark.parametrize(

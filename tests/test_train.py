@@ -232,7 +232,7 @@ def test_ema_weights_are_shipped() -> None:
     fit(model, Toy(batch=40), runtime=CPU, train=config(epochs=8, model_ema=True, model_ema_decay=0.6), after_epoch=look)
     average = weights[0]
     for step, weight in enumerate(weights):
-        decay = min(0.6, 1 - max(1, step) ** (-2 / 3))  # timm's warm-up
+        decay = min(0.6, 1 - (1 + step) ** (-2 / 3))  # timm's warm-up
         average = decay * average + (1 - decay) * weight
     torch.testing.assert_close(next(model.parameters()).detach(), average)
     assert not torch.allclose(average, weights[-1], atol=1e-4)

@@ -96,7 +96,8 @@ def _inspect(file: File) -> tuple[Image.Image | None, str, str]:
 
 
 def read_folder(root: Path, channels: int | None, strict: bool, *, labelled: bool = True) -> Folder:
-    """Read a folder with one sub-folder a class, in timm's order (2 before 10); without labels, all images below it.
+    """Read a folder with one sub-folder a class, classes and files in timm's order (2 before 10); without labels,
+    all images below it.
 
     Args:
         root: The folder.
@@ -158,19 +159,16 @@ def _list(root: Path, labelled: bool) -> tuple[tuple[str, ...], list[Path], list
             raise ValueError(f"{root} is a file, expected a folder")
         siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
         raise ValueError(f"no such folder or data set: {root}{nearest(root.name, siblings)}")
-    files: list[Path] = []
-    labels: list[int] = []
     if labelled:
         classes = in_order(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         if not classes:
             raise ValueError(f"{root} has no sub-folders; expected one for each class")
-        for label, name in enumerate(classes):
-            found = _images(root / name)
-            files += found
-            labels += [label] * len(found)
+        found = [(file, label) for label, name in enumerate(classes) for file in _images(root / name)]
+        found.sort(key=lambda pair: natural_key(str(pair[0])))
+        files, labels = [file for file, _ in found], [label for _, label in found]
     else:
         classes = ("unlabelled",)
-        files = _images(root)
+        files = sorted(_images(root), key=lambda file: natural_key(str(file)))
         labels = [0] * len(files)
     if not files:
         raise ValueError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")

@@ -253,7 +253,8 @@ def _from_timm(name: str, split: str, channels: int | None, options: dict[str, A
     load, reader = _TimmImages(name, data, mode), getattr(data, "reader", None)
     targets = getattr(data, "targets", getattr(data, "labels", None))
     if reader is not None:
-        targets = list(reader.iter_targets())
+        there = hasattr(reader, "iter_targets")  # since timm 1.0.31
+        targets = list(reader.iter_targets()) if there else [reader[i][1] for i in range(len(reader))]
     if targets is None:
         targets = [data[i][1] for i in range(len(data))]
     labels = np.asarray(targets, dtype=np.int64)

@@ -12,9 +12,10 @@ from nab_defense.data import open_source
 from nab_defense.io import load_csv, save_csv
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, *names: str) -> None:
     folder.mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "0.png")
+    for name in names or ["0.png"]:
+        Image.new("RGB", (8, 8)).save(folder / name)
 
 
 def test_classes_come_in_the_order_that_timm_gives_them(tmp_path: Path) -> None:
@@ -23,6 +24,20 @@ def test_classes_come_in_the_order_that_timm_gives_them(tmp_path: Path) -> None:
         write(tmp_path / name)
     theirs = create_dataset("", root=str(tmp_path)).reader.class_to_idx
     assert open_source(str(tmp_path)).classes == tuple(sorted(names, key=theirs.get)) == ("1", "2", "10", "A", "b", "c9", "c10")
+
+
+def test_files_come_in_the_order_in_which_timm_reads_them(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write(tmp_path / name, *(f"img{n}.png" for n in (1, 2, 10, 11)), "IMG3.png")
+    theirs = create_dataset("", root=str(tmp_path))
+    source = open_source(str(tmp_path))
+    assert list(source.ids) == [theirs.filename(i) for i in range(10)] and source.ids[1:4] == (
+        "a/img2.png",
+        "a/IMG3.png",
+        "a/img10.png",
+    )
+    assert source.labels.tolist() == [label for _, label in theirs.reader.samples]
+    assert open_source(str(tmp_path), labelled=False).ids == source.ids
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
