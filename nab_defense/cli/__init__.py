@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "poison": "write a poisoned image folder, to try a defense blind",
 }
 FIRST_ALONE = {"purify", "poison"}  # what a single rank does while others wait
+EXIT_UNREAD = 141  # as a shell says of what a closed pipe ended
 APART = {"bench"}  # where every rank has cells of its own, and none waits for another
 USAGE = """usage: nab COMMAND ...
 
@@ -39,7 +41,16 @@ nab COMMAND --help tells more. Exit status: 0 done, 2 wrong input (one line says
 
 def main(argv: list[str] | None = None) -> int:
     """`nab COMMAND ...`. Returns the exit status: 0 done, 2 wrong input, 3 finished but not protected."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        status = _main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read has gone, as `head` does; files are written before anything is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
+        return EXIT_UNREAD
+
+
+def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE.format(commands="\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())))
         return 0 if argv else 2
