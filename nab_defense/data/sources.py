@@ -253,8 +253,7 @@ def _from_timm(name: str, split: str, channels: int | None, options: dict[str, A
     load, reader = _TimmImages(name, data, mode), getattr(data, "reader", None)
     targets = getattr(data, "targets", getattr(data, "labels", None))
     if reader is not None:
-        there = hasattr(reader, "iter_targets")  # since timm 1.0.31
-        targets = list(reader.iter_targets()) if there else [reader[i][1] for i in range(len(reader))]
+        targets = _targets(reader)
     if targets is None:
         targets = [data[i][1] for i in range(len(data))]
     labels = np.asarray(targets, dtype=np.int64)
@@ -262,6 +261,18 @@ def _from_timm(name: str, split: str, channels: int | None, options: dict[str, A
     ids = tuple(f"{name}/{split}/{i}" for i in range(len(labels)))
     classes = tuple(str(c) for c in known)
     return Source(name, classes, labels, ids, load, mode, fingerprint(ids, labels, _pixel_digests(load, len(ids))), {})
+
+
+def _targets(reader: Any) -> list[int]:
+    """The labels that one of timm's readers gives; before 1.0.31 it gave them with its files alone."""
+    if hasattr(reader, "iter_targets"):
+        return list(reader.iter_targets())
+    targets = []
+    for index in range(len(reader)):
+        file, target = reader[index]
+        file.close()
+        targets.append(target)
+    return targets
 
 
 def _pixel_digests(load: Loader, count: int) -> list[str]:
