@@ -19,7 +19,8 @@ __all__ = ["Repaired"]
 class Repaired:
     """One of this package's purifiers on the undefended network, with all the trusted images of the task.
 
-    Where none of the purifier's candidates is taken the network stays as it was, and the note says so, and why it stopped.
+    The note says what `nab purify` would: repaired, not repaired (the better network is taken all the same), or rejected, in
+    which case the network stays as it was; why it stopped; and the share that universal perturbations turned before and after.
 
     Args:
         method: Any that `nab purify` knows.
@@ -44,5 +45,7 @@ class Repaired:
         )
         found = purify(task.undefended, images, method, mean=mean, std=std, runtime=session.runtime)
         seconds = {"train": task.plain_seconds, "purify": time.perf_counter() - begun}
-        note = ": ".join(part for part in (found.status, found.chosen, found.stopped) if part is not None)
+        told = "repaired" if found.repaired else "not repaired" if found.status == "accepted" else found.status
+        turned = f"universal perturbations turned {found.before['proxy']:.2f}, then {found.after['proxy']:.2f}"
+        note = ": ".join(part for part in (told, found.chosen, found.stopped, turned) if part is not None)
         return Outcome(found.model, seconds, NABPlan.empty(task.source.labels), note=note)

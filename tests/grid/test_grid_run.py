@@ -81,6 +81,7 @@ def test_a_repair_that_stops_is_not_repaired_and_no_failure(tmp_path: Path, obey
     found, _ = run(small_grid(tmp_path, clean=100, defences={"diverged": row}), tmp_path / "out")
     record = found["diverged"]
     assert record["status"] == "done" and record["note"].startswith("rejected: finetune: the loss is ")
+    assert "universal perturbations turned 0." in record["note"] or "turned 1.00" in record["note"]
     assert record["figures"]["defended"] == record["twins"]["undefended"]
 
 
