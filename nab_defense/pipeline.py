@@ -229,9 +229,9 @@ def check(session: Session, shipped: nn.Module, network: nn.Module, finding: Fin
     """The verdict on a trained model; no truth is read."""
     plan = finding.plan
     survival = measure(shipped, network, session.ordered(session.source), plan, runtime=session.runtime)
-    small = small_classes(plan.labels) if session.recipe.rule == "expand" else 0
-    groups, again = finding.selection.groups, finding.looked_again
-    return judge(plan, survival, session.source.classes, groups=groups, small=small, looked_again=again)
+    classes, groups, again = session.source.classes, finding.selection.groups, finding.looked_again
+    small = small_classes(plan.labels, len(classes)) if session.recipe.rule == "expand" else 0
+    return judge(plan, survival, classes, groups=groups, small=small, looked_again=again)
 
 
 def check_again(session: Session, repaired: nn.Module, plan: NABPlan, first: Verdict, repair: str) -> Verdict:

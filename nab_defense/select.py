@@ -260,6 +260,6 @@ def _some(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return chosen
 
 
-def small_classes(labels: NDArray[np.int64]) -> int:
-    """How many classes have too few samples for `expand` to accuse any: a group of MIN_SEEDS, and as many beside it."""
-    return int((np.bincount(labels) < 2 * MIN_SEEDS).sum())
+def small_classes(labels: NDArray[np.int64], classes: int) -> int:
+    """How many of the classes have too few samples for `expand` to accuse any: a group of MIN_SEEDS, and as many beside it."""
+    return int((np.bincount(labels, minlength=classes) < 2 * MIN_SEEDS).sum())

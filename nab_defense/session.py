@@ -116,7 +116,8 @@ class Session:
                     f"{model.name!r} cannot take {recipe.model.in_chans}x{size}x{size} images: {reason}; "
                     "set data.size to what it takes, or choose another model"
                 ) from error
-        build_optimizer(self.build(), self.schedule, self.runtime)
+            if model is recipe.model:
+                build_optimizer(network, self.schedule, self.runtime)
 
     # Data
 

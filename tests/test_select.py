@@ -235,5 +235,6 @@ def test_take_fraction_takes_exactly_that() -> None:
 
 
 def test_classes_in_which_nobody_can_be_accused_are_known_beforehand() -> None:
-    assert small_classes(np.arange(800) % 20) == 0 and small_classes(np.arange(799) % 20) == 1
-    assert small_classes(np.arange(30_000) % 1000) == 1000  # however many seeds there are
+    assert small_classes(np.arange(800) % 20, 20) == 0 and small_classes(np.arange(799) % 20, 20) == 1
+    assert small_classes(np.arange(30_000) % 1000, 1000) == 1000  # however many seeds there are
+    assert small_classes(np.arange(60) % 3, 5) == 5  # two have no sample at all

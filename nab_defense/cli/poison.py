@@ -14,7 +14,7 @@ from PIL import Image
 from ..bench.attacks import attacks, create
 from ..bench.poison import MODES, poison_source, write_truth
 from ..bench.trigger import prepared, save_trigger
-from ..data.folder import in_order
+from ..data.folder import timm_order
 from ..data.sources import Source, open_source
 from ..io import check_folder
 from ..recipe import key_values, parse_recipe
@@ -100,7 +100,7 @@ def _parser() -> Parser:
 
 def _as_folder_order(source: Source) -> Source:
     """Number the classes as whoever opens the written folder will, so that all_to_all's y + 1 means the same there."""
-    classes = in_order(source.classes)
+    classes = tuple(timm_order(source.classes))
     if classes == source.classes:
         return source
     labels = np.array([classes.index(name) for name in source.classes])[source.labels]

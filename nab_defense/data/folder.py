@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,12 @@ from timm.utils.misc import natural_key
 
 from ..registry import nearest
 
-__all__ = ["EXTENSIONS", "File", "FileImages", "Folder", "in_order", "read_files", "read_folder"]
+__all__ = ["EXTENSIONS", "File", "FileImages", "Folder", "read_files", "read_folder", "timm_order"]
 
 EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 CACHE_BYTES = 1 << 30  # decoded images stay in memory up to this size
 KINDS = {"1": "grey", "L": "grey", "LA": "grey", "P": "palette", "PA": "palette", "RGBA": "alpha", "CMYK": "CMYK", "RGB": ""}
+Name = TypeVar("Name", str, Path)
 BROKEN = ("zero-byte", "truncated", "unreadable")
 
 
@@ -160,30 +161,30 @@ def _list(root: Path, labelled: bool) -> tuple[tuple[str, ...], list[Path], list
         siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
         raise ValueError(f"no such folder or data set: {root}{nearest(root.name, siblings)}")
     if labelled:
-        classes = in_order(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        classes = tuple(timm_order(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
         if not classes:
             raise ValueError(f"{root} has no sub-folders; expected one for each class")
-        found = [(file, label) for label, name in enumerate(classes) for file in _images(root / name)]
-        found.sort(key=lambda pair: natural_key(str(pair[0])))
-        files, labels = [file for file, _ in found], [label for _, label in found]
+        files = timm_order(file for name in classes for file in _images(root / name))
+        number = {name: label for label, name in enumerate(classes)}
+        labels = [number[file.relative_to(root).parts[0]] for file in files]
     else:
         classes = ("unlabelled",)
-        files = sorted(_images(root), key=lambda file: natural_key(str(file)))
+        files = timm_order(_images(root))
         labels = [0] * len(files)
     if not files:
         raise ValueError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")
     return classes, files, labels
 
 
-def in_order(classes: Iterable[str]) -> tuple[str, ...]:
-    """As timm numbers the folders of classes: 2 before 10."""
-    return tuple(sorted(sorted(classes), key=natural_key))
+def timm_order(found: Iterable[Name]) -> list[Name]:
+    """As timm sorts folders of classes, and files: 2 before 10."""
+    return sorted(sorted(found), key=lambda one: natural_key(str(one)))
 
 
-def _images(folder: Path) -> list[Path]:
+def _images(folder: Path) -> Iterator[Path]:
     """Of all below it, but what is hidden: previews and copies that other programs keep there."""
     found = (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def _refuse_broken(root: Path, irregular: dict[str, list[str]], total: int, strict: bool) -> None:

@@ -171,7 +171,7 @@ def prepared(
 
     Raises:
         ValueError: What purify would refuse."""
-    original: Pixels = frozen(runtime.place(Pixels(copy.deepcopy(model), mean, std)))  # type: ignore[assignment]
+    original = _taking_pixels(model, mean, std, runtime)
     if not 0 < holdout < 1 or not 0 <= max_drop < 1:
         raise ValueError(f"holdout must be in (0, 1) and max_drop in [0, 1), got {holdout} and {max_drop}")
     for name in ("steps", "rounds", "batch_size", "terms", "recover_steps"):
@@ -191,6 +191,12 @@ def prepared(
         )
     method.check(original, runtime.put(clean.images[:2].float() / 255))
     return original, fit, held
+
+
+def _taking_pixels(model: nn.Module, mean: Sequence[float], std: Sequence[float], runtime: Runtime) -> Pixels:
+    """A copy of the model that takes pixels, frozen, on the runtime's device."""
+    taking: Pixels = frozen(runtime.place(Pixels(copy.deepcopy(model), mean, std)))  # type: ignore[assignment]
+    return taking
 
 
 def _with_suspects(judge: Judged, suspects: CleanSet | None, runtime: Runtime) -> Judged:
@@ -217,7 +223,7 @@ def check_known(model: nn.Module, clean: CleanSet, *, mean: Sequence[float], std
         ValueError: It does not; another order of classes, say, or another normalisation."""
     if clean.labels is None:
         return
-    network: Pixels = frozen(runtime.place(Pixels(copy.deepcopy(model), mean, std)))  # type: ignore[assignment]
+    network = _taking_pixels(model, mean, std, runtime)
     count_outputs(network, clean.images[:2], runtime)
     accuracy = float((logits_of(network, clean, runtime).argmax(1) == clean.labels).float().mean())
     guess = float(clean.labels.bincount().max()) / len(clean)
