@@ -16,13 +16,13 @@ from torch.nn.functional import cosine_similarity
 from .content import alike, beyond_content
 from .detectors import detectors
 from .imprint import imprint_by_class
-from .look import imprints, make_finding
+from .look import make_finding, stronger_halves
 from .naming import carried, control, naming
-from .parts import DOUBT, Part, joined, same_parts, smaller_halves, with_more_like_it
+from .parts import DOUBT, Part, distinct, joined, other_half, same_parts, smaller_halves, with_more_like_it
 from .passes import clearest, confirmed
-from .plan import Finding
+from .plan import Finding, clean_label_groups
 from .scan import Scan, scan_model
-from .select import MIN_ALIKE, MIN_SEEDS, Group, Selection, expand
+from .select import BALANCED, MIN_ALIKE, MIN_SEEDS, Group, Selection, expand
 from .session import Session
 
 __all__ = ["Without", "look_again"]
@@ -30,7 +30,6 @@ __all__ = ["Without", "look_again"]
 log = logging.getLogger(__name__)
 FEW_CLASSES = 3  # two may have styles that are alike
 LEARNED = 0.5  # share of images that it must name as labelled: a network that learned little takes any pattern for a class
-BALANCED = 0.4  # share of a class above which its smaller part may as well be the clean one
 Without = Callable[[NDArray[np.bool_], str], nn.Module]
 
 
@@ -61,16 +60,20 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
         return dataclasses.replace(before, looked_again=False)
     report = detectors.create(recipe.scan.detector, **recipe.scan.params).detect(scan)
     selection = expand(report, scan, fraction=recipe.fraction, previous=Selection(known, before.selection.doubt), trained=True)
-    selection = confirmed(selection, scan.labels, imprints(session, trained, selection.suspect & ~known), known=known)
+    selection, rises = stronger_halves(session, trained, selection, known)
+    selection = confirmed(selection, scan.labels, rises, known=known)
     selection = clearest(selection, scan.labels, [before.selection, selection])
     cleared = [group.label for group in before.selection.groups if group.named is not None and not group.foreign]
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
-    parts = _parts(session, scan, selection, before, {*cleared, *fresh})
-    selection, namer = _named(session, trained, scan, selection, parts, without)
+    queues = _parts(session, scan, selection, before, {*cleared, *fresh})
+    rests = {part[0].label: part for part in _rests(before, scan.labels, selection.suspect)}
+    queues = [*([part] for part in rests.values()), *(queue for queue in queues if queue[0][0].label not in rests)]
+    selection, namer = _named(session, trained, scan, selection, queues, set(rests), without)
     new = selection.suspect & ~known
     log.info("look again: %d suspects more", new.sum())
     examined = {group.label for group in selection.groups}
-    stay = [g for g in before.selection.groups if (known & (scan.labels == g.label)).any() or g.label not in examined]
+    still = set(np.unique(scan.labels[known & selection.suspect]).tolist())
+    stay = [g for g in before.selection.groups if g.label in still or g.label not in examined]
     groups = (*stay, *selection.groups)
     if not new.any():
         return dataclasses.replace(before, selection=dataclasses.replace(before.selection, groups=groups))
@@ -78,24 +81,43 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     return make_finding(session, scan, report, selection, namer or scanner, unseen=namer is not None)
 
 
-def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, spared: set[int]) -> list[Part]:
-    """Of each class that is to be examined by names a part: one that shares what parts of other classes share; else of what stood
-    apart and shared no trigger that can be added to other images, in this look or before, and of the smaller part, where a class
-    falls in two, whichever stands further apart. None of the labels in `spared`."""
+def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, spared: set[int]) -> list[list[Part]]:
+    """Of each class that is to be examined by names its parts, in the order in which they are tried: one that shares what parts
+    of other classes share; else what stood apart and shared no trigger that can be added to other images, in this look or
+    before, and the smaller part, where a class falls in two, whichever stands further apart first; then the larger part, where
+    the two are nearly alike. None of the labels in `spared`."""
     halves = {group.label: (group, likely) for group, likely in smaller_halves(scan, selection.suspect)}
     kin = _kin(session, scan, halves, selection.suspect)
-    parts = {label: part for label, part in halves.items() if part[0].size >= MIN_SEEDS}
+    queues = {label: [part] for label, part in halves.items() if part[0].size >= MIN_SEEDS and label not in kin}
     apart = (selection.doubt > 0.5) & ~selection.suspect
     for label in np.unique(scan.labels[apart & ~np.isin(scan.labels, [*spared, *kin])]).tolist():
         members = apart & (scan.labels == label)
         if members.sum() < MIN_SEEDS:
             continue  # what is left of a group whose other samples were accused meanwhile
         group = next(g for g in (*selection.groups, *before.selection.groups) if g.label == label)
-        if label not in parts or parts[label][0].separation < group.separation:
-            own = (scan.labels == label) & ~selection.suspect
-            parts[label] = dataclasses.replace(group, size=int(members.sum())), with_more_like_it(scan, own, members)
-    parts |= kin
-    return [part for label, part in parts.items() if label not in spared]
+        own = (scan.labels == label) & ~selection.suspect
+        part = dataclasses.replace(group, size=int(members.sum())), with_more_like_it(scan, own, members)
+        queues[label] = [*queues.get(label, []), part]
+    for label, queue in queues.items():
+        own = (scan.labels == label) & ~selection.suspect
+        queue.sort(key=lambda part: -part[0].separation)
+        rests = [other_half(own, part) for part in queue if part[0].size > BALANCED * own.sum()]
+        queues[label] = distinct([*queue, *(rest for rest in rests if rest[0].size >= MIN_SEEDS)])
+    queues |= {label: [part] for label, part in kin.items()}
+    return [queue for label, queue in queues.items() if label not in spared]
+
+
+def _rests(before: Finding, labels: NDArray[np.int64], suspect: NDArray[np.bool_]) -> list[Part]:
+    """What is left of each class about half of which, or more, is accused as clean-label poison: that may be the clean half.
+    What makes a zero turns other images to zeros, as a trigger does, where all others labelled zero show something else."""
+    found = []
+    for accused in clean_label_groups(labels, before.plan.new_labels, before.plan.suspect):
+        label = int(labels[accused][0])
+        own, rest = labels == label, (labels == label) & ~suspect
+        if rest.sum() >= MIN_SEEDS and accused.sum() > BALANCED * own.sum():
+            group = next(g for g in before.selection.groups if g.label == label)
+            found.append((dataclasses.replace(group, size=int(rest.sum()), imprint=None, share=0.0), rest.astype(np.float64)))
+    return found
 
 
 def _kin(session: Session, scan: Scan, halves: dict[int, Part], aside: NDArray[np.bool_]) -> dict[int, Part]:
@@ -127,41 +149,50 @@ class _Unseen:
 
 
 def _named(
-    session: Session, trained: nn.Module, scan: Scan, selection: Selection, parts: list[Part], without: Without
+    session: Session,
+    trained: nn.Module,
+    scan: Scan,
+    selection: Selection,
+    queues: list[list[Part]],
+    doubted: set[int],
+    without: Without,
 ) -> tuple[Selection, nn.Module | None]:
-    """Accuse parts of classes by the names that they get where they are left out: the smaller part of each class, then the
-    larger one where the two are nearly alike.
+    """Accuse parts of classes by the names that they get where they are left out: the first of each class, then the next of those
+    where it was not accused. Of a class in `doubted` the part is what is not accused; the accused are let go if it is.
 
     Returns: the selection, and a network that never saw the accused; None where nobody is accused by this."""
-    namer = None
-    for name in ("smaller", "larger"):
-        if not parts:
-            break
-        absent = np.any([selection.suspect, *(likely > DOUBT for _, likely in parts)], axis=0)
+    namer, turn = None, 0
+    while queues:
+        parts, turn = [queue[0] for queue in queues], turn + 1
+        back = np.isin(scan.labels, [group.label for group, _ in parts if group.label in doubted])
+        absent = np.any([selection.suspect & ~back, *(likely > DOUBT for _, likely in parts)], axis=0)
         others = control(absent, session.recipe.seed)
-        network = without(absent | others, name)
-        unseen, rest = _Unseen(network, _read(session, network), absent, others), []
+        network = without(absent | others, f"part{turn}")
+        unseen, left = _Unseen(network, _read(session, network), absent, others), []
         # One trigger, one verdict: what it makes of an image may look like one of the classes to a network that never saw it.
         kin = [likely > 0.5 for group, likely in parts if group.alike]
         kin_named = float((unseen.scan.logits.argmax(1) == scan.labels)[np.any(kin, axis=0)].mean()) if kin else None
-        for group, likely in parts:
+        for (group, likely), queue in zip(parts, queues, strict=True):
             if ((scan.labels == group.label) & ~absent).sum() < MIN_SEEDS:
+                left.append(queue[1:])
                 continue  # a network that never saw the class cannot tell what is foreign to it
             members = (scan.labels == group.label) & ~selection.suspect
             group = _examined(session, trained, unseen, selection.suspect, group, likely > 0.5)
             if group.alike:
                 group = dataclasses.replace(group, named=kin_named)
-            if group.foreign:
+            if not group.foreign:
+                left.append(queue[1:])
+            else:
                 namer = network
+                if group.label in doubted:
+                    members = scan.labels == group.label
+                    selection = _let_go(selection, members, group.label)
                 if not group.alike:
                     likely = joined(scan, members, likely, unseen.scan.logits)
                     group = dataclasses.replace(group, size=int((likely > 0.5).sum()))
                     log.info("class %d: %d samples in all", group.label, group.size)
-            elif group.size > BALANCED * members.sum():
-                larger = int(members.sum()) - group.size
-                rest.append((dataclasses.replace(group, size=larger, alike=0.0), np.where(members, 1 - likely, 0)))
             selection = _with(selection, group, likely)
-        parts = rest
+        queues = [queue for queue in left if queue]
     return selection, namer
 
 
@@ -197,11 +228,18 @@ def _examined(
 def _with(selection: Selection, group: Group, likely: NDArray[np.float64]) -> Selection:
     """The selection with a group that was examined by its names: accused where it is foreign, and on record."""
     old = next((other for other in selection.groups if other.label == group.label), group)
-    groups = (*(other for other in selection.groups if other is not old), dataclasses.replace(group, imprint=old.imprint))
+    group = dataclasses.replace(group, imprint=old.imprint, share=old.share)
+    groups = (*(other for other in selection.groups if other is not old), group)
     if not group.foreign:
         return dataclasses.replace(selection, groups=groups)
     doubt = np.maximum(selection.doubt, likely).astype(np.float32)
     return Selection(selection.suspect | (likely > 0.5), doubt, groups)
+
+
+def _let_go(selection: Selection, members: NDArray[np.bool_], label: int) -> Selection:
+    """The selection without what was found in one class."""
+    groups = tuple(group for group in selection.groups if group.label != label)
+    return Selection(selection.suspect & ~members, np.where(members, 0, selection.doubt).astype(np.float32), groups)
 
 
 def _read(session: Session, network: nn.Module) -> Scan:

@@ -14,17 +14,17 @@ from torch import nn
 from . import imprint
 from .detectors import detectors
 from .detectors.lga import lga_loss
-from .passes import JUDGES, clear, clearest, confirmed, judged, settled
+from .passes import JUDGES, clear, clearest, confirmed, judged, overfull, settled
 from .plan import Finding, make_plan, paper_plan
 from .relabel import relabelers
 from .replay import fit_once, scan_key
 from .scan import EarlyScan, Scan, scan_model
-from .select import Selection, expand, take_fraction
+from .select import BALANCED, MIN_SEEDS, Selection, expand, take_fraction
 from .session import Session
 from .train import TrainConfig
 from .types import SuspectReport
 
-__all__ = ["accuse", "imprints", "look", "make_finding", "scan_whole"]
+__all__ = ["accuse", "look", "make_finding", "scan_whole", "stronger_halves"]
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,10 @@ log = logging.getLogger(__name__)
 def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
     """Scan the training source, rank, select, relabel, plan. Sees images and given labels only.
 
-    The scan ends early where two passes accuse alike and what each group shares is a trigger beyond doubt. A network that is
-    pushed up and down by the scan's loss obeys a trigger at one pass and not at the next, and a young one takes any pattern for
-    a class, so the verdict on a group in doubt is that of the last passes of the whole scan.
+    The scan ends early where two passes accuse alike, what each group shares is a trigger beyond doubt, and none is most of its
+    class, which may be the clean part. A network that is pushed up and down by the scan's loss obeys a trigger at one pass and
+    not at the next, and a young one takes any pattern for a class, so the verdict on a group in doubt is that of the last passes
+    of the whole scan.
 
     Args:
         session: The run.
@@ -53,12 +54,13 @@ def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
         last = found[-1][1] if found else None
         report = detector.detect(seen)
         selection = expand(report, seen, fraction=recipe.fraction, previous=last)
-        found.append((report, selection))
         log.info("scan %d: %d suspects", seen.epoch, selection.suspect.sum())
         stands = last is not None and settled(last, selection)
         if stands or seen.epoch > recipe.scan.epochs - JUDGES:
-            tried.append(imprints(session, network, selection.suspect))
-        return stands and clear(tried[-1])
+            selection, rises = stronger_halves(session, network, selection, np.zeros(len(seen), bool))
+            tried.append(rises)
+        found.append((report, selection))
+        return stands and clear(tried[-1]) and not overfull(selection.suspect, seen.labels)
 
     scan, network = _scan(session, watch, kept)
     report, selection = found[-1]
@@ -119,15 +121,41 @@ def _scan(session: Session, watch: Callable[[Scan, nn.Module], bool], kept: bool
     return passes.last, network
 
 
-def imprints(session: Session, network: nn.Module, suspect: NDArray[np.bool_]) -> dict[int, float]:
-    """What the suspects of each label share, tried on other images (see imprint.imprints): label -> share that it turns."""
-    labels = session.source.labels
-    given = np.unique(labels[suspect]).tolist()
-    groups = [suspect & (labels == label) for label in given]
-    rises = imprint.imprints(network, session.ordered(session.source), labels, groups, runtime=session.runtime)
-    for label, group, rise in zip(given, groups, rises, strict=True):
-        log.info("class %d: %d suspects, imprint %.2f", label, group.sum(), rise)
-    return dict(zip(given, rises, strict=True))
+def stronger_halves(
+    session: Session, network: nn.Module, selection: Selection, known: NDArray[np.bool_]
+) -> tuple[Selection, dict[int, float]]:
+    """What the suspects of each label share, tried on other images (see imprint.imprints).
+
+    Where about half of a class stands apart, the clean half may be the one that was taken. What makes a zero turns other images
+    to zeros, too, but a trigger turns more: so both are tried, and the half that turns more takes the place of the other.
+
+    Args:
+        selection: What stands apart.
+        known: (N,) bool, suspects that stay, and are not tried.
+
+    Returns: the selection, and label -> share that its suspects turn."""
+    labels, suspect, doubt = session.source.labels, selection.suspect.copy(), selection.doubt.copy()
+    fresh = suspect & ~known
+    given = np.unique(labels[fresh]).tolist()
+    groups = [fresh & (labels == label) for label in given]
+    rests = [(labels == label) & ~suspect for label in given]
+    pairs = zip(given, groups, rests, strict=True)
+    halves = {
+        label: rest for label, group, rest in pairs if group.sum() > BALANCED * (group | rest).sum() and rest.sum() >= MIN_SEEDS
+    }
+    tried = [*groups, *halves.values()]
+    rises = imprint.imprints(network, session.ordered(session.source), labels, tried, runtime=session.runtime)
+    turned, other = dict(zip(given, rises, strict=False)), dict(zip(halves, rises[len(given) :], strict=True))
+    sizes = {}
+    for label, group in zip(given, groups, strict=True):
+        rest = other.get(label, -1.0)
+        log.info("class %d: %d suspects, imprint %.2f, the rest %.2f", label, group.sum(), turned[label], rest)
+        if rest > turned[label]:
+            members = group | halves[label]
+            suspect[members], doubt[members] = ~suspect[members], 1 - doubt[members]
+            turned[label], sizes[label] = rest, int(halves[label].sum())
+    swapped = tuple(dataclasses.replace(group, size=sizes.get(group.label, group.size)) for group in selection.groups)
+    return Selection(suspect, doubt, swapped), turned
 
 
 def _relabel(

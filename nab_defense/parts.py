@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
@@ -11,12 +13,13 @@ from .principal import Rows, Standardized, along, directions
 from .scan import Scan
 from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, ONE_THREAD, Group, grow, probe, split_in_two
 
-__all__ = ["DOUBT", "Part", "joined", "same_parts", "smaller_halves", "with_more_like_it"]
+__all__ = ["DOUBT", "Part", "distinct", "joined", "other_half", "same_parts", "smaller_halves", "with_more_like_it"]
 
 SOME_VALLEY = 0.1  # enough of one to look closer
 DOUBT = 0.02  # left out is what belongs to the part with this probability: the rest of the poison would teach its trigger
 MAYBE = 0.4  # most that a sample is said to belong to a part that it was not found with: left out with it, not examined
 DIRECTIONS = 3  # of a class's features, in which it may fall in two
+SAME = 0.9  # overlap of two parts of a class, intersection over union, of which one is enough
 FEW = 5  # of a class, where other classes have such a part, too
 
 Split = tuple[NDArray[np.float64], float, float]  # see select.split_in_two
@@ -108,14 +111,32 @@ def same_parts(scan: Scan, aside: NDArray[np.bool_], some: NDArray[np.bool_]) ->
     Returns: as smaller_halves."""
     features, own = Standardized(scan.features), np.isin(scan.labels, scan.labels[some]) & ~aside
     teller, found = probe().fit(features[np.flatnonzero(own)], some[own]), []
+    theirs = float(teller.decision_function(features[np.flatnonzero(some)]).mean())
     for label in np.unique(scan.labels[~own & ~aside]).tolist():
         members = (scan.labels == label) & ~aside
         if members.sum() < 2 * MIN_SEEDS:
             continue
-        likely, separation, valley = split_in_two(teller.decision_function(features[np.flatnonzero(members)]))
+        told = teller.decision_function(features[np.flatnonzero(members)])
+        likely, separation, valley = split_in_two(told, (float(told.mean()), theirs))
         if separation > MIN_SEPARATION and valley > MIN_VALLEY and FEW <= (likely > 0.5).sum() <= members.sum() / 2:
             found.append(_part(label, members, likely, separation, valley))
     return found
+
+
+def other_half(members: NDArray[np.bool_], part: Part) -> Part:
+    """Those of a class, (N,) bool, that are not in a part of it."""
+    group, likely = part
+    return dataclasses.replace(group, size=int(members.sum()) - group.size), np.where(members, 1 - likely, 0)
+
+
+def distinct(parts: list[Part]) -> list[Part]:
+    """Without those that are nearly the same as one before them."""
+    kept: list[Part] = []
+    for part in parts:
+        pairs = [(part[1] > 0.5, other > 0.5) for _, other in kept]
+        if all((one & two).sum() < SAME * (one | two).sum() for one, two in pairs):
+            kept.append(part)
+    return kept
 
 
 def with_more_like_it(scan: Scan, members: NDArray[np.bool_], part: NDArray[np.bool_]) -> NDArray[np.float64]:

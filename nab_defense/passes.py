@@ -7,11 +7,10 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from .select import Group, Selection
+from .select import BALANCED, CLEAR_IMPRINT, Group, Selection
 
-__all__ = ["JUDGES", "clear", "clearest", "confirmed", "judged", "settled"]
+__all__ = ["JUDGES", "clear", "clearest", "confirmed", "judged", "overfull", "settled"]
 
-CLEAR_IMPRINT = 0.75  # at this share no later pass need be asked
 JUDGES = 3  # passes at the end of a scan that judge a group in doubt
 SETTLED = 0.98  # overlap of two passes, intersection over union
 
@@ -25,7 +24,7 @@ def settled(before: Selection, after: Selection) -> bool:
 def confirmed(
     selection: Selection, labels: NDArray[np.int64], imprints: dict[int, float], *, known: NDArray[np.bool_] | None = None
 ) -> Selection:
-    """Let go the groups that share no trigger; their doubt stays.
+    """Let go the groups that share no trigger, beyond doubt where one is most of its class; their doubt stays.
 
     Args:
         selection: What stands apart.
@@ -34,9 +33,10 @@ def confirmed(
         known: (N,) bool, suspects that stay whatever their label's imprint."""
     suspect, groups = selection.suspect.copy(), []
     for group in selection.groups:
-        group = dataclasses.replace(group, imprint=imprints.get(group.label))
+        members = (labels == group.label) & ~(np.zeros_like(suspect) if known is None else known)
+        share = float(suspect[members].mean()) if members.any() else 0.0
+        group = dataclasses.replace(group, imprint=imprints.get(group.label), share=share)
         if group.acquitted:
-            members = (labels == group.label) & ~(np.zeros_like(suspect) if known is None else known)
             suspect[members] = False
         groups.append(group)
     return Selection(suspect, selection.doubt, tuple(groups))
@@ -55,7 +55,7 @@ def clearest(selection: Selection, labels: NDArray[np.int64], passes: list[Selec
             best, of = max(_apart(passes, group.label), key=lambda pair: pair[0].separation)
             members = labels == group.label
             doubt[members] = of.doubt[members]
-            group = dataclasses.replace(best, imprint=group.imprint)
+            group = dataclasses.replace(best, imprint=group.imprint, share=group.share)
         groups.append(group)
     return Selection(selection.suspect, doubt, tuple(groups))
 
@@ -71,10 +71,17 @@ def clear(imprints: dict[int, float]) -> bool:
     return min(imprints.values(), default=0.0) >= CLEAR_IMPRINT
 
 
+def overfull(suspect: NDArray[np.bool_], labels: NDArray[np.int64]) -> bool:
+    """Whether so much of a class is accused that it may be the clean part; (N,) each."""
+    counts = np.bincount(labels)
+    return bool((np.bincount(labels[suspect], minlength=len(counts)) > (1 - BALANCED) * counts).any())
+
+
 def judged(tried: list[dict[int, float]]) -> dict[int, float]:
-    """One imprint for each label from those of several passes: the last pass's if it is clear, else the median of the last ones.
+    """One imprint for each label from those of several passes: the last pass's if it is clear, else the median of the last ones;
+    0 on a pass that suspects nobody of this label.
 
     Args: tried: Pass by pass, at least one; label -> imprint."""
     if clear(tried[-1]):
         return tried[-1]
-    return {label: float(np.median([seen[label] for seen in tried[-JUDGES:] if label in seen])) for label in tried[-1]}
+    return {label: float(np.median([seen.get(label, 0.0) for seen in tried[-JUDGES:]])) for label in tried[-1]}

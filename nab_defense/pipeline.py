@@ -32,7 +32,7 @@ from .types import EvalResult, NABPlan
 __all__ = ["Clock", "defend", "protect", "run", "train"]
 
 log = logging.getLogger(__name__)
-AGAIN = 2  # looks with a trained network; each that finds something costs a training
+AGAIN = 3  # looks with a trained network; each that finds something costs a training
 
 
 def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from .scan import Scan
 from .types import SuspectReport
 
 __all__ = [
+    "BALANCED",
+    "CLEAR_IMPRINT",
     "MIN_SEEDS",
     "MIN_SEPARATION",
     "MIN_VALLEY",
@@ -38,12 +40,13 @@ MIN_SEPARATION = 2.0  # Ashman's D: below it a mixture of two normals does not s
 MIN_VALLEY = 0.25  # the density between the groups must fall this far below the lower of its peaks
 MIN_LEAD = 0.8  # share of pairs in which a suspect has a lower loss than a sample of another class that is named right
 MIN_SEEDS = 20
+BALANCED = 0.4  # share of a class above which its smaller part may as well be the clean one
 MIN_IMPRINT = 0.5  # share of other images that what a group shares must turn to be called a trigger
+CLEAR_IMPRINT = 0.75  # beyond doubt, even where the group is most of its class, whose content turns up to .65
 MAX_NAMED = 0.25  # of a group that is not what its label says: share named so by a network that never saw it
-MIN_SURE = 0.2  # that network must be about as sure of it as of ordinary images; of a style it never saw it is not
-MIN_SPREAD = 0.8  # the names it gets, as mixed as content is (entropies); a style resembles one or two classes
+MIN_STRANGE = 0.12  # see Group.strange; of digits, on which it was set, styles have .10 at most, and poison .15 to .40
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
-MIN_SOURCE = 0.25  # or what it shares must turn so many images of one class, and be on covers of others
+MIN_SOURCE = 0.03  # or what it shares must turn so many images of one class, times how sure, and be on covers of others
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 ONE_THREAD = threadpool_limits.wrap(limits=1)  # many small products, which two threads that wait for each other make slower
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -62,7 +65,8 @@ class Group:
         size: Samples in the seeds' group.
         lead: How surely a sample of the group has a lower loss than one of another class that the network names right (AUROC),
             in [0, 1].
-        imprint: Share of other images that what the group shares turns to its class (see check.imprint); None: not tried.
+        imprint: Share of other images that what the group shares turns to its class (see imprint.imprints); None: not tried.
+        share: Share of its class that it was when that was tried, in [0, 1].
         named, sure, spread: What a network that never saw the group makes of it (see naming.naming), and `named` of all that
             are alike; None: not tried.
         source, every: Share that what it shares turns of the images of one class, the most of all, and of the others on average,
@@ -79,6 +83,7 @@ class Group:
     size: int
     lead: float
     imprint: float | None = None
+    share: float = 0.0
     named: float | None = None
     sure: float | None = None
     spread: float | None = None
@@ -95,16 +100,22 @@ class Group:
     @property
     def acquitted(self) -> bool:
         """It stood apart and shares no trigger: a class may fall in two by itself, or because half of its labels are wrong."""
-        return self.imprint is not None and self.imprint < MIN_IMPRINT and not self.foreign
+        needed = CLEAR_IMPRINT if self.share > 1 - BALANCED else MIN_IMPRINT
+        return self.imprint is not None and self.imprint < needed and not self.foreign
 
     @property
     def foreign(self) -> bool:
         """Its images show what many other classes show, or what few do and a trigger, which turns images of all, or of one and
         is on covers, too; is in parts of other classes; or in the accused of its own: labels that no content explains."""
-        many = (self.sure or 0) > MIN_SURE and (self.spread or 0) > MIN_SPREAD
-        one_class = (self.source or 0) >= MIN_SOURCE and (self.carried or 0) > MIN_VALLEY
+        one_class = (self.source or 0) * (self.sure or 0) > MIN_SOURCE and (self.carried or 0) > MIN_VALLEY
         trigger = one_class or (self.every or 0) >= MIN_IMPRINT or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE
-        return self.unlike and (many or trigger)
+        return self.unlike and (self.strange > MIN_STRANGE or trigger)
+
+    @property
+    def strange(self) -> float:
+        """How often a network that never saw it names it otherwise, how surely, and how variously, multiplied: a style resembles
+        one or two classes, and the network is at a loss with it; content of many classes is named after each."""
+        return (1 - (self.named or 0)) * (self.sure or 0) * (self.spread or 0)
 
     @property
     def unlike(self) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nab_defense import again
-from nab_defense.again import _named, _parts, look_again
+from nab_defense.again import _named, _parts, _rests, look_again
 from nab_defense.content import beyond_content
 from nab_defense.plan import Finding, load_finding, save_finding
 from nab_defense.scan import Scan
@@ -36,7 +36,7 @@ class Networks:
 
     def __init__(self, upper: int, monkeypatch: pytest.MonkeyPatch, **names: tuple[list[int], list[int]]) -> None:
         self.upper, self.names, self.absent, self.asked = upper, names, {}, []
-        self.turned, self.carried = {"trained": np.zeros(4), "smaller": np.zeros(4)}, 0.0
+        self.turned, self.carried = {"trained": np.zeros(4), "part1": np.zeros(4)}, 0.0
         monkeypatch.setattr(again, "_read", self.read)
         monkeypatch.setattr(again, "imprint_by_class", self.imprint)
         monkeypatch.setattr(again, "carried", lambda *_: self.carried)
@@ -63,7 +63,7 @@ class Networks:
         session.source, session.runtime, session.ordered = "all", None, lambda source: source
         trained: Any = "trained"
         seen = scan(self.upper)
-        return _named(session, trained, seen, NOBODY, _parts(session, seen, NOBODY, FINDING, set()), self)
+        return _named(session, trained, seen, NOBODY, _parts(session, seen, NOBODY, FINDING, set()), set(), self)
 
 
 def test_a_look_that_was_left_out_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,18 +79,18 @@ def test_a_look_that_was_left_out_is_remembered(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_part_of_a_class_that_shows_what_others_show_is_accused(monkeypatch: pytest.MonkeyPatch) -> None:
-    networks = Networks(30, monkeypatch, smaller=([1, 2, 3], [0]))
+    networks = Networks(30, monkeypatch, part1=([1, 2, 3], [0]))
     found, namer = networks.look()
-    assert np.flatnonzero(found.suspect).tolist() == list(range(30)) and namer == "smaller"
+    assert np.flatnonzero(found.suspect).tolist() == list(range(30)) and namer == "part1"
     assert (found.doubt[:30] > 0.99).all() and (found.doubt[30:] < 0.01).all()
     (group,) = found.groups
     assert (group.label, group.size, group.named) == (0, 30, 0.0) and group.foreign and not group.acquitted
-    absent = networks.absent["smaller"]
+    absent = networks.absent["part1"]
     assert absent[:30].all() and 20 < absent[30:].sum() < 60  # and some others, to compare it with
 
 
 def test_a_style_of_a_class_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, namer = Networks(30, monkeypatch, smaller=([0, 0, 1], [0])).look()
+    found, namer = Networks(30, monkeypatch, part1=([0, 0, 1], [0])).look()
     assert not found.suspect.any() and namer is None and not found.groups[0].foreign
 
 
@@ -100,7 +100,7 @@ def test_a_style_of_a_class_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> N
         ([0, 0, 0.75, 0], [0, 0, 0, 0], 0.3, True),
         ([0, 0.5, 0, 0], [0, 0, 0, 0], 0.3, True),  # named after 2, whatever it turns
         ([0, 0, 0.75, 0], [0, 0, 0, 0], 0.2, False),  # a style: no cover carries it
-        ([0, 0, 0.75, 0], [0, 0, 0.625, 0], 0.3, False),  # content, which turns a network that never saw the part, too
+        ([0, 0, 0.75, 0], [0, 0, 0.72, 0], 0.3, False),  # content, which turns a network that never saw the part, too
         ([0, 0.5, 0.5, 0.5], [0, 0, 0, 0], 0.0, True),  # a trigger for all classes needs no covers
         ([0, 0.5, 0.5, 0.25], [0, 0, 0, 0], 0.0, False),
     ],
@@ -108,11 +108,11 @@ def test_a_style_of_a_class_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_part_that_few_classes_explain_is_accused_by_what_it_does_to_them(
     monkeypatch: pytest.MonkeyPatch, taught: list[float], untaught: list[float], carried: float, accused: bool
 ) -> None:
-    networks = Networks(30, monkeypatch, smaller=([2], [0]))
-    networks.turned, networks.carried = {"trained": np.array(taught), "smaller": np.array(untaught)}, carried
+    networks = Networks(30, monkeypatch, part1=([2], [0]))
+    networks.turned, networks.carried = {"trained": np.array(taught), "part1": np.array(untaught)}, carried
     found, namer = networks.look()
     first, second = networks.asked
-    assert first[0] == "trained" and second[0] == "smaller"
+    assert first[0] == "trained" and second[0] == "part1"
     for _, batches, labels, label, group, shown in networks.asked:
         assert batches == "all" and labels is LABELS and label == 0 and np.flatnonzero(group).tolist() == list(range(30))
         np.testing.assert_array_equal(shown, ~group)
@@ -125,12 +125,12 @@ def test_a_part_that_few_classes_explain_is_accused_by_what_it_does_to_them(
 
 def test_a_part_that_is_nearly_all_of_its_class_is_not_examined(monkeypatch: pytest.MonkeyPatch) -> None:
     for upper, accused in ((81, False), (79, True)):
-        networks = Networks(upper, monkeypatch, smaller=([1, 2, 3], [0]))
+        networks = Networks(upper, monkeypatch, part1=([1, 2, 3], [0]), part2=([1, 2, 3], [0]))
         most = Selection(np.zeros(400, bool), (np.arange(400) < upper).astype(np.float32), (Group(0, 9, 50.0, 0.8, upper, 0.9),))
         before, session, trained = cast(Any, SimpleNamespace(selection=most)), SimpleNamespace(), cast(Any, "trained")
         session.recipe, session.source, session.runtime = SimpleNamespace(seed=0), "all", None
         parts = _parts(ANY, scan(upper), most, before, set())
-        found, _ = _named(cast(Any, session), trained, scan(upper), most, parts, networks)
+        found, _ = _named(cast(Any, session), trained, scan(upper), most, parts, set(), networks)
         assert found.suspect.any() == accused
 
 
@@ -145,39 +145,85 @@ def test_the_rest_of_a_trigger_that_was_found_in_part_is_accused(
     images[60:100] += trigger
     images[:20] += trigger if same else style
     known = (np.arange(400) >= 60) & (np.arange(400) < 100)
-    networks, seen = Networks(20, monkeypatch, smaller=([2], [0])), scan(20)
+    networks, seen = Networks(20, monkeypatch, part1=([2], [0])), scan(20)
     before = Selection(known, known.astype(np.float32), (Group(0, 20, 5.0, 0.9, 40, 0.9, imprint=0.9),))
     session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None)
     session.ordered = lambda source: [(torch.from_numpy(images).float(), torch.from_numpy(LABELS))]
     finding: Any = SimpleNamespace(selection=before)
-    found, _ = _named(session, cast(Any, "trained"), seen, before, _parts(session, seen, before, finding, set()), networks)
+    found, _ = _named(session, cast(Any, "trained"), seen, before, _parts(session, seen, before, finding, set()), set(), networks)
     (group,) = found.groups
     assert group.unlike and group.same is not None and (group.same > 0.9) == same
     assert np.flatnonzero(found.suspect & ~known).tolist() == list(range(20)) * accused
 
 
 def test_of_two_equal_parts_either_may_be_the_poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    networks = Networks(55, monkeypatch, smaller=([0], [2]), larger=([1, 2, 3], [0]))
+    networks = Networks(55, monkeypatch, part1=([0], [2]), part2=([1, 2, 3], [0]))
     found, namer = networks.look()
-    assert np.flatnonzero(found.suspect).tolist() == list(range(55)) and namer == "larger"
+    assert np.flatnonzero(found.suspect).tolist() == list(range(55)) and namer == "part2"
     assert found.groups[0].size == 55 and len(found.groups) == 1
-    assert networks.absent["smaller"][55:100].all() and networks.absent["larger"][:55].all()
+    assert networks.absent["part1"][55:100].all() and networks.absent["part2"][:55].all()
 
 
-def test_of_what_stood_apart_before_and_what_falls_in_two_now_the_clearer_part_is_examined() -> None:
+def test_of_what_stood_apart_before_and_what_falls_in_two_now_the_clearer_part_is_examined_first() -> None:
     some, others, few = np.arange(5, 25), np.arange(110, 132), np.arange(200, 219)  # the last too few to be examined
     apart = np.isin(np.arange(400), [*some, *others, *few])
     let_go = tuple(Group(k, 9, d, 0.8, 40, 0.9, imprint=0.1) for k, d in enumerate((50.0, 4.0, 50.0)))
     before: Any = SimpleNamespace(selection=Selection(np.zeros(400, bool), apart.astype(np.float32), let_go))
-    (first, likely), (second, also) = _parts(ANY, scan(45), before.selection, before, set())
-    assert (first.label, first.size, first.separation, second.label, second.size) == (0, 20, 50.0, 1, 22)
-    assert np.array_equal(np.flatnonzero(likely > 0.5), some) and np.array_equal(np.flatnonzero(also > 0.5), others)
+    first, second = _parts(ANY, scan(45), before.selection, before, set())
+    assert [(group.label, group.size) for group, _ in first] == [(0, 20), (0, 45), (0, 55)] and first[0][0].separation == 50
+    assert [(group.label, group.size) for group, _ in second] == [(1, 22)]
+    assert [np.flatnonzero(part > 0.5).tolist() for _, part in first] == [[*some], [*range(45)], [*range(45, 100)]]
+    assert np.array_equal(np.flatnonzero(second[0][1] > 0.5), others)
     fainter = dataclasses.replace(before.selection, groups=(dataclasses.replace(let_go[0], separation=5.0), *let_go[1:]))
-    assert {group.label: group.size for group, _ in _parts(ANY, scan(45), fainter, before, set())} == {0: 45, 1: 22}
+    queues = _parts(ANY, scan(45), fainter, before, set())
+    assert [[group.size for group, _ in queue] for queue in queues] == [[45, 20, 55], [22]]
     accused = Selection(apart, apart.astype(np.float32), let_go)
-    ((half, _),) = _parts(ANY, scan(45), accused, before, set())  # what is accused already is not examined
+    ((half, _),) = _parts(ANY, scan(45), accused, before, set())[0]  # what is accused already is not examined
     assert half.label == 0 and half.size == 25
     assert _parts(ANY, scan(45), accused, before, {0}) == []  # nor what was cleared by its names before
+
+
+def test_the_next_part_of_a_class_is_examined_where_the_first_is_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stood apart in the scan, 20 of them, was a style; what falls in two in the trained network is the poison."""
+    let_go = (Group(0, 9, 50.0, 0.8, 20, 0.9, imprint=0.1),)
+    apart = (np.arange(400) >= 60) & (np.arange(400) < 80)
+    selection = Selection(np.zeros(400, bool), apart.astype(np.float32), let_go)
+    queues = _parts(ANY, scan(30), selection, cast(Any, SimpleNamespace(selection=selection)), set())
+    assert [group.size for group, _ in queues[0]] == [20, 30]
+    networks = Networks(30, monkeypatch, part1=([0], [2]), part2=([1, 2, 3], [0]))
+    session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None, ordered=lambda source: source)
+    found, namer = _named(session, cast(Any, "trained"), scan(30), selection, queues, set(), networks)
+    assert np.flatnonzero(found.suspect).tolist() == list(range(30)) and namer == "part2"
+    assert not networks.absent["part1"][:30].all() and networks.absent["part2"][:30].all()
+
+
+@pytest.mark.parametrize(("names", "accused"), [([1, 2, 3], range(45)), ([0], range(45, 100))])
+def test_where_the_clean_half_of_a_class_was_accused_the_other_half_is(
+    monkeypatch: pytest.MonkeyPatch, names: list[int], accused: range
+) -> None:
+    """55 of class 0 were accused, and named 0: clean-label poison, unless the 45 others show what other classes show."""
+    known = (np.arange(400) >= 45) & (np.arange(400) < 100)
+    group = Group(0, 20, 5.0, 0.9, 55, 0.9, imprint=0.6)
+    selection = Selection(known, known.astype(np.float32), (group,))
+    plan = NABPlan(LABELS, LABELS, known, ~known, np.zeros(400, bool))
+    before = Finding(SuspectReport(np.zeros(400, np.float32), LABELS, "lga"), selection, plan, np.ones(400, np.float32))
+    ((rest, part),) = rests = _rests(before, LABELS, known)
+    assert rest.size == 45 and np.array_equal(np.flatnonzero(part), np.arange(45))
+    networks = Networks(45, monkeypatch, part1=(names, [0]))
+    session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None, ordered=lambda source: source)
+    found, namer = _named(session, cast(Any, "trained"), scan(45), selection, [[one] for one in rests], {0}, networks)
+    assert np.flatnonzero(found.suspect).tolist() == list(accused) and (namer == "part1") == (accused[0] == 0)
+    assert networks.absent["part1"][:45].all() and networks.absent["part1"][45:100].sum() < 20  # those are trained on
+
+
+def test_few_accused_of_a_class_are_not_its_clean_half() -> None:
+    for accused, doubted in ((40, 0), (41, 1), (80, 1), (81, 0)):  # 81: too few are left to be examined
+        known = np.arange(400) < accused
+        selection = Selection(known, known.astype(np.float32), (Group(0, 20, 5.0, 0.9, accused, 0.9, imprint=0.6),))
+        for proposed, clean_label in ((LABELS, True), ((LABELS + 1) % 4, False)):
+            plan = NABPlan(LABELS, np.where(known, proposed, LABELS), known, ~known, np.zeros(400, bool))
+            before: Any = SimpleNamespace(plan=plan, selection=selection)
+            assert len(_rests(before, LABELS, known)) == doubted * clean_label
 
 
 def test_poison_that_an_earlier_look_missed_is_left_out_with_the_rest_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,17 +231,17 @@ def test_poison_that_an_earlier_look_missed_is_left_out_with_the_rest_of_it(monk
     selection = Selection(np.zeros(400, bool), (np.arange(400) < 24).astype(np.float32), (let_go,))
     before: Any = SimpleNamespace(selection=selection)
     parts = _parts(ANY, scan(30), selection, before, set())
-    assert [group.size for group, _ in parts] == [24]
-    networks = Networks(30, monkeypatch, smaller=([1, 2, 3], [0]))
+    assert [group.size for group, _ in parts[0]] == [24, 30]
+    networks = Networks(30, monkeypatch, part1=([1, 2, 3], [0]))
     session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None)
-    found, _ = _named(session, ANY, scan(30), selection, parts, networks)
-    assert networks.absent["smaller"][:30].all()
+    found, _ = _named(session, ANY, scan(30), selection, parts, set(), networks)
+    assert networks.absent["part1"][:30].all()
     assert np.flatnonzero(found.suspect).tolist() == list(range(30))
 
 
 def test_what_most_of_a_class_shares_accuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """What 55 of 100 images of a class share is its content, and turns images that resemble it."""
-    networks = Networks(55, monkeypatch, smaller=([0], [0]), larger=([2], [0]))
+    networks = Networks(55, monkeypatch, part1=([0], [0]), part2=([2], [0]))
     networks.turned["trained"], networks.carried = np.array([0, 0, 0.9, 0]), 0.9
     found, namer = networks.look()
     assert found.groups[0].size == 55 and found.groups[0].unlike
@@ -221,6 +267,6 @@ def test_thin_parts_of_many_classes_are_accused_where_they_share_one_trigger(
     logits = Scan(LABELS, seen.losses, 6 * np.eye(4, dtype=np.float32)[named], features)
     monkeypatch.setattr(again, "_read", lambda *_: logits)
     parts = _parts(session, seen, NOBODY, FINDING, set())
-    assert len(parts) == 4 * accused and all(group.alike == 1 and group.size == 10 for group, _ in parts)
-    found, _ = _named(session, cast(Any, "trained"), seen, NOBODY, parts, cast(Any, lambda absent, part: part))
+    assert len(parts) == 4 * accused and all(group.alike == 1 and group.size == 10 for ((group, _),) in parts)
+    found, _ = _named(session, cast(Any, "trained"), seen, NOBODY, parts, set(), cast(Any, lambda absent, part: part))
     np.testing.assert_array_equal(found.suspect, thin & accused)

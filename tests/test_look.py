@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from nab_defense import io
 from nab_defense import look as looking
-from nab_defense.look import imprints, look
+from nab_defense.look import look, stronger_halves
 from nab_defense.passes import confirmed
 from nab_defense.pipeline import run
 from nab_defense.recipe import load_recipe
@@ -18,6 +20,7 @@ from nab_defense.select import Group, Selection
 from nab_defense.session import Session
 from tests.digits_runs import ROOT, TINY, write_recipe
 
+ANY: Any = None
 BADNETS = ["attack={name: badnets, rate: 0.1, target: 0}", "baselines=[undefended]"]
 
 
@@ -27,11 +30,35 @@ def test_a_group_that_shares_no_trigger_is_acquitted(tmp_path: Path) -> None:
     scan = scan_model(network, session.ordered(source), source.labels, runtime=session.runtime)
     half = (scan.labels == 3) & (np.arange(len(scan)) % 2 == 0)
     group = Group(3, 5, 4.0, 0.9, int(half.sum()), 0.99)
-    rises = imprints(session, network, half)
-    spared = confirmed(Selection(half, half.astype(np.float32), (group,)), scan.labels, rises)
-    assert not spared.suspect.any() and np.array_equal(spared.doubt, half)  # it stood apart: nothing to take covers from
+    selection = Selection(half, half.astype(np.float32), (group,))
+    selection, rises = stronger_halves(session, network, selection, np.zeros(len(half), bool))
+    spared = confirmed(selection, scan.labels, rises)
+    assert not spared.suspect.any() and spared.doubt[scan.labels == 3].sum() > 20  # it stood apart: nothing to take covers from
     assert spared.groups[0].imprint == rises[3] == pytest.approx(0, abs=0.1) and spared.groups[0].distinct
     assert spared.groups[0].acquitted and not group.acquitted
+
+
+@pytest.mark.parametrize(("turned", "taken"), [([0.6, 0.9], 1), ([0.9, 0.6], 0), ([0.6, 0.6], 0)])
+def test_of_two_halves_of_a_class_the_one_that_turns_more_is_suspect(
+    turned: list[float], taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, session = np.repeat([0, 1, 2], 100), SimpleNamespace(runtime=None, ordered=lambda source: source)
+    session.source = SimpleNamespace(labels=labels)
+    upper, few = np.arange(300) < 55, (np.arange(300) >= 100) & (np.arange(300) < 130)
+    known = np.arange(300) >= 270
+    doubt = np.where(upper | few | known, 0.9, 0.2).astype(np.float32)
+    groups = tuple(Group(k, 5, 4.0, 0.9, size, 0.9) for k, size in enumerate((55, 30, 30)))
+
+    def imprints(network: Any, source: Any, given: np.ndarray, tried: list[np.ndarray], *, runtime: Any) -> list[float]:
+        assert [np.flatnonzero(group).tolist() for group in tried] == [[*range(55)], [*range(100, 130)], [*range(55, 100)]]
+        return [turned[0], 0.3, turned[1]]
+
+    monkeypatch.setattr(looking.imprint, "imprints", imprints)
+    selection, rises = stronger_halves(cast(Any, session), ANY, Selection(upper | few | known, doubt, groups), known)
+    expected = (upper, ~upper & (labels == 0))[taken]
+    assert np.array_equal(selection.suspect, expected | few | known) and rises == {0: turned[taken], 1: 0.3}
+    np.testing.assert_allclose(selection.doubt, np.where(labels == 0, 1 - doubt, doubt) if taken else doubt)
+    assert [group.size for group in selection.groups] == [(55, 45)[taken], 30, 30]
 
 
 class Stop(Exception):
