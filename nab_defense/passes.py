@@ -43,8 +43,8 @@ def confirmed(
 
 
 def clearest(selection: Selection, labels: NDArray[np.int64], passes: list[Selection]) -> Selection:
-    """With each group that was let go as it was where it stood apart most: grown anew on each pass, it may end with half of the
-    rest of its class.
+    """With each group that was let go as it was where it stood apart most, by its separation times the valley beside it: grown
+    anew on each pass, it may end with half of the rest of its class.
 
     Args:
         selection: After the last of the passes.
@@ -52,7 +52,7 @@ def clearest(selection: Selection, labels: NDArray[np.int64], passes: list[Selec
     doubt, groups = selection.doubt.copy(), []
     for group in selection.groups:
         if group.acquitted:
-            best, of = max(_apart(passes, group.label), key=lambda pair: pair[0].separation)
+            best, of = max(_apart(passes, group.label), key=lambda pair: pair[0].separation * pair[0].valley)
             members = labels == group.label
             doubt[members] = of.doubt[members]
             group = dataclasses.replace(best, imprint=group.imprint, share=group.share)

@@ -45,6 +45,7 @@ def seen(separation: float, doubt: list[float], imprint: float | None = None, la
 def test_a_group_that_was_let_go_is_taken_where_it_stood_apart_most() -> None:
     passes = [
         seen(9.0, [1, 1, 1, 0, 0, 0], valley=0.0),  # no valley: it did not stand apart
+        seen(5.0, [0.9, 0.9, 0.9, 0, 0, 0], valley=0.7),  # little of one
         seen(4.0, [0.9, 0.1, 0, 0, 0, 0]),
         seen(8.0, [0.9, 0, 0, 0.9, 0, 0], imprint=0.9),  # another group of the class, which is known
         seen(3.0, [0.9, 0.9, 0.8, 0, 0, 0.7]),
