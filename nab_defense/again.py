@@ -22,7 +22,7 @@ from .parts import DOUBT, Part, distinct, joined, other_half, same_parts, smalle
 from .passes import clearest, confirmed
 from .plan import Finding, clean_label_groups
 from .scan import Scan, scan_model
-from .select import BALANCED, MIN_ALIKE, MIN_SEEDS, Group, Selection, expand
+from .select import BALANCED, CLEAR_IMPRINT, MIN_ALIKE, MIN_SEEDS, Group, Selection, expand
 from .session import Session
 
 __all__ = ["Without", "look_again"]
@@ -66,7 +66,7 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     cleared = [group.label for group in before.selection.groups if group.named is not None and not group.foreign]
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
     queues = _parts(session, scan, selection, before, {*cleared, *fresh})
-    rests = {part[0].label: part for part in _rests(before, scan.labels, selection.suspect)}
+    rests = {part[0].label: part for part in _rests(before, scan.labels, selection.suspect) if part[0].label not in cleared}
     queues = [*([part] for part in rests.values()), *(queue for queue in queues if queue[0][0].label not in rests)]
     selection, namer = _named(session, trained, scan, selection, queues, set(rests), without)
     new = selection.suspect & ~known
@@ -108,15 +108,18 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
 
 
 def _rests(before: Finding, labels: NDArray[np.int64], suspect: NDArray[np.bool_]) -> list[Part]:
-    """What is left of each class about half of which, or more, is accused as clean-label poison: that may be the clean half.
-    What makes a zero turns other images to zeros, as a trigger does, where all others labelled zero show something else."""
-    found = []
-    for accused in clean_label_groups(labels, before.plan.new_labels, before.plan.suspect):
-        label = int(labels[accused][0])
-        own, rest = labels == label, (labels == label) & ~suspect
-        if rest.sum() >= MIN_SEEDS and accused.sum() > BALANCED * own.sum():
-            group = next(g for g in before.selection.groups if g.label == label)
-            found.append((dataclasses.replace(group, size=int(rest.sum()), imprint=None, share=0.0), rest.astype(np.float64)))
+    """What is left of each class about half of which, or more, is accused as clean-label poison, or for a trigger that is in
+    doubt: that may be the clean half. What makes a zero turns other images to zeros, as a trigger does, where all others that are
+    labelled zero show something else."""
+    found, plan = [], before.plan
+    clean = {int(labels[group][0]) for group in clean_label_groups(labels, plan.new_labels, plan.suspect)}
+    for label in np.unique(labels[plan.suspect]).tolist():
+        own, group = labels == label, next(group for group in before.selection.groups if group.label == label)
+        accused, rest = own & plan.suspect, own & ~suspect
+        doubtful = label in clean or (not group.foreign and (group.imprint or 0) < CLEAR_IMPRINT)
+        if doubtful and rest.sum() >= MIN_SEEDS and accused.sum() > BALANCED * own.sum():
+            part = dataclasses.replace(group, size=int(rest.sum()), imprint=None, share=0.0)
+            found.append((part, rest.astype(np.float64)))
     return found
 
 

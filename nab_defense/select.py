@@ -44,9 +44,9 @@ BALANCED = 0.4  # share of a class above which its smaller part may as well be t
 MIN_IMPRINT = 0.5  # share of other images that what a group shares must turn to be called a trigger
 CLEAR_IMPRINT = 0.75  # beyond doubt, even where the group is most of its class, whose content turns up to .65
 MAX_NAMED = 0.25  # of a group that is not what its label says: share named so by a network that never saw it
-MIN_STRANGE = 0.12  # see Group.strange; of digits, on which it was set, styles have .10 at most, and poison .15 to .40
+MIN_STRANGE = 0.105  # see Group.strange; set on digits, where one style of 149 has more, and most poison .14 to .45
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
-MIN_SOURCE = 0.03  # or what it shares must turn so many images of one class, times how sure, and be on covers of others
+MIN_SOURCE = 0.02  # or what it shares must turn so many images of one class, times how sure, and be on covers of others
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 ONE_THREAD = threadpool_limits.wrap(limits=1)  # many small products, which two threads that wait for each other make slower
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four

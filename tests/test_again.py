@@ -100,7 +100,7 @@ def test_a_style_of_a_class_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> N
         ([0, 0, 0.75, 0], [0, 0, 0, 0], 0.3, True),
         ([0, 0.5, 0, 0], [0, 0, 0, 0], 0.3, True),  # named after 2, whatever it turns
         ([0, 0, 0.75, 0], [0, 0, 0, 0], 0.2, False),  # a style: no cover carries it
-        ([0, 0, 0.75, 0], [0, 0, 0.72, 0], 0.3, False),  # content, which turns a network that never saw the part, too
+        ([0, 0, 0.75, 0], [0, 0, 0.73, 0], 0.3, False),  # content, which turns a network that never saw the part, too
         ([0, 0.5, 0.5, 0.5], [0, 0, 0, 0], 0.0, True),  # a trigger for all classes needs no covers
         ([0, 0.5, 0.5, 0.25], [0, 0, 0, 0], 0.0, False),
     ],
@@ -219,11 +219,14 @@ def test_where_the_clean_half_of_a_class_was_accused_the_other_half_is(
 def test_few_accused_of_a_class_are_not_its_clean_half() -> None:
     for accused, doubted in ((40, 0), (41, 1), (80, 1), (81, 0)):  # 81: too few are left to be examined
         known = np.arange(400) < accused
-        selection = Selection(known, known.astype(np.float32), (Group(0, 20, 5.0, 0.9, accused, 0.9, imprint=0.6),))
-        for proposed, clean_label in ((LABELS, True), ((LABELS + 1) % 4, False)):
+        for proposed, imprint, unsure in ((LABELS, 0.9, True), ((LABELS + 1) % 4, 0.74, True), ((LABELS + 1) % 4, 0.75, False)):
+            group = Group(0, 20, 5.0, 0.9, accused, 0.9, imprint=imprint)
             plan = NABPlan(LABELS, np.where(known, proposed, LABELS), known, ~known, np.zeros(400, bool))
-            before: Any = SimpleNamespace(plan=plan, selection=selection)
-            assert len(_rests(before, LABELS, known)) == doubted * clean_label
+            before: Any = SimpleNamespace(plan=plan, selection=Selection(known, known.astype(np.float32), (group,)))
+            assert len(_rests(before, LABELS, known)) == doubted * unsure
+            named = dataclasses.replace(group, named=0.0, sure=0.5, spread=1.0)  # it was accused by its names
+            before.selection = dataclasses.replace(before.selection, groups=(named,))
+            assert len(_rests(before, LABELS, known)) == doubted * (proposed is LABELS)
 
 
 def test_poison_that_an_earlier_look_missed_is_left_out_with_the_rest_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
