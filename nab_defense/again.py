@@ -48,8 +48,8 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
         session: The run.
         trained: Trained under the plan so far, with all triggers in it that are not in the plan.
         scanner: The scan's network, which has not learned these: it goes by content, and names the suspects.
-        before: What was found so far; its suspects stay.
-        without: (mask (N,), which part) -> a network trained without these samples; called only where a class falls in two.
+        before: What was found so far; its suspects stay, unless they are the clean half of a class whose other half is accused.
+        without: (mask (N,), which part) -> a network trained without these samples; called where there is a part to examine.
 
     Returns: what is found now in all; where nothing new stands apart, or the network learned too little to tell, what was found
     before, with what was examined, and whether it could be."""
@@ -63,18 +63,15 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     selection, rises = stronger_halves(session, trained, selection, known)
     selection = confirmed(selection, scan.labels, rises, known=known)
     selection = clearest(selection, scan.labels, [before.selection, selection])
-    cleared = [group.label for group in before.selection.groups if group.named is not None and not group.foreign]
+    cleared = [group.label for group in before.selection.groups if group.cleared]
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
-    queues = _parts(session, scan, selection, before, {*cleared, *fresh})
-    rests = {part[0].label: part for part in _rests(before, scan.labels, selection.suspect) if part[0].label not in cleared}
-    queues = [*([part] for part in rests.values()), *(queue for queue in queues if queue[0][0].label not in rests)]
-    selection, namer = _named(session, trained, scan, selection, queues, set(rests), without)
+    queues = {queue[0][0].label: queue for queue in _parts(session, scan, selection, before, {*cleared, *fresh})}
+    rests = {part[0].label: part for part in _rests(before, scan.labels) if part[0].label not in cleared}
+    queues |= {label: [part, *queues.get(label, [])] for label, part in rests.items()}
+    selection, namer = _named(session, trained, scan, selection, [*queues.values()], set(rests), without)
     new = selection.suspect & ~known
     log.info("look again: %d suspects more", new.sum())
-    examined = {group.label for group in selection.groups}
-    still = set(np.unique(scan.labels[known & selection.suspect]).tolist())
-    stay = [g for g in before.selection.groups if g.label in still or g.label not in examined]
-    groups = (*stay, *selection.groups)
+    groups = (*_standing(before.selection.groups, selection, scan.labels, known), *selection.groups)
     if not new.any():
         return dataclasses.replace(before, selection=dataclasses.replace(before.selection, groups=groups))
     selection = dataclasses.replace(selection, groups=groups)
@@ -96,31 +93,40 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
             continue  # what is left of a group whose other samples were accused meanwhile
         group = next(g for g in (*selection.groups, *before.selection.groups) if g.label == label)
         own = (scan.labels == label) & ~selection.suspect
-        part = dataclasses.replace(group, size=int(members.sum())), with_more_like_it(scan, own, members)
+        part = dataclasses.replace(group, size=int(members.sum()), alike=0.0), with_more_like_it(scan, own, members)
         queues[label] = [*queues.get(label, []), part]
     for label, queue in queues.items():
         own = (scan.labels == label) & ~selection.suspect
         queue.sort(key=lambda part: -part[0].separation)
-        rests = [other_half(own, part) for part in queue if part[0].size > BALANCED * own.sum()]
-        queues[label] = distinct([*queue, *(rest for rest in rests if rest[0].size >= MIN_SEEDS)])
+        halves_too = [*queue, *(other_half(own, part) for part in queue if part[0].size > BALANCED * own.sum())]
+        # A network that hardly saw the class cannot tell what is foreign to it.
+        enough = [part for part in halves_too if part[0].size >= MIN_SEEDS and (own & (part[1] <= DOUBT)).sum() >= MIN_SEEDS]
+        queues[label] = distinct(enough)
     queues |= {label: [part] for label, part in kin.items()}
-    return [queue for label, queue in queues.items() if label not in spared]
+    return [queue for label, queue in queues.items() if queue and label not in spared]
 
 
-def _rests(before: Finding, labels: NDArray[np.int64], suspect: NDArray[np.bool_]) -> list[Part]:
+def _rests(before: Finding, labels: NDArray[np.int64]) -> list[Part]:
     """What is left of each class about half of which, or more, is accused as clean-label poison, or for a trigger that is in
     doubt: that may be the clean half. What makes a zero turns other images to zeros, as a trigger does, where all others that are
     labelled zero show something else."""
     found, plan = [], before.plan
     clean = {int(labels[group][0]) for group in clean_label_groups(labels, plan.new_labels, plan.suspect)}
     for label in np.unique(labels[plan.suspect]).tolist():
-        own, group = labels == label, next(group for group in before.selection.groups if group.label == label)
-        accused, rest = own & plan.suspect, own & ~suspect
-        doubtful = label in clean or (not group.foreign and (group.imprint or 0) < CLEAR_IMPRINT)
-        if doubtful and rest.sum() >= MIN_SEEDS and accused.sum() > BALANCED * own.sum():
-            part = dataclasses.replace(group, size=int(rest.sum()), imprint=None, share=0.0)
+        own, groups = labels == label, [group for group in before.selection.groups if group.label == label]
+        accused, rest = own & plan.suspect, own & ~plan.suspect
+        sure = any(group.foreign or (group.imprint or 0) >= CLEAR_IMPRINT for group in groups)
+        if (label in clean or not sure) and rest.sum() >= MIN_SEEDS and accused.sum() > BALANCED * own.sum():
+            part = dataclasses.replace(groups[0], size=int(rest.sum()), imprint=None, share=0.0, alike=0.0)
             found.append((part, rest.astype(np.float64)))
     return found
+
+
+def _standing(groups: tuple[Group, ...], now: Selection, labels: NDArray[np.int64], known: NDArray[np.bool_]) -> list[Group]:
+    """Of what was found before: what is accused still, and what was not looked at again."""
+    examined, still = {group.label for group in now.groups}, set(np.unique(labels[known & now.suspect]).tolist())
+    still -= set(np.unique(labels[known & ~now.suspect]).tolist())  # let go, but for a few that belong to the other half
+    return [g for g in groups if g.label not in examined or (g.label in still and not g.acquitted and not g.cleared)]
 
 
 def _kin(session: Session, scan: Scan, halves: dict[int, Part], aside: NDArray[np.bool_]) -> dict[int, Part]:
@@ -161,32 +167,29 @@ def _named(
     without: Without,
 ) -> tuple[Selection, nn.Module | None]:
     """Accuse parts of classes by the names that they get where they are left out: the first of each class, then the next of those
-    where it was not accused. Of a class in `doubted` the part is what is not accused; the accused are let go if it is.
+    where it was not accused. Of a class in `doubted` the first is what is not accused; the accused are let go if it is.
 
     Returns: the selection, and a network that never saw the accused; None where nobody is accused by this."""
     namer, turn = None, 0
     while queues:
         parts, turn = [queue[0] for queue in queues], turn + 1
-        back = np.isin(scan.labels, [group.label for group, _ in parts if group.label in doubted])
+        back = selection.suspect & np.isin(scan.labels, [*doubted])
         absent = np.any([selection.suspect & ~back, *(likely > DOUBT for _, likely in parts)], axis=0)
         others = control(absent, session.recipe.seed)
         network = without(absent | others, f"part{turn}")
-        unseen, left = _Unseen(network, _read(session, network), absent, others), []
+        unseen, left, found = _Unseen(network, _read(session, network), absent, others), [], False
         # One trigger, one verdict: what it makes of an image may look like one of the classes to a network that never saw it.
         kin = [likely > 0.5 for group, likely in parts if group.alike]
         kin_named = float((unseen.scan.logits.argmax(1) == scan.labels)[np.any(kin, axis=0)].mean()) if kin else None
         for (group, likely), queue in zip(parts, queues, strict=True):
-            if ((scan.labels == group.label) & ~absent).sum() < MIN_SEEDS:
-                left.append(queue[1:])
-                continue  # a network that never saw the class cannot tell what is foreign to it
             members = (scan.labels == group.label) & ~selection.suspect
-            group = _examined(session, trained, unseen, selection.suspect, group, likely > 0.5)
+            group = _examined(session, trained, unseen, selection.suspect & ~back, group, likely > 0.5)
             if group.alike:
                 group = dataclasses.replace(group, named=kin_named)
             if not group.foreign:
                 left.append(queue[1:])
             else:
-                namer = network
+                found = True
                 if group.label in doubted:
                     members = scan.labels == group.label
                     selection = _let_go(selection, members, group.label)
@@ -195,7 +198,9 @@ def _named(
                     group = dataclasses.replace(group, size=int((likely > 0.5).sum()))
                     log.info("class %d: %d samples in all", group.label, group.size)
             selection = _with(selection, group, likely)
-        queues = [queue for queue in left if queue]
+        if found:  # what came back and stays accused must be forgotten before it is named
+            namer = None if (back & selection.suspect).any() else network
+        queues, doubted = [queue for queue in left if queue], set()
     return selection, namer
 
 
@@ -231,7 +236,8 @@ def _examined(
 def _with(selection: Selection, group: Group, likely: NDArray[np.float64]) -> Selection:
     """The selection with a group that was examined by its names: accused where it is foreign, and on record."""
     old = next((other for other in selection.groups if other.label == group.label), group)
-    group = dataclasses.replace(group, imprint=old.imprint, share=old.share)
+    if old.imprint is not None:
+        group = dataclasses.replace(group, imprint=old.imprint, share=old.share)
     groups = (*(other for other in selection.groups if other is not old), group)
     if not group.foreign:
         return dataclasses.replace(selection, groups=groups)
@@ -242,7 +248,8 @@ def _with(selection: Selection, group: Group, likely: NDArray[np.float64]) -> Se
 def _let_go(selection: Selection, members: NDArray[np.bool_], label: int) -> Selection:
     """The selection without what was found in one class."""
     groups = tuple(group for group in selection.groups if group.label != label)
-    return Selection(selection.suspect & ~members, np.where(members, 0, selection.doubt).astype(np.float32), groups)
+    doubt = np.where(members, 1 - selection.doubt, selection.doubt).astype(np.float32)
+    return Selection(selection.suspect & ~members, doubt, groups)
 
 
 def _read(session: Session, network: nn.Module) -> Scan:

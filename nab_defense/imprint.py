@@ -28,7 +28,7 @@ def imprints(
         model: A network, or a DefendedModel; normalised batches.
         batches: (images, labels) of the whole scanned source, in order; gone through twice, however many groups there are.
         labels: (N,) given labels.
-        groups: (N,) bool each, samples of one class; no class has two.
+        groups: (N,) bool each, samples of one class; no sample is in two.
 
     Returns: For each group the rise of the share of other images given its label, in [-1, 1]."""
     if not groups:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
     """Scan the training source, rank, select, relabel, plan. Sees images and given labels only.
 
-    The scan ends early where two passes accuse alike, what each group shares is a trigger beyond doubt, and none is most of its
+    The scan ends early where two passes find alike, what each group shares is a trigger beyond doubt, and none is most of its
     class, which may be the clean part. A network that is pushed up and down by the scan's loss obeys a trigger at one pass and
     not at the next, and a young one takes any pattern for a class, so the verdict on a group in doubt is that of the last passes
     of the whole scan.
@@ -145,15 +145,15 @@ def stronger_halves(
     }
     tried = [*groups, *halves.values()]
     rises = imprint.imprints(network, session.ordered(session.source), labels, tried, runtime=session.runtime)
-    turned, other = dict(zip(given, rises, strict=False)), dict(zip(halves, rises[len(given) :], strict=True))
+    turned, other = dict(zip(given, rises[: len(given)], strict=True)), dict(zip(halves, rises[len(given) :], strict=True))
     sizes = {}
     for label, group in zip(given, groups, strict=True):
-        rest = other.get(label, -1.0)
-        log.info("class %d: %d suspects, imprint %.2f, the rest %.2f", label, group.sum(), turned[label], rest)
-        if rest > turned[label]:
+        log.info("class %d: %d suspects, imprint %.2f", label, group.sum(), turned[label])
+        if other.get(label, -1.0) > turned[label]:
             members = group | halves[label]
             suspect[members], doubt[members] = ~suspect[members], 1 - doubt[members]
-            turned[label], sizes[label] = rest, int(halves[label].sum())
+            turned[label], sizes[label] = other[label], int(halves[label].sum())
+            log.info("class %d: the other half, %d samples, imprint %.2f", label, sizes[label], turned[label])
     swapped = tuple(dataclasses.replace(group, size=sizes.get(group.label, group.size)) for group in selection.groups)
     return Selection(suspect, doubt, swapped), turned
 

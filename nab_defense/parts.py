@@ -126,7 +126,7 @@ def same_parts(scan: Scan, aside: NDArray[np.bool_], some: NDArray[np.bool_]) ->
 def other_half(members: NDArray[np.bool_], part: Part) -> Part:
     """Those of a class, (N,) bool, that are not in a part of it."""
     group, likely = part
-    return dataclasses.replace(group, size=int(members.sum()) - group.size), np.where(members, 1 - likely, 0)
+    return dataclasses.replace(group, size=int(members.sum()) - group.size, alike=0.0), np.where(members, 1 - likely, 0)
 
 
 def distinct(parts: list[Part]) -> list[Part]:

@@ -63,7 +63,7 @@ def clearest(selection: Selection, labels: NDArray[np.int64], passes: list[Selec
 def _apart(passes: list[Selection], label: int) -> list[tuple[Group, Selection]]:
     """The groups of a class that stood apart and were not accused, each with what its pass showed."""
     every = [(group, of) for of in passes for group in of.groups if group.label == label]
-    return [(group, of) for group, of in every if group.distinct and (group.imprint is None or group.acquitted)]
+    return [(g, of) for g, of in every if g.distinct and not g.foreign and (g.imprint is None or g.acquitted)]
 
 
 def clear(imprints: dict[int, float]) -> bool:

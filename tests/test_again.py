@@ -197,7 +197,7 @@ def test_the_next_part_of_a_class_is_examined_where_the_first_is_none_of_it(monk
     assert not networks.absent["part1"][:30].all() and networks.absent["part2"][:30].all()
 
 
-@pytest.mark.parametrize(("names", "accused"), [([1, 2, 3], range(45)), ([0], range(45, 100))])
+@pytest.mark.parametrize(("names", "accused"), [([1, 2, 3], range(45)), ([0], range(45, 100)), ([2], range(45, 100))])
 def test_where_the_clean_half_of_a_class_was_accused_the_other_half_is(
     monkeypatch: pytest.MonkeyPatch, names: list[int], accused: range
 ) -> None:
@@ -207,13 +207,29 @@ def test_where_the_clean_half_of_a_class_was_accused_the_other_half_is(
     selection = Selection(known, known.astype(np.float32), (group,))
     plan = NABPlan(LABELS, LABELS, known, ~known, np.zeros(400, bool))
     before = Finding(SuspectReport(np.zeros(400, np.float32), LABELS, "lga"), selection, plan, np.ones(400, np.float32))
-    ((rest, part),) = rests = _rests(before, LABELS, known)
+    ((rest, part),) = rests = _rests(before, LABELS)
     assert rest.size == 45 and np.array_equal(np.flatnonzero(part), np.arange(45))
     networks = Networks(45, monkeypatch, part1=(names, [0]))
     session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None, ordered=lambda source: source)
     found, namer = _named(session, cast(Any, "trained"), scan(45), selection, [[one] for one in rests], {0}, networks)
     assert np.flatnonzero(found.suspect).tolist() == list(accused) and (namer == "part1") == (accused[0] == 0)
     assert networks.absent["part1"][:45].all() and networks.absent["part1"][45:100].sum() < 20  # those are trained on
+
+
+def test_a_network_that_was_taught_the_accused_does_not_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of class 1, whose upper half is accused, is harmless, and part of class 0 is poison: what names the accused?"""
+    known = (np.arange(400) >= 150) & (np.arange(400) < 200)
+    selection = Selection(known, known.astype(np.float32), (Group(1, 20, 5.0, 0.9, 50, 0.9, imprint=0.6),))
+    before: Any = SimpleNamespace(plan=NABPlan(LABELS, LABELS, known, ~known, np.zeros(400, bool)), selection=selection)
+    (rest,) = _rests(before, LABELS)
+    (queue,) = _parts(ANY, scan(30), selection, before, {1})
+    networks = Networks(30, monkeypatch, part1=([1, 2, 3], [0]))
+    session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None, ordered=lambda source: source)
+    found, namer = _named(session, cast(Any, "trained"), scan(30), selection, [[rest], queue], {1}, networks)
+    assert np.array_equal(found.suspect, known | (np.arange(400) < 30)) and namer is None
+    networks.absent.clear()
+    found, namer = _named(session, cast(Any, "trained"), scan(30), selection, [queue], set(), networks)
+    assert networks.absent["part1"][known].all() and namer == "part1"
 
 
 def test_few_accused_of_a_class_are_not_its_clean_half() -> None:
@@ -223,10 +239,10 @@ def test_few_accused_of_a_class_are_not_its_clean_half() -> None:
             group = Group(0, 20, 5.0, 0.9, accused, 0.9, imprint=imprint)
             plan = NABPlan(LABELS, np.where(known, proposed, LABELS), known, ~known, np.zeros(400, bool))
             before: Any = SimpleNamespace(plan=plan, selection=Selection(known, known.astype(np.float32), (group,)))
-            assert len(_rests(before, LABELS, known)) == doubted * unsure
+            assert len(_rests(before, LABELS)) == doubted * unsure
             named = dataclasses.replace(group, named=0.0, sure=0.5, spread=1.0)  # it was accused by its names
             before.selection = dataclasses.replace(before.selection, groups=(named,))
-            assert len(_rests(before, LABELS, known)) == doubted * (proposed is LABELS)
+            assert len(_rests(before, LABELS)) == doubted * (proposed is LABELS)
 
 
 def test_poison_that_an_earlier_look_missed_is_left_out_with_the_rest_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
