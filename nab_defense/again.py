@@ -95,8 +95,11 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
         own = (scan.labels == label) & ~selection.suspect
         part = dataclasses.replace(group, size=int(members.sum()), alike=0.0), with_more_like_it(scan, own, members)
         queues[label] = [*queues.get(label, []), part]
+    rises = [(group.label, group.imprint or 0.0) for group in before.selection.groups if not group.acquitted]
     for label, queue in queues.items():
         own = (scan.labels == label) & ~selection.suspect
+        beside = max((rise for accused, rise in rises if accused == label), default=0.0)
+        queue = [(dataclasses.replace(group, beside=beside), likely) for group, likely in queue]
         queue.sort(key=lambda part: -part[0].separation)
         halves_too = [*queue, *(other_half(own, part) for part in queue if part[0].size > BALANCED * own.sum())]
         # A network that hardly saw the class cannot tell what is foreign to it.
