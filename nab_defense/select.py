@@ -115,7 +115,7 @@ class Group:
     def foreign(self) -> bool:
         """Its images show what many other classes show, or what few do and a trigger, which turns images of all, or of one and
         is on covers, too; is in parts of other classes; or in the accused of its own: labels that no content explains. Beside a
-        trigger beyond doubt names alone accuse nobody: more of that poison would share it, and half of a class is soon strange."""
+        trigger beyond doubt names alone accuse nobody: more of that poison would share it, and half a class is soon strange."""
         many = (self.spread or 0) > MIN_SPREAD and self.strange > MIN_STRANGE and self.beside < CLEAR_IMPRINT
         one_class = (self.source or 0) * (self.sure or 0) > MIN_SOURCE and (self.carried or 0) > MIN_VALLEY
         trigger = one_class or (self.every or 0) >= MIN_IMPRINT or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE

@@ -245,6 +245,15 @@ def test_few_accused_of_a_class_are_not_its_clean_half() -> None:
             assert len(_rests(before, LABELS)) == doubted * (proposed is LABELS)
 
 
+def test_parts_are_told_what_is_accused_beside_them() -> None:
+    known = (np.arange(400) >= 60) & (np.arange(400) < 100)
+    for imprint, beside in ((0.9, 0.9), (None, 0.0)):
+        group = Group(0, 20, 5.0, 0.9, 40, 0.9, imprint=imprint, named=0.0, sure=0.4, spread=1.0)
+        selection = Selection(known, known.astype(np.float32), (group,))
+        (queue,) = _parts(ANY, scan(25), selection, cast(Any, SimpleNamespace(selection=selection)), set())
+        assert [(part.size, part.beside) for part, _ in queue] == [(25, beside), (35, beside)]
+
+
 def test_poison_that_an_earlier_look_missed_is_left_out_with_the_rest_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     let_go = Group(0, 9, 50.0, 0.8, 24, 0.9, imprint=0.4)
     selection = Selection(np.zeros(400, bool), (np.arange(400) < 24).astype(np.float32), (let_go,))
