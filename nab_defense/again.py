@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from .content import alike, beyond_content
+from .content import ALIKE, alike, beyond_content
 from .detectors import detectors
 from .imprint import imprint_by_class
 from .look import make_finding, stronger_halves
@@ -82,7 +82,7 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
     """Of each class that is to be examined by names its parts, in the order in which they are tried: one that shares what parts
     of other classes share; else what stood apart and shared no trigger that can be added to other images, in this look or
     before, and the smaller part, where a class falls in two, whichever stands further apart first; then the larger part, where
-    the two are nearly alike. None of the labels in `spared`."""
+    the two are nearly alike. None of the labels in `spared`; beside a trigger beyond doubt only what shares it."""
     halves = {group.label: (group, likely) for group, likely in smaller_halves(scan, selection.suspect)}
     kin = _kin(session, scan, halves, selection.suspect)
     queues = {label: [part] for label, part in halves.items() if part[0].size >= MIN_SEEDS and label not in kin}
@@ -95,16 +95,17 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
         own = (scan.labels == label) & ~selection.suspect
         part = dataclasses.replace(group, size=int(members.sum()), alike=0.0), with_more_like_it(scan, own, members)
         queues[label] = [*queues.get(label, []), part]
-    rises = [(group.label, group.imprint or 0.0) for group in before.selection.groups if not group.acquitted]
+    sure = {g.label for g in before.selection.groups if not g.acquitted and (g.imprint or 0) >= CLEAR_IMPRINT}
     for label, queue in queues.items():
         own = (scan.labels == label) & ~selection.suspect
-        beside = max((rise for accused, rise in rises if accused == label), default=0.0)
-        queue = [(dataclasses.replace(group, beside=beside), likely) for group, likely in queue]
         queue.sort(key=lambda part: -part[0].separation)
-        halves_too = [*queue, *(other_half(own, part) for part in queue if part[0].size > BALANCED * own.sum())]
+        queue += [other_half(own, part) for part in queue if part[0].size > BALANCED * own.sum()]
         # A network that hardly saw the class cannot tell what is foreign to it.
-        enough = [part for part in halves_too if part[0].size >= MIN_SEEDS and (own & (part[1] <= DOUBT)).sum() >= MIN_SEEDS]
-        queues[label] = distinct(enough)
+        queue = [part for part in queue if part[0].size >= MIN_SEEDS and (own & (part[1] <= DOUBT)).sum() >= MIN_SEEDS]
+        if label in sure:  # more of that poison shares its trigger; and half of a class is soon named after many others
+            accused = (scan.labels == label) & selection.suspect
+            queue = [part for part in queue if _same(session, scan.labels, part[1] > 0.5, accused) >= ALIKE]
+        queues[label] = distinct(queue)
     queues |= {label: [part] for label, part in kin.items()}
     return [queue for label, queue in queues.items() if queue and label not in spared]
 
@@ -220,8 +221,7 @@ def _examined(
     group = dataclasses.replace(group, source=None, every=None, carried=None, same=None)  # of what was tried before
     own = labels == label
     if group.unlike and not group.foreign and (own & suspect).sum() >= MIN_SEEDS:
-        shared = beyond_content(session.ordered(session.source), labels, [part, own & suspect]).flatten(1)
-        group = dataclasses.replace(group, same=float(cosine_similarity(shared[0], shared[1], dim=0)))
+        group = dataclasses.replace(group, same=_same(session, labels, part, own & suspect))
         log.info("class %d: shares %.2f of what its accused share", label, group.same)
     # What most of a class share is its content, which turns images of classes that resemble it.
     if group.unlike and not group.foreign and 2 * part.sum() <= (own & ~suspect).sum():
@@ -234,6 +234,12 @@ def _examined(
         group = dataclasses.replace(group, source=float(turned.max()), every=every, carried=covers)
         log.info("class %d: turns %s of the classes, carried %.2f", label, np.round(turned, 2), covers)
     return group
+
+
+def _same(session: Session, labels: NDArray[np.int64], part: NDArray[np.bool_], accused: NDArray[np.bool_]) -> float:
+    """Cosine of what two groups of a class, (N,) bool each, share beyond content."""
+    shared = beyond_content(session.ordered(session.source), labels, [part, accused]).flatten(1)
+    return float(cosine_similarity(shared[0], shared[1], dim=0))
 
 
 def _with(selection: Selection, group: Group, likely: NDArray[np.float64]) -> Selection:

@@ -73,7 +73,6 @@ class Group:
         source, every: Share that what it shares turns of the images of one class, the most of all, and of the others on average,
             less those that it turns in a network that never saw the group: there it is content; None: not tried.
         carried: How clearly some images of others show it, too (see naming.carried), in [0, 1]; None: not tried.
-        beside: Imprint of what is accused of its class already, in [0, 1]; 0: nothing is, or it was accused for other reasons.
         alike: Share of the classes that have a part which shares what it shares (see content.alike); 0: it has nothing like it.
         same: Cosine of what it shares beyond content and of what the accused of its class share; None: not tried.
     """
@@ -92,7 +91,6 @@ class Group:
     source: float | None = None
     every: float | None = None
     carried: float | None = None
-    beside: float = 0.0
     alike: float = 0.0
     same: float | None = None
 
@@ -114,9 +112,8 @@ class Group:
     @property
     def foreign(self) -> bool:
         """Its images show what many other classes show, or what few do and a trigger, which turns images of all, or of one and
-        is on covers, too; is in parts of other classes; or in the accused of its own: labels that no content explains. Beside a
-        trigger beyond doubt names alone accuse nobody: more of that poison would share it, and half a class is soon strange."""
-        many = (self.spread or 0) > MIN_SPREAD and self.strange > MIN_STRANGE and self.beside < CLEAR_IMPRINT
+        is on covers, too; is in parts of other classes; or in the accused of its own: labels that no content explains."""
+        many = (self.spread or 0) > MIN_SPREAD and self.strange > MIN_STRANGE
         one_class = (self.source or 0) * (self.sure or 0) > MIN_SOURCE and (self.carried or 0) > MIN_VALLEY
         trigger = one_class or (self.every or 0) >= MIN_IMPRINT or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE
         return self.unlike and (many or trigger)

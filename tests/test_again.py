@@ -146,11 +146,12 @@ def test_the_rest_of_a_trigger_that_was_found_in_part_is_accused(
     images[:20] += trigger if same else style
     known = (np.arange(400) >= 60) & (np.arange(400) < 100)
     networks, seen = Networks(20, monkeypatch, part1=([2], [0])), scan(20)
-    before = Selection(known, known.astype(np.float32), (Group(0, 20, 5.0, 0.9, 40, 0.9, imprint=0.9),))
+    before = Selection(known, known.astype(np.float32), (Group(0, 20, 5.0, 0.9, 40, 0.9, imprint=0.7),))
     session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None)
     session.ordered = lambda source: [(torch.from_numpy(images).float(), torch.from_numpy(LABELS))]
     finding: Any = SimpleNamespace(selection=before)
-    found, _ = _named(session, cast(Any, "trained"), seen, before, _parts(session, seen, before, finding, set()), set(), networks)
+    queues = _parts(session, seen, before, finding, set())
+    found, _ = _named(session, cast(Any, "trained"), seen, before, queues, set(), networks)
     (group,) = found.groups
     assert group.unlike and group.same is not None and (group.same > 0.9) == same
     assert np.flatnonzero(found.suspect & ~known).tolist() == list(range(20)) * accused
@@ -245,13 +246,23 @@ def test_few_accused_of_a_class_are_not_its_clean_half() -> None:
             assert len(_rests(before, LABELS)) == doubted * (proposed is LABELS)
 
 
-def test_parts_are_told_what_is_accused_beside_them() -> None:
+def test_beside_a_trigger_beyond_doubt_only_what_shares_it_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
     known = (np.arange(400) >= 60) & (np.arange(400) < 100)
-    for imprint, beside in ((0.9, 0.9), (None, 0.0)):
-        group = Group(0, 20, 5.0, 0.9, 40, 0.9, imprint=imprint, named=0.0, sure=0.4, spread=1.0)
+    likeness: dict[int, float] = {25: 0.6, 35: 0.59}
+
+    def same(session: Any, labels: np.ndarray, part: np.ndarray, accused: np.ndarray) -> float:
+        assert np.array_equal(accused, known)
+        return likeness[int(part.sum())]
+
+    monkeypatch.setattr(again, "_same", same)
+    for imprint, sizes in ((0.75, [25]), (0.74, [25, 35])):
+        group = Group(0, 20, 5.0, 0.9, 40, 0.9, imprint=imprint)
         selection = Selection(known, known.astype(np.float32), (group,))
-        (queue,) = _parts(ANY, scan(25), selection, cast(Any, SimpleNamespace(selection=selection)), set())
-        assert [(part.size, part.beside) for part, _ in queue] == [(25, beside), (35, beside)]
+        before: Any = SimpleNamespace(selection=selection)
+        assert [[part.size for part, _ in queue] for queue in _parts(ANY, scan(25), selection, before, set())] == [sizes]
+        likeness[25] = 0.59
+        assert len(_parts(ANY, scan(25), selection, before, set())) == (imprint < 0.75)
+        likeness[25] = 0.6
 
 
 def test_poison_that_an_earlier_look_missed_is_left_out_with_the_rest_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
