@@ -198,7 +198,8 @@ def _named(
                     members = scan.labels == group.label
                     selection = _let_go(selection, members, group.label)
                 if not group.alike:
-                    likely = joined(scan, members, likely, unseen.scan.logits)
+                    ordinary = ~absent & ~others & (scan.labels != group.label)
+                    likely = joined(scan, members, likely, unseen.scan.logits, ordinary)
                     group = dataclasses.replace(group, size=int((likely > 0.5).sum()))
                     log.info("class %d: %d samples in all", group.label, group.size)
             selection = _with(selection, group, likely)

@@ -19,6 +19,7 @@ SOME_VALLEY = 0.1  # enough of one to look closer
 DOUBT = 0.02  # left out is what belongs to the part with this probability: the rest of the poison would teach its trigger
 MAYBE = 0.4  # most that a sample is said to belong to a part that it was not found with: left out with it, not examined
 DIRECTIONS = 3  # of a class's features, in which it may fall in two
+HARD = 0.02  # of ordinary samples, the hardest ones: what is harder is more of an accused part
 SAME = 0.9  # overlap of two parts of a class, intersection over union, of which one is enough
 FEW = 5  # of a class, where other classes have such a part, too
 
@@ -159,24 +160,33 @@ def with_more_like_it(scan: Scan, members: NDArray[np.bool_], part: NDArray[np.b
 
 
 def joined(
-    scan: Scan, members: NDArray[np.bool_], likely: NDArray[np.float64], logits: NDArray[np.float32]
+    scan: Scan,
+    members: NDArray[np.bool_],
+    likely: NDArray[np.float64],
+    logits: NDArray[np.float32],
+    ordinary: NDArray[np.bool_],
 ) -> NDArray[np.float64]:
-    """A part of a class that is accused, and what is like it, by a probe on what two networks see.
+    """A part of a class that is accused, and more of it that was not.
 
-    The trained one knows the trigger, where an image shows enough of it; the other, which never saw the part, goes by content,
-    and only what it names after another class joins.
+    The other network, which never saw the part, goes by content. What it finds harder to name as labelled than nearly all of the
+    ordinary samples that it was trained on, too, joins. So does what it names otherwise, and a probe on what both networks see
+    takes for more of the part: the trained one knows the trigger, where an image shows enough of it.
 
     Args:
         scan: What the trained network saw.
         members: (N,) bool, the class.
         likely: (N,) probability of each sample to be in the part.
         logits: (N, K) of the other network.
+        ordinary: (N,) bool, samples of other classes that it was trained on.
 
     Returns: (N,) as `likely`, raised where samples join."""
-    part, other = likely > 0.5, logits.argmax(1) != scan.labels
-    both = Standardized(scan.features, softmax(logits, axis=1))
+    part, other, chances = likely > 0.5, logits.argmax(1) != scan.labels, softmax(logits, axis=1)
+    both, raised = Standardized(scan.features, chances), likely.copy()
     _, grown = grow(both, members, part, scan.losses, np.zeros_like(part))
     joining = members & other
-    raised = likely.copy()
     raised[joining] = np.maximum(likely[joining], grown[joining[members]])
+    own = chances[np.arange(len(part)), scan.labels]
+    if ordinary.any():
+        hard = members & (own < np.quantile(own[ordinary], HARD))
+        raised[hard] = np.maximum(raised[hard], 1 - HARD)
     return raised

@@ -34,15 +34,32 @@ def test_what_shows_little_of_the_trigger_joins_an_accused_part_where_its_conten
     features = rng.normal(size=(len(labels), 12)).astype(np.float32)
     features[:, 0] += trigger
     names = np.where((trigger > 0) & content, rng.integers(1, CLASSES, len(labels)), labels)
-    names[150:170] = 1  # clean, and hard to tell
+    names[150:170] = 1  # clean, and hard to tell, as some of the others are
+    names[400::20] = (labels[400::20] + 1) % CLASSES
     logits = (3 * np.eye(CLASSES)[names] + rng.normal(size=(len(labels), CLASSES))).astype(np.float32)
     logits[np.arange(len(labels)), names] = logits.max(axis=1) + 0.1
     scan = Scan(labels, np.zeros(len(labels), np.float32), np.eye(CLASSES, dtype=np.float32)[labels], features)
     part = (np.arange(len(labels)) < 100).astype(np.float64)
-    now = joined(scan, labels == 0, part, logits) > 0.5
+    now = joined(scan, labels == 0, part, logits, labels > 0) > 0.5
     assert now[:100].all() and not now[400:].any() and now[150:400].sum() <= 10
     assert now[100:150].mean() > 0.8 if content else not now[100:150].any()
     assert part.sum() == 100  # not written to
+
+
+def test_what_is_harder_to_name_than_ordinary_samples_joins_an_accused_part() -> None:
+    """Ten of class 0 that a probe does not tell, since their trigger does not show."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(CLASSES), 400)
+    features = rng.normal(size=(len(labels), 12)).astype(np.float32)
+    features[:100, 0] += 8.0
+    sure = rng.uniform(3, 6, len(labels))
+    sure[100:110], sure[110:120] = 0.5, 3.5  # still named 0, but hardly; and as many of the others are
+    logits = (sure[:, None] * np.eye(CLASSES)[labels]).astype(np.float32)
+    scan = Scan(labels, np.zeros(len(labels), np.float32), np.eye(CLASSES, dtype=np.float32)[labels], features)
+    part, nobody = (np.arange(len(labels)) < 100).astype(np.float64), np.zeros(len(labels), bool)
+    now = joined(scan, labels == 0, part, logits, labels > 0)
+    assert (now[100:110] > 0.9).all() and not (now[110:120] > 0.5).any() and (now[120:400] > 0.5).mean() < 0.05
+    assert np.array_equal(now[400:], part[400:]) and np.array_equal(joined(scan, labels == 0, part, logits, nobody), part)
 
 
 def test_what_an_earlier_look_missed_of_a_part_may_belong_to_it() -> None:
