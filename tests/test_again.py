@@ -10,60 +10,12 @@ import pytest
 import torch
 
 from nab_defense import again
-from nab_defense.again import _named, _parts, _rests, look_again
-from nab_defense.content import beyond_content
+from nab_defense.again import _named, _parts, look_again
 from nab_defense.plan import Finding, load_finding, save_finding
 from nab_defense.scan import Scan
 from nab_defense.select import Group, Selection
 from nab_defense.types import NABPlan, SuspectReport
-
-LABELS = np.repeat(np.arange(4), 100)
-NOBODY = Selection(np.zeros(400, bool), np.zeros(400, np.float32))
-ANY: Any = None
-FINDING: Any = SimpleNamespace(selection=NOBODY)
-
-
-def scan(upper: int, logits: np.ndarray | None = None) -> Scan:
-    """Class 0 falls in two, its first `upper` samples and the others; the other classes are one hump."""
-    features = np.random.default_rng(0).standard_normal((400, 2)).astype(np.float32)
-    features[:upper, 0] += 20
-    table = np.zeros((400, 4), np.float32) if logits is None else logits
-    return Scan(LABELS, np.zeros(400, np.float32), table, features)
-
-
-class Networks:
-    """Stands for networks trained without a part of class 0: what each names the first and the other samples of that class."""
-
-    def __init__(self, upper: int, monkeypatch: pytest.MonkeyPatch, **names: tuple[list[int], list[int]]) -> None:
-        self.upper, self.names, self.absent, self.asked = upper, names, {}, []
-        self.turned, self.carried = {"trained": np.zeros(4), "part1": np.zeros(4)}, 0.0
-        monkeypatch.setattr(again, "_read", self.read)
-        monkeypatch.setattr(again, "imprint_by_class", self.imprint)
-        monkeypatch.setattr(again, "carried", lambda *_: self.carried)
-        monkeypatch.setattr(again, "beyond_content", self.shared)
-
-    def __call__(self, absent: np.ndarray, part: str) -> Any:
-        self.absent[part] = absent
-        return part
-
-    def read(self, _: object, part: str) -> Scan:
-        first, rest = self.names[part]
-        named = np.r_[np.resize(first, self.upper), np.resize(rest, 100 - self.upper), LABELS[100:]]
-        return scan(self.upper, 6 * np.eye(4, dtype=np.float32)[named])
-
-    def shared(self, batches: Any, labels: np.ndarray, groups: list[np.ndarray]) -> Any:
-        return groups if batches == "all" else beyond_content(batches, labels, groups)  # without images: who they are
-
-    def imprint(self, network: str, *given: Any, shown: np.ndarray, **rest: Any) -> np.ndarray:
-        self.asked.append((network, *given, shown))
-        return self.turned[network]
-
-    def look(self) -> tuple[Selection, Any]:
-        session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0))
-        session.source, session.runtime, session.ordered = "all", None, lambda source: source
-        trained: Any = "trained"
-        seen = scan(self.upper)
-        return _named(session, trained, seen, NOBODY, _parts(session, seen, NOBODY, FINDING, set()), set(), self)
+from tests.networks import ANY, FINDING, LABELS, NOBODY, Networks, scan
 
 
 def test_a_look_that_was_left_out_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,73 +148,6 @@ def test_the_next_part_of_a_class_is_examined_where_the_first_is_none_of_it(monk
     found, namer = _named(session, cast(Any, "trained"), scan(30), selection, queues, set(), networks)
     assert np.flatnonzero(found.suspect).tolist() == list(range(30)) and namer == "part2"
     assert not networks.absent["part1"][:30].all() and networks.absent["part2"][:30].all()
-
-
-@pytest.mark.parametrize(("names", "accused"), [([1, 2, 3], range(45)), ([0], range(45, 100)), ([2], range(45, 100))])
-def test_where_the_clean_half_of_a_class_was_accused_the_other_half_is(
-    monkeypatch: pytest.MonkeyPatch, names: list[int], accused: range
-) -> None:
-    """55 of class 0 were accused, and named 0: clean-label poison, unless the 45 others show what other classes show."""
-    known = (np.arange(400) >= 45) & (np.arange(400) < 100)
-    group = Group(0, 20, 5.0, 0.9, 55, 0.9, imprint=0.6)
-    selection = Selection(known, known.astype(np.float32), (group,))
-    plan = NABPlan(LABELS, LABELS, known, ~known, np.zeros(400, bool))
-    before = Finding(SuspectReport(np.zeros(400, np.float32), LABELS, "lga"), selection, plan, np.ones(400, np.float32))
-    ((rest, part),) = rests = _rests(before, LABELS)
-    assert rest.size == 45 and np.array_equal(np.flatnonzero(part), np.arange(45))
-    networks = Networks(45, monkeypatch, part1=(names, [0]))
-    session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None, ordered=lambda source: source)
-    found, namer = _named(session, cast(Any, "trained"), scan(45), selection, [[one] for one in rests], {0}, networks)
-    assert np.flatnonzero(found.suspect).tolist() == list(accused) and (namer == "part1") == (accused[0] == 0)
-    assert networks.absent["part1"][:45].all() and networks.absent["part1"][45:100].sum() < 20  # those are trained on
-
-
-def test_a_network_that_was_taught_the_accused_does_not_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest of class 1, whose upper half is accused, is harmless, and part of class 0 is poison: what names the accused?"""
-    known = (np.arange(400) >= 150) & (np.arange(400) < 200)
-    selection = Selection(known, known.astype(np.float32), (Group(1, 20, 5.0, 0.9, 50, 0.9, imprint=0.6),))
-    before: Any = SimpleNamespace(plan=NABPlan(LABELS, LABELS, known, ~known, np.zeros(400, bool)), selection=selection)
-    (rest,) = _rests(before, LABELS)
-    (queue,) = _parts(ANY, scan(30), selection, before, {1})
-    networks = Networks(30, monkeypatch, part1=([1, 2, 3], [0]))
-    session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None, ordered=lambda source: source)
-    found, namer = _named(session, cast(Any, "trained"), scan(30), selection, [[rest], queue], {1}, networks)
-    assert np.array_equal(found.suspect, known | (np.arange(400) < 30)) and namer is None
-    networks.absent.clear()
-    found, namer = _named(session, cast(Any, "trained"), scan(30), selection, [queue], set(), networks)
-    assert networks.absent["part1"][known].all() and namer == "part1"
-
-
-def test_few_accused_of_a_class_are_not_its_clean_half() -> None:
-    for accused, doubted in ((40, 0), (41, 1), (80, 1), (81, 0)):  # 81: too few are left to be examined
-        known = np.arange(400) < accused
-        for proposed, imprint, unsure in ((LABELS, 0.9, True), ((LABELS + 1) % 4, 0.74, True), ((LABELS + 1) % 4, 0.75, False)):
-            group = Group(0, 20, 5.0, 0.9, accused, 0.9, imprint=imprint)
-            plan = NABPlan(LABELS, np.where(known, proposed, LABELS), known, ~known, np.zeros(400, bool))
-            before: Any = SimpleNamespace(plan=plan, selection=Selection(known, known.astype(np.float32), (group,)))
-            assert len(_rests(before, LABELS)) == doubted * unsure
-            named = dataclasses.replace(group, named=0.0, sure=0.5, spread=1.0)  # it was accused by its names
-            before.selection = dataclasses.replace(before.selection, groups=(named,))
-            assert len(_rests(before, LABELS)) == doubted * (proposed is LABELS)
-
-
-def test_beside_a_trigger_beyond_doubt_only_what_shares_it_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = (np.arange(400) >= 60) & (np.arange(400) < 100)
-    likeness: dict[int, float] = {25: 0.6, 35: 0.59}
-
-    def same(session: Any, labels: np.ndarray, part: np.ndarray, accused: np.ndarray) -> float:
-        assert np.array_equal(accused, known)
-        return likeness[int(part.sum())]
-
-    monkeypatch.setattr(again, "_same", same)
-    for imprint, sizes in ((0.75, [25]), (0.74, [25, 35])):
-        group = Group(0, 20, 5.0, 0.9, 40, 0.9, imprint=imprint)
-        selection = Selection(known, known.astype(np.float32), (group,))
-        before: Any = SimpleNamespace(selection=selection)
-        assert [[part.size for part, _ in queue] for queue in _parts(ANY, scan(25), selection, before, set())] == [sizes]
-        likeness[25] = 0.59
-        assert len(_parts(ANY, scan(25), selection, before, set())) == (imprint < 0.75)
-        likeness[25] = 0.6
 
 
 def test_poison_that_an_earlier_look_missed_is_left_out_with_the_rest_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,3 +59,37 @@ def test_what_is_called_repaired_left_little() -> None:
             left[hardly_turned(record["before"], record["after"])].append(record["models"]["purified"]["asr"]["value"])
     assert len(left[True]) == 51 and max(left[True]) < 0.08  # 50 and 6 in results/README.md, and 0.0
     assert len(left[False]) == 7 and max(left[False]) > 0.3  # so it is worth asking
+
+
+DIGITS = {
+    "badnets": "badnets", "blend": "blend", "lf": "lf", "wanet": "wanet", "adap_blend": "adap_blend", "adap_patch": "adap_patch",
+    "stamp_aware": "stamp_aware", "ssba": "ssba", "badnets and blend at once": "several", "tact (5 %)": "tact",
+    "blend, all to all": "blend_all", "badnets, all to all": "badnets_all",
+}  # fmt: skip
+
+
+def test_the_table_of_digits_is_that_of_its_cells() -> None:
+    paths = (ROOT / "results" / "bench" / "digits_shuffled").glob("*-nab-*.json")
+    cells = {(cell["cell"]["attack"], cell["cell"]["seed"]): cell for cell in map(json.loads, map(Path.read_text, paths))}
+    seeds = sorted({seed for _, seed in cells})
+    table = (ROOT / "README.md").read_text().split("scikit-learn's digits with `recipes/bench/digits.yaml`")[1].split("\n\n")[1]
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(found) == len(DIGITS) + 1
+    for name, undefended, oracle, asr, gap, detected in found[:-1]:
+        runs = [cells[DIGITS[re.sub(r" \(not learned.*", "", name)], seed] for seed in seeds]
+        done = [run for run in runs if run["status"] == "done"]
+        assert [cell.strip() == "-" for cell in asr.split(",")] == [run not in done for run in runs], name
+        twins = [[run["twins"][twin]["asr"]["value"] for run in done] for twin in ("undefended", "oracle")]
+        figures = [run["figures"] for run in done]
+        precise, whole = ([one["detection"][kind] for one in figures] for kind in ("precision", "recall"))
+        expected = [
+            [min(twins[0])], [max(twins[1])], [one["defended"]["asr"]["value"] for one in figures],
+            [one["acc_gap"]["value"] for one in figures],
+            [min(kind["value"] for kind in kinds if kind) for kinds in (precise, whole)],
+        ]  # fmt: skip
+        for cell, values in zip((undefended, oracle, asr, gap, detected), expected, strict=True):
+            numbers = [float(number) for number in re.findall(r"-?[01]?\.\d\d", cell)]
+            assert numbers == pytest.approx(values, abs=0.0051), (name, cell)
+    name, *_, asr, gap, _ = found[-1]
+    clean = [cells["none", seed]["figures"] for seed in seeds]
+    assert name == "none" and (asr == "nothing changed") == (not any(one["altered"]["value"] for one in clean))
