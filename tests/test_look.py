@@ -21,7 +21,7 @@ from nab_defense.session import Session
 from tests.digits_runs import ROOT, TINY, write_recipe
 
 ANY: Any = None
-BADNETS = ["attack={name: badnets, rate: 0.1, target: 0}", "baselines=[undefended]"]
+LF = ["attack={name: lf, rate: 0.1, target: 0}", "baselines=[undefended]"]
 
 
 def test_a_group_that_shares_no_trigger_is_acquitted(tmp_path: Path) -> None:
@@ -89,12 +89,12 @@ def test_a_smaller_network_scans_and_names_where_the_recipe_says_so(tmp_path: Pa
 
 @pytest.mark.slow
 def test_poison_that_is_learned_late_is_found_in_the_trained_network(tmp_path: Path) -> None:
-    recipe = load_recipe(ROOT / "recipes" / "quickstart_digits.yaml", BADNETS)
+    recipe = load_recipe(ROOT / "recipes" / "quickstart_digits.yaml", LF)
     result = run(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "stages" / "again0.npz").exists()
     models, found = result["models"], result["detection"]
     assert models["undefended"]["asr"]["value"] > 0.9 > 0.1 > models["defended"]["asr"]["value"]
-    assert found["precision"] > 0.95 and found["recall"] > 0.95 and result["verdict"]["protected"]
+    assert found["precision"] > 0.9 and found["recall"] > 0.75 and result["verdict"]["protected"]
     assert models["defended"]["acc"]["value"] > models["undefended"]["acc"]["value"] - 0.02
     # A finished run resumes to itself; one that lost its last stages repeats them to the same weights.
     first = io.load_tensors(tmp_path / "run" / "model.safetensors")[0]
