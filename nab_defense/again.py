@@ -85,7 +85,7 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
     the two are nearly alike. None of the labels in `spared`; beside a trigger beyond doubt only what shares it."""
     halves = {group.label: (group, likely) for group, likely in smaller_halves(scan, selection.suspect)}
     kin = _kin(session, scan, halves, selection.suspect)
-    queues = {label: [part] for label, part in halves.items() if part[0].size >= MIN_SEEDS and label not in kin}
+    queues = {label: [part] for label, part in halves.items() if part[0].size >= MIN_SEEDS and label not in {*spared, *kin}}
     apart = (selection.doubt > 0.5) & ~selection.suspect
     for label in np.unique(scan.labels[apart & ~np.isin(scan.labels, [*spared, *kin])]).tolist():
         members = apart & (scan.labels == label)
@@ -106,8 +106,8 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
             accused = (scan.labels == label) & selection.suspect
             queue = [part for part in queue if _same(session, scan.labels, part[1] > 0.5, accused) >= ALIKE]
         queues[label] = distinct(queue)
-    queues |= {label: [part] for label, part in kin.items()}
-    return [queue for label, queue in queues.items() if queue and label not in spared]
+    queues |= {label: [part] for label, part in kin.items() if label not in spared}
+    return [queue for queue in queues.values() if queue]
 
 
 def _rests(before: Finding, labels: NDArray[np.int64]) -> list[Part]:
