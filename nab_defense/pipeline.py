@@ -199,11 +199,13 @@ def _remembered(session: Session, name: str, make: Callable[[], Finding]) -> Fin
     return finding
 
 
-def train(session: Session, plan: NABPlan, arm: str) -> nn.Module:
-    """Train one arm of the run: the same start, schedule and randomness, under a plan."""
+def train(session: Session, plan: NABPlan, arm: str, *, kept: bool = True) -> nn.Module:
+    """Train one arm of the run: the same start, schedule and randomness, under a plan.
+
+    Args: kept: Leave the state after each epoch in the run's folder, for who may resume it."""
     network = session.build()
     loader = session.train_loader(session.source, plan)
-    state = session.stages / f"{arm}.state"
+    state = session.stages / f"{arm}.state" if kept else None
     fit(
         network,
         loader,

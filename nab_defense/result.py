@@ -24,7 +24,7 @@ from .select import Group
 from .session import Session
 from .types import EvalResult, NABPlan
 
-__all__ = ["describe", "provenance", "save_ranking", "save_suspects", "summarize", "summarize_models"]
+__all__ = ["commit", "describe", "provenance", "save_ranking", "save_suspects", "short", "summarize", "summarize_models"]
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "faiss-cpu", "albumentations")
 COLUMNS = {"acc": "ACC", "asr": "ASR", "ra": "RA", "retuned": "ASR*"}
@@ -67,7 +67,7 @@ def describe(
 
 def provenance(runtime: Runtime) -> dict[str, Any]:
     """What made a result, besides its settings: commit, hardware, versions of packages."""
-    return {"commit": _commit(), "hardware": runtime.hardware(), "versions": {name: version(name) for name in PACKAGES}}
+    return {"commit": commit(), "hardware": runtime.hardware(), "versions": {name: version(name) for name in PACKAGES}}
 
 
 def _model(value: EvalResult | tuple[EvalResult, EvalResult]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _model(value: EvalResult | tuple[EvalResult, EvalResult]) -> dict[str, Any]:
     return to_dict(value)
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the package's checkout, with "+" when it has local changes; "" where the package is installed otherwise, also
     inside another repository."""
     here = Path(__file__)
@@ -90,6 +90,11 @@ def _commit() -> str:
         return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def short(commit: str) -> str:
+    """Seven figures of a commit, with its "+"."""
+    return commit[:7] + "+" * commit.endswith("+")
 
 
 def _evidence(group: Group) -> str:

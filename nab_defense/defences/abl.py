@@ -39,22 +39,22 @@ class ABL:
 
     Args:
         fraction: Isolated share; .01 in the paper.
-        steps: Unlearning steps of 64 images; the authors' 20 epochs on 500 images are 160.
-        lr: Of these steps, 5e-4 in the paper.
+        epochs: Of unlearning, in batches of 64 images; the authors' 20.
+        lr: Of it, 5e-4 in the paper.
     """
 
     fraction: float = 0.01
-    steps: int = 160
+    epochs: int = 20
     lr: float = 5e-4
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction < 1 or self.steps < 1:
-            raise ValueError(f"fraction must be in (0, 1) and steps at least 1, got {self.fraction} and {self.steps}")
-        self._settings(1)
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"fraction must be in (0, 1), got {self.fraction}")
+        self._settings  # noqa: B018  (refuse settings that cannot be used)
 
-    def _settings(self, batches: int) -> TrainConfig:
-        epochs = max(1, round(self.steps / batches))
-        return TrainConfig(epochs=epochs, batch_size=BATCH, lr=self.lr, weight_decay=1e-4, sched="none")
+    @property
+    def _settings(self) -> TrainConfig:
+        return TrainConfig(epochs=self.epochs, batch_size=BATCH, lr=self.lr, weight_decay=1e-4, sched="none")
 
     def defend(self, task: Task) -> Outcome:
         session = task.session(rule="paper")
@@ -66,7 +66,7 @@ class ABL:
         source = task.source.subset(np.flatnonzero(isolated))
         loader = session.loaders(source, session.recipe.train.augment, BATCH, training=True)
         network, begun = copy.deepcopy(task.undefended), time.perf_counter()
-        fit(network, loader, runtime=session.runtime, train=self._settings(len(loader)), loss=ascent, title="unlearn")
+        fit(network, loader, runtime=session.runtime, train=self._settings, loss=ascent, title="unlearn")
         seconds = {"scan": scanning, "train": task.plain_seconds, "unlearn": time.perf_counter() - begun}
         plan = dataclasses.replace(NABPlan.empty(task.source.labels), suspect=isolated, keep=~isolated)
         return Outcome(network, seconds, plan, report.scores)

@@ -75,7 +75,7 @@ class Task:
         if not plan.changed.any():
             return self.undefended, self.plain_seconds
         begun = time.perf_counter()
-        return train(session, plan, arm), time.perf_counter() - begun
+        return train(session, plan, arm, kept=False), time.perf_counter() - begun
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,7 +77,7 @@ class PDB:
         reserved = np.arange(len(joined)) >= len(task.source)
         plan = dataclasses.replace(NABPlan.empty(joined.labels, joined.fingerprint), cover=reserved)
         begun, (mean, std) = time.perf_counter(), session.normalization
-        network = train(session, plan, "proactive")
+        network = train(session, plan, "proactive", kept=False)
         seconds = {"train": time.perf_counter() - begun}
         shipped = MappedBack(DefendedModel(network, session.stamp, mean=mean, std=std))
         return Outcome(shipped, seconds, NABPlan.empty(task.source.labels))

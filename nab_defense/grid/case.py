@@ -141,7 +141,7 @@ class Case:
             network.load_state_dict(tensors)
             return network, float(header["seconds"])
         begun = time.perf_counter()
-        network = train(self._learner, plan, "twin")
+        network = train(self._learner, plan, "twin", kept=False)
         seconds = time.perf_counter() - begun
         io.save_tensors(weights, dict(network.state_dict()), {"seconds": seconds})
         return network, seconds

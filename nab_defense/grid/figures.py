@@ -29,11 +29,12 @@ WORKS = 0.7  # undefended ASR below which an attack has failed by itself
 
 
 def attack_works(twins: dict[str, dict[str, Any]]) -> bool | None:
-    """Whether the undefended network obeys the trigger; None where there is none.
+    """Whether the undefended network obeys the trigger, of several the one that it obeys most; None where there is none.
 
     Args: twins: figures of the undefended network and of the oracle."""
-    asr = twins["undefended"].get("asr")
-    return None if asr is None else bool(asr["value"] >= WORKS)
+    undefended = twins["undefended"]
+    rates = [undefended[name]["value"] for name in ("asr", "worst") if name in undefended]
+    return max(rates) >= WORKS if rates else None
 
 
 def figures(outcome: Outcome, case: Case, *, detects: bool = True) -> dict[str, Any]:
@@ -60,12 +61,11 @@ def compared(own: dict[str, Any], twins: dict[str, dict[str, Any]]) -> dict[str,
     gap = _minus(oracle["acc"], own["acc"])
     if "asr" not in own:
         return {"excess_asr": None, "acc_gap": gap, "der": None, "der_ceiling": None}
-    before, after = (_pair(figures) for figures in (undefended, own))
     return {
         "excess_asr": _minus(own["asr"], oracle["asr"]),
         "acc_gap": gap,
-        "der": defense_effectiveness(before, after),
-        "der_ceiling": best_effectiveness(before[0]),
+        "der": _effectiveness(undefended, own),
+        "der_ceiling": best_effectiveness(undefended["asr"]["value"]),
     }
 
 
@@ -74,8 +74,12 @@ def _minus(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {"value": value, "n": first["n"], "low": low, "high": high}
 
 
-def _pair(figures: dict[str, Any]) -> tuple[float, float]:
-    return figures["asr"]["value"], figures["acc"]["value"]
+def _effectiveness(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """DER; its ends are those of both falls at once, so that its interval is wider than it need be."""
+    asr, acc = (_minus(before[name], after[name]) for name in ("asr", "acc"))
+    ends = {"value": "value", "low": "high", "high": "low"}  # what the fall of ACC takes off
+    der = {end: defense_effectiveness((asr[end], acc[other]), (0.0, 0.0)) for end, other in ends.items()}
+    return {"value": der["value"], "n": asr["n"], "low": der["low"], "high": der["high"]}
 
 
 def _detection(outcome: Outcome, case: Case) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import io
 from ..defences import Outcome, defences
-from ..result import provenance
+from ..result import commit, provenance, short
 from .case import Case
 from .cells import Cell, Setting, grouped
 from .figures import attack_works, figures
@@ -45,10 +45,11 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell, runner: Runner | None
 
     Returns: names of the cells that failed."""
     io.check_folder(out)
-    missing = [cell for cell in cells if not _there(cell_path(out, cell))]
-    done, failed, begun = len(cells) - len(missing), [], time.perf_counter()
-    if done:
-        tell(f"{done} of {len(cells)} cells are there already")
+    there = {cell: found for cell in cells if (found := _there(cell_path(out, cell))) is not None}
+    missing = [cell for cell in cells if cell not in there]
+    done, failed, begun = len(there), [], time.perf_counter()
+    if there:
+        tell(f"{done} of {len(cells)} cells are there already{_of_others(list(there.values()))}")
     for number, (cell, record) in enumerate((runner or records)(missing, out), start=1):
         io.save_json(cell_path(out, cell), record)
         if record["status"] == FAILED:
@@ -58,8 +59,18 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell, runner: Runner | None
     return failed
 
 
-def _there(path: Path) -> bool:
-    return path.exists() and io.load_json(path)["status"] != FAILED
+def _there(path: Path) -> Record | None:
+    """A cell's record, where it need not be run."""
+    record = io.load_json(path) if path.exists() else None
+    return None if record is None or record["status"] == FAILED else record
+
+
+def _of_others(there: list[Record]) -> str:
+    """What is to be said of cells that other code than this made: a cell's name holds its settings alone."""
+    own = commit()
+    others = [made for record in there if (made := record.get("commit", own)) != own]
+    names = ", ".join(sorted({short(name) for name in others}))
+    return f"; {len(others)} of them by other code, commit {names}: delete these to run them anew" if others else ""
 
 
 def records(cells: list[Cell], out: Path) -> Iterator[tuple[Cell, Record]]:

@@ -134,6 +134,8 @@ def _check_defence(where: str, name: str, row: DefenceRow) -> None:
         for key in row.recipe:
             if key not in OWN:
                 raise ValueError(f"recipe.{key} is the same for all defences; known here: {', '.join(OWN)}{nearest(key, OWN)}")
+        if isinstance(relabel := row.recipe.get("relabel"), dict) and relabel.get("trusted") is not None:
+            raise ValueError("recipe.relabel.trusted: a folder may hold the test images or the truth; drop it")
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

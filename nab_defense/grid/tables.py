@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from .. import io
+from ..result import short
 from .cells import cells_of, key_of
 from .run import ATTACK_FAILED, DONE, FAILED, Record
 from .schema import NONE, ORACLE, Grid
@@ -18,19 +19,22 @@ __all__ = ["ASR", "GAP", "Results", "markdown", "measured", "read_results"]
 Reader = Callable[[Record], float | None]
 
 
-def reach(*keys: str) -> Reader:
-    """Record -> the number at this path, of a rate its value; None where it is missing or null."""
+def reach(*keys: str, end: str = "value") -> Reader:
+    """Record -> the number at this path, of a rate its value, or that end of its interval; None where it is missing or null."""
 
     def read(record: Record) -> float | None:
         value: Any = record
         for key in keys:
             value = None if value is None else value.get(key)
-        return value["value"] if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            return float(value[end])
+        return value if end == "value" else None
 
     return read
 
 
-ASR, GAP = reach("figures", "defended", "asr"), reach("figures", "acc_gap")
+ASR_AT, GAP_AT = ("figures", "defended", "asr"), ("figures", "acc_gap")
+ASR, GAP = reach(*ASR_AT), reach(*GAP_AT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +103,7 @@ def _check_one_setting(folder: Path, records: list[Record]) -> None:
 
 def markdown(results: Results) -> str:
     """Everything that the cells show, as one page."""
-    parts = ["# Benchmark", _counts(results), *_worst(results), "## Attacks", _attacks(results)]
+    parts = ["# Benchmark", _counts(results), _made(results), *_worst(results), "## Attacks", _attacks(results)]
     for network in results.networks:
         for rate in results.rates:
             if results.at(network=network, rate=rate):
@@ -111,8 +115,9 @@ def markdown(results: Results) -> str:
 
 LEGEND = (
     "ASR / ACC gap: share of triggered test images that get the attacker's class, and the oracle's accuracy less the defence's; "
-    "mean over seeds ± standard deviation, seeds in brackets. *attack failed*: the undefended network obeys the trigger on less "
-    "than 70 % of the images, and there is nothing to defend. *failed*: the defence could not be run. Empty: not run."
+    "mean over seeds ± standard deviation, seeds in brackets; of one seed its 95 % interval. *attack failed*: the undefended "
+    "network obeys the trigger on less than 70 % of the images, and there is nothing to defend. *failed*: the defence could not "
+    "be run. Empty: not run."
 )
 
 
@@ -121,8 +126,18 @@ def _counts(results: Results) -> str:
     return f"{len(results.records)} cells: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) + "."
 
 
+def _made(results: Results) -> str:
+    """Which code and which processors the cells come from: figures of several do not make one table."""
+    lines = []
+    for what, key, shown in (("commits", "commit", short), ("processors", "hardware", str)):
+        names = [shown(str(record[key])) for record in results.records if key in record]
+        counts = {name: names.count(name) for name in dict.fromkeys(names)}
+        lines.append(f"{what}: " + "; ".join(f"{name} ({n})" for name, n in counts.items()))
+    return "Made by " + ", on ".join(lines) + "."
+
+
 def _worst(results: Results) -> list[str]:
-    """A line a defence: where it does worst."""
+    """A line a defence: the setting where it does worst on average, and its worst cell."""
     lines = []
     for defence in results.defences:
         if defence in (NONE, ORACLE):
@@ -133,11 +148,11 @@ def _worst(results: Results) -> list[str]:
                 for rate in results.rates:
                     cells = measured(results.at(network=network, attack=attack, rate=rate, defence=defence), ASR)
                     if cells:
-                        places.append((mean(cells), f"{attack} at {100 * rate:g} % on {network}", cells))
+                        places.append((mean(cells), max(cells), len(cells), f"{attack} at {100 * rate:g} % on {network}"))
         if places:
-            asr, where, cells = max(places)
+            (asr, _, count, where), (_, most, _, cell) = max(places), max(places, key=lambda place: place[1])
             tried = f"{len(places)} settings whose attack works were tried"
-            lines.append(f"- {defence}: {where}, ASR {asr:.3f} ({len(cells)}, worst seed {max(cells):.3f}); {tried}")
+            lines.append(f"- {defence}: {where}, ASR {asr:.3f} ({count}); its worst cell is of {cell}, {most:.3f}; {tried}")
     return ["## Worst attack of each defence", "\n".join(lines)] if lines else []
 
 
@@ -151,12 +166,18 @@ def _spread(values: list[float]) -> str:
     return f"{middle} ± {stdev(values):.3f}" if len(values) > 1 else middle
 
 
+def _known(cells: list[Record], at: tuple[str, ...]) -> str:
+    """A rate over seeds; of one seed with its interval."""
+    values, low, high = (measured(cells, reach(*at, end=end)) for end in ("value", "low", "high"))
+    interval = f" [{low[0]:.3f}, {high[0]:.3f}]" if len(values) == len(low) == 1 else ""
+    return _spread(values) + interval if values else ""
+
+
 def _cell(cells: list[Record]) -> str:
     """One field: figures of the seeds that count, and what became of the others."""
-    gaps, rates = measured(cells, GAP), measured(cells, ASR)
-    parts = []
-    if gaps:
-        parts.append(f"{_spread(rates) + ' / ' if rates else ''}{_spread(gaps)} ({len(gaps)})")
+    count, parts = len(measured(cells, GAP)), []
+    if count:
+        parts.append(" / ".join(shown for at in (ASR_AT, GAP_AT) if (shown := _known(cells, at))) + f" ({count})")
     for status in (ATTACK_FAILED, FAILED):
         count = sum(cell["status"] == status for cell in cells)
         if count:
@@ -213,16 +234,17 @@ COST = {
 
 
 def _details(results: Results, columns: dict[str, Reader]) -> str:
-    """A row for each defence and rate: means over all attacks and seeds that count."""
+    """A row for each network, defence and rate: means over all attacks and seeds that count."""
     rows = []
-    for defence in results.defences:
-        for rate in results.rates:
-            cells = results.at(defence=defence, rate=rate)
-            values = [measured(cells, read) for read in columns.values()]
-            if any(values):
-                shown = [f"{mean(v):.3f} ({len(v)})" if v else "" for v in values]
-                rows.append([defence, f"{100 * rate:g} %", *shown])
-    return _lines(["defence", "rate", *columns], rows)
+    for network in results.networks:
+        for defence in results.defences:
+            for rate in results.rates:
+                cells = results.at(network=network, defence=defence, rate=rate)
+                values = [measured(cells, read) for read in columns.values()]
+                if any(values):
+                    shown = [f"{mean(v):.3f} ({len(v)})" if v else "" for v in values]
+                    rows.append([network, defence, f"{100 * rate:g} %", *shown])
+    return _lines(["network", "defence", "rate", *columns], rows)
 
 
 def _lines(titles: list[str], rows: list[list[str]]) -> str:

@@ -17,6 +17,7 @@ from nab_defense.grid import figures as judged
 from nab_defense.grid.case import Case
 from nab_defense.grid.run import cell_path
 from nab_defense.purify.ibau import IBAU
+from nab_defense.result import short
 from tests.grid.small import RECIPE, small_grid
 
 TIMES = ("seconds", "relative_seconds", "plain_seconds", "wall_seconds", "commit")
@@ -40,8 +41,8 @@ def obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judged, "WORKS", 0.0)
 
 
-def test_cells_share_their_twins_and_are_run_once(tmp_path: Path, obeyed: None) -> None:
-    defences = {"none": None, "oracle": None, "drop": None, "abl": {"params": {"steps": 2}}}
+def test_cells_share_their_twins_and_are_run_once(tmp_path: Path, obeyed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    defences = {"none": None, "oracle": None, "drop": None, "abl": {"params": {"epochs": 2}}}
     grid = small_grid(tmp_path, defences=defences)
     found, told = run(grid, tmp_path / "out")
     assert len(told) == 4 and told[0].startswith("1/4 resnet-badnets-20pct-none-seed0")
@@ -52,9 +53,10 @@ def test_cells_share_their_twins_and_are_run_once(tmp_path: Path, obeyed: None) 
     for name in ("excess_asr", "acc_gap"):
         figure = found["oracle"]["figures"][name]
         assert figure["value"] == 0 and figure["low"] < 0 < figure["high"] and figure["n"] > 0
-    assert found["oracle"]["figures"]["der"] <= found["oracle"]["figures"]["der_ceiling"]
+    der = found["oracle"]["figures"]["der"]
+    assert der["low"] < der["value"] < der["high"] and der["n"] > 0
     assert found["none"]["figures"]["der_ceiling"] == (twins[0]["undefended"]["asr"]["value"] + 1) / 2
-    assert found["none"]["figures"]["der"] == 0.5
+    assert found["none"]["figures"]["der"]["value"] == 0.5
     assert found["oracle"]["figures"]["altered"]["value"] == 0.2 and found["none"]["figures"]["poisoned"] == 40
     assert found["abl"]["figures"]["altered"]["value"] == 0.01 and found["abl"]["figures"]["rejects"] is None
     assert found["none"]["relative_seconds"] == {"train": 1, "total": 1}
@@ -64,6 +66,10 @@ def test_cells_share_their_twins_and_are_run_once(tmp_path: Path, obeyed: None) 
     _, told = run(grid, tmp_path / "out")
     assert told == ["4 of 4 cells are there already"]
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
+    monkeypatch.setattr("nab_defense.grid.run.commit", lambda: "another")
+    made = short(found["none"]["commit"])
+    _, told = run(grid, tmp_path / "out")
+    assert told == [f"4 of 4 cells are there already; 4 of them by other code, commit {made}: delete these to run them anew"]
 
 
 def test_a_cell_alone_and_from_scratch_gives_the_same_figures(tmp_path: Path, obeyed: None) -> None:
@@ -99,8 +105,9 @@ def test_a_failing_cell_is_written_down_and_the_others_go_on(tmp_path: Path, obe
 def test_a_setting_that_cannot_be_made_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def refuse(case: Case, plan: object, arm: str) -> None:
+    def refuse(case: Case, plan: object, arm: str, *, kept: bool) -> None:
         tried.append(arm)
+        assert not kept  # nobody resumes it
         raise ValueError("the loss is nan")
 
     monkeypatch.setattr("nab_defense.grid.case.train", refuse)
@@ -200,3 +207,10 @@ def test_trusted_images_are_neither_trained_on_nor_tested(tmp_path: Path) -> Non
     ]
     assert len(case.trusted) == 40 and len(case.given) + 40 == 1438
     assert not images[1] & images[0] and not images[1] & images[2]
+
+
+def test_of_several_triggers_one_that_is_obeyed_is_an_attack() -> None:
+    rates = {"acc": {"value": 0.9}, "asr": {"value": 0.5}}
+    assert not judged.attack_works({"undefended": rates, "oracle": rates})
+    assert judged.attack_works({"undefended": {**rates, "worst": {"value": 0.9}}, "oracle": rates})
+    assert judged.attack_works({"undefended": {"acc": {"value": 0.9}}, "oracle": rates}) is None

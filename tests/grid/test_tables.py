@@ -53,7 +53,7 @@ def test_means_marks_and_empty_cells(tmp_path: Path) -> None:
     assert table["none"] == ["none", "0.020 ± 0.000 (2)", ""]
     assert table["wanet"][1] == "*attack failed* (1)" and table["sig"][1] == "*failed* (1)"
     assert "bpp" not in table  # nothing of it was run
-    assert "- drop: badnets at 20 % on resnet, ASR 0.200 (2, worst seed 0.300); 2 settings whose attack works were tried" in page
+    assert "- drop: badnets at 20 % on resnet, ASR 0.200 (2); its worst cell is of badnets at 20 % on resnet, 0.300; 2" in page
     assert "8 cells: 6 done, 1 attack failed, 1 failed." in page
     pictures = draw(results, tmp_path / "summary")
     assert [path.name for path in pictures] == ["asr_against_gap_resnet.png", "asr_by_rate_resnet.png", "heat_resnet.png"]
@@ -91,3 +91,18 @@ def test_a_folder_without_cells_is_refused(tmp_path: Path) -> None:
     io.save_json(tmp_path / "result.json", {"models": {}})
     with pytest.raises(ValueError, match="no finished cell"):
         read_results(tmp_path)
+
+
+def test_one_seed_has_an_interval_and_networks_have_rows_of_their_own(tmp_path: Path) -> None:
+    rate = {"value": 0.2, "n": 10, "low": 0.05, "high": 0.45}
+    defended = {"acc": rate, "asr": rate, "ra": rate}
+    figures = {"defended": defended, "acc_gap": 0.0, "detection": None, "rejects": None, "der": None}
+    for network, commit in (("resnet", "a" * 40), ("vit", "b" * 40 + "+")):
+        place = {"network": network, "attack": "badnets", "rate": 0.1, "seed": 0, "defence": "drop"}
+        write(
+            tmp_path / network, "badnets", "drop", 0, 0.1, cell=place, key=network, figures=figures, commit=commit, hardware="x"
+        )
+    page = markdown(read_results(tmp_path))
+    assert page.count("| badnets | 0.200 [0.050, 0.450] / 0.000 (1) |") == 2
+    assert {row[1] for name in ("resnet", "vit") for row in rows(page, name)} == {"badnets", "drop"}
+    assert "Made by commits: aaaaaaa (1); bbbbbbb+ (1), on processors: x (2)." in page

@@ -23,7 +23,8 @@ __all__ = ["StampAware"]
 @attacks.register("stamp_aware", source="adaptive, this package")
 @dataclass(frozen=True)
 class StampAware(Learned):
-    """Another attack's trigger, with the stamp painted over it. At test time the trigger alone: the defender stamps by himself.
+    """Another attack's trigger, with the stamp painted over it, in training and at test time: a defender who stamps by himself
+    changes nothing about the image then, and any other network is shown what it was taught.
 
     Args:
         stamp: The stamp he expects, settings of nab_defense.Stamp; none: the default one, which is public.
@@ -80,6 +81,3 @@ class StampAware(Learned):
             raise ValueError(f"the stamp's color has {len(mean)} channels, the images have {channels}")
         stamped = self.paint(torch.from_numpy(images.copy()).permute(0, 3, 1, 2), mean=mean)
         return stamped.permute(0, 2, 3, 1).contiguous().numpy()
-
-    def at_test(self, images: Images, seed: int) -> Images:
-        return self.painter.apply(images, seed)
