@@ -15,7 +15,7 @@ from torch import Tensor
 from .content import Batches, beyond_content
 from .select import MIN_SEPARATION, split_in_two
 
-__all__ = ["CONTROL", "Naming", "carried", "control", "naming"]
+__all__ = ["CONTROL", "Naming", "carried", "control", "naming", "second_choice"]
 
 CONTROL = 0.1  # share of the other samples that the network does not see, either
 SHOWN = 0.5  # of a pattern: more of it than not
@@ -27,8 +27,9 @@ class Naming:
 
     Args:
         named: Share of it that gets its given label, in [0, 1].
-        sure: How often the network is surer of a sample of it than of another one that it never saw, in [0, 1]; .5: alike.
-        spread: Entropy of the names it gets over that of the others' names, its own label left out of both, >= 0.
+        sure: How often the network, its given label left out, is surer of a sample of it than of another one that it never saw,
+            in [0, 1]; .5: alike.
+        spread: Entropy of the names it gets then over that of the others' names, >= 0.
     """
 
     named: float
@@ -49,20 +50,37 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
     Dirty-label poison, whatever its trigger, shows what other classes show: without its given label to learn, it is named
     after its content, as surely as other images are, and as many-sidedly unless it comes from one source class. A part of a
     class that stands apart by itself (a way of writing a digit) keeps its class's name, or resembles one or two others, and the
-    network is at a loss with it. Where there are two classes alone, names cannot spread.
+    network is at a loss with it. Some poison that was not left out teaches its trigger, and the group may get its given label for
+    that; so this one is left out of the choice: what comes second is content still, where a style has nothing to come second.
+    Where there are two classes alone, names cannot spread.
 
     Args:
         logits: (N, K) of a network trained without `group` and `others`.
         labels: (N,) as given.
         group: (N,) bool, at least one sample, all of one label.
         others: (N,) bool, at least one sample, drawn from all classes."""
-    label, classes = int(labels[group][0]), logits.shape[1]
-    names, confidence = logits.argmax(1), [softmax(logits[mask].astype(np.float64), axis=1).max(1) for mask in (group, others)]
-    foreign = [np.bincount(names[mask & (names != label)], minlength=classes) for mask in (group, others)]
-    mixed = [float(entropy(counts)) if counts.any() else 0.0 for counts in foreign]
-    sure = roc_auc_score(np.repeat([1, 0], [group.sum(), others.sum()]), np.concatenate(confidence))
-    spread = mixed[0] / mixed[1] if mixed[1] > 0 else 0.0
-    return Naming(float((names[group] == label).mean()), float(sure), spread)
+    label, masks = int(labels[group][0]), (group, others & (labels != labels[group][0]))
+    named = float((logits[group].argmax(1) == label).mean())
+    if not masks[1].any():
+        return Naming(named, 0.0, 0.0)
+    rest = np.delete(logits, label, axis=1).astype(np.float64)
+    confidence = [softmax(rest[mask], axis=1).max(1) for mask in masks]
+    mixed = [float(entropy(np.bincount(rest[mask].argmax(1)))) for mask in masks]
+    sure = roc_auc_score(np.repeat([1, 0], [len(part) for part in confidence]), np.concatenate(confidence))
+    return Naming(named, float(sure), mixed[0] / mixed[1] if mixed[1] > 0 else 0.0)
+
+
+def second_choice(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How sure a network that was trained on all of it is of each sample, its given label left out; (N,), in [1 / (K - 1), 1].
+
+    What a poisoned image shows comes second to its trigger; what a clean one resembles besides its class is less clear.
+
+    Args:
+        logits: (N, K).
+        labels: (N,) as given."""
+    rest = logits.astype(np.float64)
+    rest[np.arange(len(rest)), labels] = -np.inf
+    return np.asarray(softmax(rest, axis=1).max(1))
 
 
 def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], pattern: Tensor) -> float:

@@ -45,7 +45,7 @@ MIN_IMPRINT = 0.5  # share of other images that what a group shares must turn to
 CLEAR_IMPRINT = 0.75  # beyond doubt, even where the group is most of its class, whose content turns up to .65
 MAX_NAMED = 0.25  # of a group that is not what its label says: share named so by a network that never saw it
 MIN_SPREAD = 0.7  # the names it gets, as mixed as content is (entropies); half of CIFAR-10's airplanes are birds and ships, .5
-MIN_STRANGE = 0.105  # see Group.strange; set on digits, where one style of 149 has more, and most poison .14 to .45
+MIN_STRANGE = 0.1  # see Group.strange; set on digits
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
 MIN_SOURCE = 0.02  # or what it shares must turn so many images of one class, times how sure, and be on covers of others
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
@@ -111,18 +111,19 @@ class Group:
 
     @property
     def foreign(self) -> bool:
-        """Its images show what many other classes show, or what few do and a trigger, which turns images of all, or of one and
-        is on covers, too; is in parts of other classes; or in the accused of its own: labels that no content explains."""
+        """Its images show what many other classes show, or are named after few and show a trigger, which turns images of all, or
+        of one and is on covers, too; is in parts of other classes; or in the accused of its own: labels that no content explains.
+        """
         many = (self.spread or 0) > MIN_SPREAD and self.strange > MIN_STRANGE
         one_class = (self.source or 0) * (self.sure or 0) > MIN_SOURCE and (self.carried or 0) > MIN_VALLEY
         trigger = one_class or (self.every or 0) >= MIN_IMPRINT or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE
-        return self.unlike and (many or trigger)
+        return many or (self.unlike and trigger)
 
     @property
     def strange(self) -> float:
-        """How often a network that never saw it names it otherwise, how surely, and how variously, multiplied: a style resembles
-        one or two classes, and the network is at a loss with it; content of many classes is named after each."""
-        return (1 - (self.named or 0)) * (self.sure or 0) * (self.spread or 0)
+        """How surely a network that never saw it names it, its own label left out, and how variously, multiplied: a style
+        resembles one or two classes, and the network is at a loss with it; content of many classes is named after each."""
+        return (self.sure or 0) * (self.spread or 0)
 
     @property
     def unlike(self) -> bool:

@@ -29,24 +29,31 @@ def test_content_of_all_other_classes_is_foreign() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "margin", "why"),
-    [([0] * 8 + [1, 2, 3] * 4, 4, "named"), ([1, 2, 3, 1, 2] * 4, 1, "sure"), ([1] * 14 + [2] * 6, 4, "spread")],
+    ("names", "margin", "why"), [([1, 2, 3, 1, 2] * 4, 1, "sure"), ([1] * 14 + [2] * 6, 4, "spread"), ([0] * 20, 4, "sure")]
 )
 def test_a_style_of_its_class_is_not(names: list[int], margin: float, why: str) -> None:
     seen = naming(logits(names, margin), LABELS, GROUP, OTHERS & ~GROUP)
     group = Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread)
-    doubts = {"named": seen.named >= 0.25, "sure": seen.sure <= 0.12, "spread": seen.spread <= 0.7}
-    assert not group.foreign and [name for name, doubt in doubts.items() if doubt] == [why]
+    assert not group.foreign and (seen.sure < 0.1 if why == "sure" else seen.sure > 0.4 and seen.spread < 0.7)
     turning = dataclasses.replace(group, source=0.25, carried=0.3)
-    assert turning.unlike is (why != "named") and turning.foreign is (why == "spread")
+    assert turning.unlike is (seen.named == 0) and turning.foreign is (why == "spread")
     assert not dataclasses.replace(turning, source=0.03).foreign
     assert not dataclasses.replace(turning, carried=0.25).foreign
     assert dataclasses.replace(group, every=0.5).foreign is turning.unlike and not dataclasses.replace(group, every=0.4).foreign
 
 
-def test_a_group_that_gets_its_own_name_alone_has_no_spread() -> None:
-    seen = naming(logits([0] * 20, 4), LABELS, GROUP, OTHERS & ~GROUP)
-    assert (seen.named, seen.spread) == (1.0, 0.0)
+def test_content_that_comes_second_is_foreign() -> None:
+    """More of the poison was not left out and taught its trigger, so that the group gets its given label."""
+    table = logits([1, 2, 3, 1, 2] * 4, 4)
+    table[:20, 0] = 6
+    seen = naming(table, LABELS, GROUP, OTHERS & ~GROUP)
+    assert seen.named == 1 and seen.sure == pytest.approx(0.5, abs=0.05) and seen.spread == pytest.approx(0.96, abs=0.01)
+    assert Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread).foreign
+
+
+def test_nothing_to_compare_with_tells_nothing() -> None:
+    seen = naming(logits([1, 2, 3, 1, 2] * 4, 4), LABELS, GROUP, (LABELS == 0) & ~GROUP)
+    assert (seen.named, seen.sure, seen.spread) == (0.0, 0.0, 0.0)
 
 
 def test_the_others_are_drawn_from_what_is_not_absent() -> None:
