@@ -10,7 +10,6 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
@@ -18,7 +17,7 @@ from .content import ALIKE, alike, beyond_content
 from .detectors import detectors
 from .imprint import imprint_by_class
 from .look import make_finding, stronger_halves
-from .naming import carried, control, naming, second_choice
+from .naming import carried, control, naming, second_choices
 from .parts import DOUBT, Part, distinct, joined, other_half, same_parts, smaller_halves, with_more_like_it
 from .passes import clearest, confirmed
 from .plan import Finding, clean_label_groups
@@ -30,6 +29,7 @@ __all__ = ["Without", "look_again"]
 
 log = logging.getLogger(__name__)
 FEW_CLASSES = 3  # two may have styles that are alike
+TRIED = 2  # parts of a class in one look, each of which costs a training
 LEARNED = 0.5  # share of images that it must name as labelled: a network that learned little takes any pattern for a class
 Without = Callable[[NDArray[np.bool_], str], nn.Module]
 
@@ -82,9 +82,9 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
 def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, spared: set[int]) -> list[list[Part]]:
     """Of each class that is to be examined by names its parts, in the order in which they are tried: one that shares what parts
     of other classes share; else what stood apart and shared no trigger that can be added to other images, in this look or
-    before; the smaller part, where a class falls in two, and the larger one where the two are nearly alike. First comes the part
-    whose second choices the trained network is surest of; the others are tried where it is as sure as with other classes.
-    None of the labels in `spared`; beside a trigger beyond doubt only what shares it."""
+    before; the smaller part, where a class falls in two, and the larger one where the two are nearly alike: those two of these
+    that the trained network's second choices speak for most. None of the labels in `spared`; beside a trigger beyond doubt only
+    what shares it."""
     halves = {group.label: (group, likely) for group, likely in smaller_halves(scan, selection.suspect)}
     kin = _kin(session, scan, halves, selection.suspect)
     queues = {label: [part] for label, part in halves.items() if part[0].size >= MIN_SEEDS and label not in {*spared, *kin}}
@@ -98,7 +98,6 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
         part = dataclasses.replace(group, size=int(members.sum()), alike=0.0), with_more_like_it(scan, own, members)
         queues[label] = [*queues.get(label, []), part]
     sure = {g.label for g in before.selection.groups if not g.acquitted and (g.imprint or 0) >= CLEAR_IMPRINT}
-    seconds = second_choice(scan.logits, scan.labels)
     for label, queue in queues.items():
         own = (scan.labels == label) & ~selection.suspect
         queue.sort(key=lambda part: -part[0].separation)  # of two that are nearly the same the one that stands further apart
@@ -108,18 +107,11 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
         if label in sure:  # more of that poison shares its trigger; and half of a class is soon named after many others
             accused = (scan.labels == label) & selection.suspect
             queue = [part for part in queue if _same(session, scan.labels, part[1] > 0.5, accused) >= ALIKE]
-        others = seconds[(scan.labels != label) & ~selection.suspect]
-        surer = [(_surer(seconds[part[1] > 0.5], others), part) for part in distinct(queue)]
-        surer.sort(key=lambda pair: -pair[0])
-        queues[label] = [part for turn, (share, part) in enumerate(surer) if turn == 0 or share >= 0.5]
+        queue, others = distinct(queue), (scan.labels != label) & ~selection.suspect
+        likely = second_choices(scan.logits, scan.labels, [part[1] > 0.5 for part in queue], others)
+        queues[label] = [queue[place] for place in np.argsort(np.negative(likely), kind="stable")[:TRIED]]
     queues |= {label: [part] for label, part in kin.items() if label not in spared}
     return [queue for queue in queues.values() if queue]
-
-
-def _surer(some: NDArray[np.float64], others: NDArray[np.float64]) -> float:
-    """How often one of the former is higher than one of the latter, in [0, 1]."""
-    which = np.repeat([1, 0], [len(some), len(others)])
-    return float(roc_auc_score(which, np.concatenate([some, others]))) if len(others) else 0.5
 
 
 def _rests(before: Finding, labels: NDArray[np.int64]) -> list[Part]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from .content import Batches, beyond_content
 from .select import MIN_SEPARATION, split_in_two
 
-__all__ = ["CONTROL", "Naming", "carried", "control", "naming", "second_choice"]
+__all__ = ["CONTROL", "Naming", "carried", "control", "naming", "second_choices"]
 
 CONTROL = 0.1  # share of the other samples that the network does not see, either
 SHOWN = 0.5  # of a pattern: more of it than not
@@ -70,17 +71,30 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
     return Naming(named, float(sure), mixed[0] / mixed[1] if mixed[1] > 0 else 0.0)
 
 
-def second_choice(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How sure a network that was trained on all of it is of each sample, its given label left out; (N,), in [1 / (K - 1), 1].
+def second_choices(
+    logits: NDArray[np.float32], labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]], others: NDArray[np.bool_]
+) -> list[float]:
+    """How likely parts of a class are poison by what a network that was trained on them names them second.
 
-    What a poisoned image shows comes second to its trigger; what a clean one resembles besides its class is less clear.
+    What a poisoned image shows comes second to its trigger, and poison shows many things; what a clean image resembles besides
+    its class is less clear, or the same for all.
 
     Args:
         logits: (N, K).
-        labels: (N,) as given."""
-    rest = logits.astype(np.float64)
+        labels: (N,) as given.
+        groups: (N,) bool each, at least one sample.
+        others: (N,) bool, at least one sample, to compare them with.
+
+    Returns: for each group how often the network is surer of its second choice than of one of the others', times the entropy of
+        its second choices over that of an even choice, in [0, 1]; 0 where there are two classes alone."""
+    rest, choices = logits.astype(np.float64), logits.shape[1] - 1
     rest[np.arange(len(rest)), labels] = -np.inf
-    return np.asarray(softmax(rest, axis=1).max(1))
+    chances, names = softmax(rest, axis=1).max(1), rest.argmax(1)
+    found = []
+    for group in groups:
+        sure = roc_auc_score(np.repeat([1, 0], [group.sum(), others.sum()]), np.concatenate([chances[group], chances[others]]))
+        found.append(float(sure * entropy(np.bincount(names[group])) / np.log(choices)) if choices > 1 else 0.0)
+    return found
 
 
 def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], pattern: Tensor) -> float:

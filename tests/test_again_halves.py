@@ -82,15 +82,16 @@ def test_beside_a_trigger_beyond_doubt_only_what_shares_it_is_examined(monkeypat
         likeness[25] = 0.6
 
 
-def test_the_part_whose_second_choices_are_surest_comes_first_and_unsure_ones_are_not_tried() -> None:
+def test_the_two_parts_that_second_choices_speak_for_most_are_tried() -> None:
     """What stood apart in the scan, the first 25; what falls in two now, the first 45; and the rest, 55."""
     apart = np.arange(400) < 25
     let_go = (Group(0, 9, 50.0, 0.8, 25, 0.9, imprint=0.1),)
     before: Any = SimpleNamespace(selection=Selection(np.zeros(400, bool), apart.astype(np.float32), let_go))
     table = 9 * np.eye(4, dtype=np.float32)[LABELS]
     table[100:, 0] = 1  # how sure the second choices of the other classes are
-    cases = {(3, 3, 0): [25, 45], (3, 0, 2): [25, 55, 45], (0, 3, 2): [55], (0, 0, 3): [55], (0, 0, 0): [25]}
-    for sure, sizes in cases.items():
-        table[:25, 1], table[25:45, 1], table[45:100, 1] = sure
+    seconds = np.resize([1, 2, 3], 100)  # after many classes
+    for sure, sizes in (((3, 3, 0), [45, 25]), ((3, 0, 2), [55, 25]), ((0, 3, 2), [55, 45]), ((0, 0, 0), [25, 45])):
+        table[:100] = 9 * np.eye(4)[0]
+        table[np.arange(100), seconds] = np.repeat(sure, [25, 20, 55])
         (queue,) = _parts(ANY, scan(45, table), before.selection, before, set())
         assert [group.size for group, _ in queue] == sizes

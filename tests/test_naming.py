@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nab_defense.content import beyond_content
-from nab_defense.naming import CONTROL, carried, control, naming
+from nab_defense.naming import CONTROL, carried, control, naming, second_choices
 from nab_defense.select import MIN_VALLEY, Group
 
 LABELS = np.repeat([0, 1, 2, 3], [40, 20, 20, 20])
@@ -54,6 +54,17 @@ def test_content_that_comes_second_is_foreign() -> None:
 def test_nothing_to_compare_with_tells_nothing() -> None:
     seen = naming(logits([1, 2, 3, 1, 2] * 4, 4), LABELS, GROUP, (LABELS == 0) & ~GROUP)
     assert (seen.named, seen.sure, seen.spread) == (0.0, 0.0, 0.0)
+
+
+def test_what_comes_second_speaks_for_poison_where_it_is_sure_and_of_many_classes() -> None:
+    table = logits([0] * 20, 9)
+    table[20:, :] += 0.5 * np.eye(4, dtype=np.float32)[(LABELS[20:] + 1) % 4]
+    for names, margin, likely in (([1, 2, 3], 5, 1.0), ([1, 2, 3], 0, 0.0), ([1], 5, 0.0)):
+        table[:20, 1:] = 0
+        table[np.arange(20), np.resize(names, 20)] = margin
+        (found,) = second_choices(table, LABELS, [GROUP], ~GROUP)
+        assert found == pytest.approx(likely, abs=0.01)
+    assert second_choices(table[:, :2], LABELS % 2, [GROUP], ~GROUP) == [0.0]
 
 
 def test_the_others_are_drawn_from_what_is_not_absent() -> None:
