@@ -24,7 +24,7 @@ __all__ = ["PurifyResult", "check_known", "count_outputs", "prepared", "purify"]
 
 VERSION = version("nab_defense")
 Judged = Callable[[nn.Module], dict[str, Any]]
-CHANCE = 2.0  # standard errors above a guess: what a model exceeds that knows the labels
+CHANCE = 2.0  # standard errors above chance: what a model exceeds that knows the labels
 RADIUS, PATCH = 6.0, 5  # of the perturbations at 32 px, see universal.Pool
 
 
@@ -219,15 +219,21 @@ def _with_suspects(judge: Judged, suspects: CleanSet | None, runtime: Runtime) -
 def check_known(model: nn.Module, clean: CleanSet, *, mean: Sequence[float], std: Sequence[float], runtime: Runtime) -> None:
     """Refuse a model that knows no more of labelled images than a guess does: no fall of its accuracy could be judged.
 
+    A guess is one that gives each class as often as the model does, but at random; so one class for all is a guess, however
+    unbalanced the images are, and a model without fault is none.
+
     Raises:
         ValueError: It does not; another order of classes, say, or another normalisation."""
     if clean.labels is None:
         return
     network = _taking_pixels(model, mean, std, runtime)
-    count_outputs(network, clean.images[:2], runtime)
-    accuracy = float((logits_of(network, clean, runtime).argmax(1) == clean.labels).float().mean())
-    guess = float(clean.labels.bincount().max()) / len(clean)
-    if accuracy <= guess + CHANCE * (guess * (1 - guess) / len(clean)) ** 0.5:
+    count = max(count_outputs(network, clean.images[:2], runtime), int(clean.labels.max()) + 1)
+    predicted = logits_of(network, clean, runtime).argmax(1)
+    accuracy = int((predicted == clean.labels).sum()) / len(clean)
+    given, true = (labels.bincount(minlength=count).double() / len(clean) for labels in (predicted, clean.labels))
+    chance = float((given * true).sum())
+    spread = chance + chance**2 - float((given * true * (given + true)).sum())  # of Cohen's kappa [Fleiss et al. 1969], >= 0
+    if accuracy <= chance + CHANCE * (max(0.0, spread) / len(clean)) ** 0.5:
         raise ValueError(
             f"the model names {accuracy:.2f} of the {len(clean)} clean images rightly, as a guess might; check the order of"
             " classes, --mean, --std and --input-size, or repair it with --unlabeled"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nab_defense.clean import CleanSet
-from nab_defense.purify import purifiers, purify
+from nab_defense.purify import check_known, purifiers, purify
 from nab_defense.runtime import Runtime
 
 IMAGES = torch.randint(0, 256, (60, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
@@ -74,3 +74,38 @@ def test_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
         run(**change)
     assert "\n" not in str(caught.value)
+
+
+class Scripted(nn.Module):
+    """The class that the first pixel holds."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.one_hot(images[:, 0, 0, 0].round().long(), 4).float()
+
+
+def known(answers: Tensor, labels: Tensor) -> None:
+    """Check a model that gives these answers to images of these labels."""
+    pixels = answers.to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8).contiguous()
+    given: dict[str, Any] = {"mean": (0.0,), "std": (1 / 255,), "runtime": Runtime(device="cpu", precision="float32", threads=1)}
+    check_known(Scripted(), CleanSet(pixels, labels), **given)
+
+
+MIXES = [(15, 15, 15, 15), (49, 1, 0, 0), (96, 2, 1, 1), (58, 2, 0, 0), (2, 2, 2, 2)]
+
+
+@pytest.mark.parametrize("counts", MIXES)
+def test_a_model_without_fault_is_known_and_one_class_for_all_is_not(counts: tuple[int, ...]) -> None:
+    labels = torch.arange(4).repeat_interleave(torch.tensor(counts))
+    known(labels, labels)
+    for answer in range(4):
+        with pytest.raises(ValueError, match="clean images rightly, as a guess might; check the order of classes"):
+            known(torch.full_like(labels, answer), labels)
+
+
+def test_answers_at_random_in_the_right_numbers_are_a_guess() -> None:
+    labels = torch.arange(4).repeat_interleave(torch.tensor([80, 10, 5, 5]))
+    random = labels[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    with pytest.raises(ValueError, match=r"names 0\.\d+ of the 100 clean images rightly, as a guess might"):
+        known(random, labels)
+    half = torch.where(torch.arange(100) % 2 == 0, labels, random)
+    known(half, labels)
