@@ -184,7 +184,7 @@ def _settings(
 def _number(key: str, value: Any) -> float:
     whole = key == "clean_limit"
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or value < whole:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= whole:
         raise ValueError(f"{key} must be a {'whole number of at least 1' if whole else 'number of at least 0'}, got {value!r}")
     if key == "hflip" and value > 1:
         raise ValueError(f"hflip must be at most 1, got {value!r}")

@@ -17,7 +17,7 @@ from ..clean import CleanSet, Pixels
 from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Attacked, Candidates, Notes, check_finite, frozen, hardened, missed, purifiers, rate_for, recentred
+from .base import Attacked, Candidates, Notes, check_finite, frozen, hardened, in_range, missed, purifiers, rate_for, recentred
 
 __all__ = ["IBAU", "hypergradient"]
 
@@ -124,8 +124,10 @@ class IBAU:
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
-        if not 0 < self.fraction < 1 or not self.lr > 0:
-            raise ValueError(f"fraction must be in (0, 1) and lr above 0, got {self.fraction} and {self.lr}")
+        in_range(self, "steps", "rounds", "batch_size", "terms", low=1)
+        in_range(self, "lr", "rate", low=0, ends="()")
+        in_range(self, "fraction", low=0, high=1, ends="()")
+        in_range(self, "hold", low=0)
 
     def check(self, network: Pixels, images: Tensor) -> None:
         network(images)

@@ -15,7 +15,7 @@ from ..kept import Kept
 from ..runtime import Runtime
 from ..sites import Site, last_cut
 from ..universal import Pool
-from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, purifiers
+from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, in_range, purifiers
 
 __all__ = ["Polarized", "Polarizer", "describe", "install"]
 
@@ -91,6 +91,12 @@ class Polarizer:
     fraction: float = 0.12
     hold: float = 2.0
     augment: bool = True
+
+    def __post_init__(self) -> None:
+        in_range(self, "steps", "rounds", "batch_size", low=1)
+        in_range(self, "lr", low=0, ends="()")
+        in_range(self, "fraction", low=0, high=1, ends="()")
+        in_range(self, "hold", low=0)
 
     def check(self, network: Pixels, images: Tensor) -> None:
         _site(network, images)

@@ -26,6 +26,7 @@ from .base import (
     check_finite,
     frozen,
     hardened,
+    in_range,
     missed,
     purifiers,
     rate_for,
@@ -102,6 +103,13 @@ class RNP:
     hold: float = 2.0
     batch_size: int = 64
     augment: bool = True
+
+    def __post_init__(self) -> None:
+        in_range(self, "recover_steps", "steps", "rounds", "batch_size", low=1)
+        in_range(self, "lr", "mask_lr", "tune_lr", low=0, ends="()")
+        in_range(self, "share", low=0, high=1)
+        in_range(self, "fraction", low=0, high=1, ends="()")
+        in_range(self, "hold", low=0)
 
     def check(self, network: Pixels, images: Tensor) -> None:
         network(images)

@@ -174,15 +174,6 @@ def prepared(
     original = _taking_pixels(model, mean, std, runtime)
     if not 0 < holdout < 1 or not 0 <= max_drop < 1:
         raise ValueError(f"holdout must be in (0, 1) and max_drop in [0, 1), got {holdout} and {max_drop}")
-    for name in ("steps", "rounds", "batch_size", "terms", "recover_steps"):
-        if getattr(method, name, 1) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(method, name)}")
-    for name in ("fraction", "momentum", "share"):
-        if not 0 <= getattr(method, name, 0) < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {getattr(method, name)}")
-    for name in ("lr", "mask_lr", "tune_lr"):
-        if not getattr(method, name, 1) > 0:
-            raise ValueError(f"{name} must be above 0, got {getattr(method, name)}")
     _check_images(clean, count_outputs(original, clean.images[:2], runtime), method)
     fit, held = clean.split(holdout, runtime.seed)
     if len(fit) < method.least:
