@@ -175,6 +175,7 @@ def prepared(
     if not 0 < holdout < 1 or not 0 <= max_drop < 1:
         raise ValueError(f"holdout must be in (0, 1) and max_drop in [0, 1), got {holdout} and {max_drop}")
     _check_images(clean, count_outputs(original, clean.images[:2], runtime), method)
+    _answers(original, clean, runtime)
     fit, held = clean.split(holdout, runtime.seed)
     if len(fit) < method.least:
         raise ValueError(
@@ -219,7 +220,7 @@ def check_known(model: nn.Module, clean: CleanSet, *, mean: Sequence[float], std
         return
     network = _taking_pixels(model, mean, std, runtime)
     count = max(count_outputs(network, clean.images[:2], runtime), int(clean.labels.max()) + 1)
-    predicted = logits_of(network, clean, runtime).argmax(1)
+    predicted = _answers(network, clean, runtime).argmax(1)
     accuracy = int((predicted == clean.labels).sum()) / len(clean)
     given, true = (labels.bincount(minlength=count).double() / len(clean) for labels in (predicted, clean.labels))
     chance = float((given * true).sum())
@@ -229,6 +230,18 @@ def check_known(model: nn.Module, clean: CleanSet, *, mean: Sequence[float], std
             f"the model names {accuracy:.2f} of the {len(clean)} clean images rightly, as a guess might; check the order of"
             " classes, --mean, --std and --input-size, or repair it with --unlabeled"
         )
+
+
+def _answers(network: Pixels, clean: CleanSet, runtime: Runtime) -> Tensor:
+    """The logits (N, K) of the clean images; ValueError where some are not finite, by which nothing could be judged."""
+    logits = logits_of(network, clean, runtime)
+    broken = int((~logits.isfinite().all(1)).sum())
+    if broken:
+        raise ValueError(
+            f"the model's logits of {broken} of the {len(clean)} clean images are not finite; check --mean and --std,"
+            " or compute with runtime.precision=float32"
+        )
+    return logits
 
 
 def count_outputs(network: Pixels, images: Tensor, runtime: Runtime) -> int:

@@ -44,6 +44,14 @@ def nan() -> nn.Module:
     return model
 
 
+class Blind(nn.Module):
+    """Whose answers to bright images are not finite."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        means = images.mean((1, 2, 3))
+        return torch.stack([torch.where(means > means.mean(), torch.nan, means)] * 4, 1)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"images": IMAGES.float()}, r"must be \(N, C, H, W\) uint8, N above 0, got \(2, 3, 8, 8\) torch.float32"),
     ({"images": IMAGES[:0], "labels": LABELS[:0]}, r"N above 0, got \(0, 3, 8, 8\)"),
@@ -55,6 +63,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"images": torch.zeros(60, 3, 9, 9, dtype=torch.uint8)}, "the model cannot take 3x9x9 images: .*mat1 and mat2"),
     ({"model": Spoiled()}, r"the model gives \(2, 3, 8, 8\) for 2 images, expected \(images, classes\)"),
     ({"model": nan()}, r"the model's 1.bias holds values that are not finite \(1 such tensors\)"),
+    ({"model": Blind()}, r"the model's logits of \d\d of the 60 clean images are not finite; check --mean and --std"),
     ({"labels": None}, "IBAU needs the labels of the clean images"),
     ({"labels": LABELS[:50]}, r"labels must be \(N,\) and not negative, got \(50,\) for 60 images"),
     ({"labels": LABELS - 1}, "not negative"),
@@ -100,6 +109,11 @@ def test_a_model_without_fault_is_known_and_one_class_for_all_is_not(counts: tup
     for answer in range(4):
         with pytest.raises(ValueError, match="clean images rightly, as a guess might; check the order of classes"):
             known(torch.full_like(labels, answer), labels)
+
+
+def test_a_model_without_finite_answers_is_told_so_not_that_it_guesses() -> None:
+    with pytest.raises(ValueError, match="clean images are not finite"):
+        check_known(Blind(), CleanSet(IMAGES, LABELS), mean=(0.5,) * 3, std=(0.25,) * 3, runtime=Runtime(device="cpu"))
 
 
 def test_answers_at_random_in_the_right_numbers_are_a_guess() -> None:
