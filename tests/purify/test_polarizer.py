@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from nab_defense import checkpoint
 from nab_defense.checkpoint import Network
 from nab_defense.clean import CleanSet, Pixels
+from nab_defense.purify import purify
+from nab_defense.purify.base import choice, judge
 from nab_defense.purify.polarizer import Polarized, Polarizer, describe, install
+from nab_defense.runtime import Runtime
 from nab_defense.sites import last_cut
 from tests.purify.families import family
 from tests.purify.offered import offered
@@ -152,6 +155,21 @@ def test_only_the_polarizer_changes() -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     moved = [name for name in after if name not in before]
     assert len(moved) == 2 and all(after[name].abs().max() > 0 for name in moved)
+
+
+def test_what_was_fixed_stays_fixed_behind_the_polarizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "LEAST_GAIN", -1.0)
+    monkeypatch.setattr(judge, "PROBES", 1)
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3, in_chans=1).eval()
+    model.layer4.requires_grad_(False)
+    given = {"mean": (0.5,), "std": (0.25,), "runtime": Runtime(device="cpu", threads=1), "max_drop": 0.99}
+    found = purify(model, noise(), Polarizer(steps=1, rounds=1, batch_size=10), **given)
+    assert found.status == "accepted"
+    trainable = {name.replace(".module.", "."): param.requires_grad for name, param in found.model.named_parameters()}
+    for name, param in model.named_parameters():
+        assert trainable.pop(name) is param.requires_grad is (not name.startswith("layer4."))
+    assert trainable == {"layer4.0.difference": True, "layer4.0.bias": True}
 
 
 def test_a_polarizer_that_is_there_is_trained_on_and_loads_again(tmp_path: Path) -> None:
