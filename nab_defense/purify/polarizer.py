@@ -15,7 +15,7 @@ from ..kept import Kept
 from ..runtime import Runtime
 from ..sites import Site, last_cut
 from ..universal import Pool
-from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, in_range, purifiers
+from .base import Attacked, Candidates, Notes, check_finite, frozen, hardened, in_range, missed, purifiers
 
 __all__ = ["Polarized", "Polarizer", "describe", "install"]
 
@@ -111,11 +111,7 @@ class Polarizer:
         truths = clean.labels
 
         def slope(batch: Attacked) -> None:
-            with runtime.autocast():
-                logits = network(batch.painted())
-            batch.note(logits.detach())
-            truth = truths[batch.rows].to(logits.device)
-            loss = F.cross_entropy(logits[: batch.alone], truth[: batch.alone]) + self.hold * divergence(logits, batch.wanted)
+            loss = missed(network, batch, truths, self.hold, runtime)
             check_finite(loss, "polarizer", batch.step)
             loss.backward()
 

@@ -112,7 +112,6 @@ class RNP:
         in_range(self, "hold", low=0)
 
     def check(self, network: Pixels, images: Tensor) -> None:
-        network(images)
         if sum(maskable(network).values()) < FEWEST:
             raise ValueError("rnp: the network has too few channels to prune: scales of BatchNorm or GroupNorm, hidden units")
 
@@ -225,6 +224,7 @@ class RNP:
 
         def slope(batch: Attacked) -> None:
             prune(network, gone)
+            train_norms(network)
             loss = missed(network, batch, truths, self.hold, runtime)
             check_finite(loss, "rnp", batch.step)
             loss.backward()
