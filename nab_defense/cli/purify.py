@@ -35,6 +35,7 @@ EXAMPLES = [
     "nab purify --model resnet18 --checkpoint bad.pth --clean path/to/clean --method ibau rounds=10 clean_limit=500",
     "nab purify --model nets:small --checkpoint bad.pth --mean 0,0,0 --std 1,1,1 --input-size 32 --clean clean --method ibau",
 ]
+UNLABELED = " or ".join(name for name in purifiers.names() if not purifiers.get(name).labelled)
 LIMITS = ("max_drop", "holdout")
 # What every method takes beside its own settings, `seed` and `runtime.*`.
 SHARED: dict[str, Any] = {name: inspect.signature(purify).parameters[name].default for name in LIMITS}
@@ -193,17 +194,17 @@ def _number(key: str, value: Any) -> float:
 
 def _read_clean(args: argparse.Namespace, suspect: Suspect, shared: dict[str, Any], recipe: Recipe) -> tuple[Source, CleanSet]:
     labelled = not args.unlabeled
-    source = _opened(args.clean, suspect, recipe, labelled=labelled)
+    source = _opened(args.clean, suspect, recipe, labelled=labelled, instead=f", or use --unlabeled with --method {UNLABELED}")
     limit, hflip = shared["clean_limit"], shared["hflip"]
     return read_clean(source, size=suspect.input_size, limit=limit, labelled=labelled, hflip=hflip, seed=recipe.seed)
 
 
-def _opened(name: str, suspect: Suspect, recipe: Recipe, *, labelled: bool = True) -> Source:
+def _opened(name: str, suspect: Suspect, recipe: Recipe, *, labelled: bool = True, instead: str = "") -> Source:
     """Images for the model, of its classes where they are labelled, read as the settings of the data say."""
     data = recipe.data
     source = open_source(name, channels=len(suspect.mean), strict=data.strict, labelled=labelled, **data.options)
     if labelled:
-        check_classes(name, source.classes, suspect.header())
+        check_classes(name, source.classes, suspect.header(), instead=instead)
     return source
 
 
