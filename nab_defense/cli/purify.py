@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     runtime = Runtime(**recipe.runtime.model_dump(), seed=recipe.seed)
     about = {"num_classes": args.num_classes, "mean": args.mean, "std": args.std, "input_size": args.input_size}
     suspect = open_suspect(args.model, args.checkpoint, **about, runtime=runtime)
+    digest = io.file_hash(checkpoint.weights_file(args.checkpoint))
     source, clean = _read_clean(args, suspect, shared, recipe)
     if clean.labels is not None:
         suspect = dataclasses.replace(suspect, classes=source.classes)
@@ -96,7 +97,7 @@ def main(argv: list[str]) -> int:
         "verdict": verdict,
         "data": {**data, "labelled": clean.labels is not None},
         "model": dataclasses.asdict(suspect.network),
-        "checkpoint": {"file": str(args.checkpoint), "key": suspect.key},
+        "checkpoint": {"file": str(args.checkpoint), "key": suspect.key, "sha256": digest},
         **provenance(runtime),
         "models": {},
     }
