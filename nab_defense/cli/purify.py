@@ -17,15 +17,16 @@ from ..bench.evaluate import evaluate, to_dict
 from ..clean import CleanSet, Pixels
 from ..data import Source, open_source
 from ..kept import forget, left
-from ..purify import PurifyResult, check_known, purifiers, purify
+from ..purify import check_known, purifiers, purify
 from ..recipe import key_values, parse_recipe
 from ..registry import nearest
 from ..repair import in_words, outcome, ranking, read_clean
-from ..result import provenance, save_ranking, summarize_models
+from ..result import provenance, save_ranking
 from ..runtime import Runtime
 from ..schema import Recipe
-from .common import EXIT_UNPROTECTED, Parser, check_out, data_settings
+from .common import Parser, check_out, data_settings
 from .measure import READING, TRIGGER, attack_section, check_classes, open_tests
+from .repaired import close
 from .suspect import Suspect, add_arguments, open_suspect
 
 __all__ = ["main"]
@@ -111,9 +112,7 @@ def main(argv: list[str]) -> int:
         result["models"] = {name: to_dict(evaluate(model, cases, runtime)) for name, model in models.items()}
         io.save_json(out / "result.json", {**result, "test": {"source": args.test, "attack": attack}})
     forget(unfinished)
-    lines = [*_table(found), *summarize_models(result["models"]), str(verdict["text"]), *_hint(found, suspect)]
-    print("\n".join([*lines, f"written to {out}"]))
-    return 0 if found.repaired else EXIT_UNPROTECTED
+    return close(result, suspect.classes, f"written to {out}")
 
 
 def _parser() -> Parser:
@@ -212,20 +211,3 @@ def _opened(name: str, suspect: Suspect, recipe: Recipe, *, labelled: bool = Tru
 def _save(out: Path, model: nn.Module, suspect: Suspect, **header: Any) -> None:
     facts = {"classes": suspect.classes, "input_size": suspect.input_size, **header}
     checkpoint.save(out / "model.safetensors", model, suspect.network, mean=suspect.mean, std=suspect.std, **facts)
-
-
-def _table(found: PurifyResult) -> list[str]:
-    rows = [{"name": "original", **found.before}, *found.candidates]
-    lines = [f"{'candidate':20} {'accuracy':>8} {'turned':>8}"]
-    for row in rows:
-        mark = " <- taken" if row["name"] == found.chosen else ""
-        lines.append(f"{row['name']:20} {row['accuracy']:8.4f} {row['proxy']:8.4f}{mark}")
-    return lines
-
-
-def _hint(found: PurifyResult, suspect: Suspect) -> list[str]:
-    if "likely_target" not in found.evidence:
-        return []
-    target, share = found.evidence["likely_target"], found.evidence["likely_target_share"]
-    name = target if suspect.classes is None else repr(suspect.classes[target])
-    return [f"having forgotten the clean images, the network calls {share:.2f} of them {name}: a hint at the target class"]

@@ -140,6 +140,9 @@ def test_a_planted_backdoor(place: Path, backdoored: dict[str, Tensor], capsys: 
     assert set(found["models"]) == {"original", "purified"} and found["models"]["purified"]["acc"]["value"] > 0.85
     shown = capsys.readouterr().out.splitlines()
     assert next(line for line in shown if line.endswith("<- taken")).startswith(found["chosen"])
+    assert found["before"]["class"] == 3  # which is the attack's target
+    hint = f"the perturbation that turns most images of the original, {found['before']['proxy']:.2f} of them, turns them to '3'"
+    assert f"{hint}: a hint at the attack's target, which can be wrong" in shown
     assert found["verdict"]["text"] in shown and [row["name"] for row in found["candidates"]] == ["step 135", "step 180"]
     assert main(["evaluate", "out", "--model", "purify_nets:linear", "--data", "test"]) == 0
     assert measured(place / "out" / "evaluation")["models"] == {"model": found["models"]["purified"]}
