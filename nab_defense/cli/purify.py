@@ -26,7 +26,7 @@ from ..runtime import Runtime
 from ..schema import Recipe
 from .common import Parser, check_out, data_settings
 from .measure import READING, TRIGGER, attack_section, check_classes, open_tests
-from .repaired import close
+from .repaired import close, finished
 from .suspect import Suspect, add_arguments, open_suspect
 
 __all__ = ["main"]
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     stem = args.checkpoint.absolute().parent.name if args.checkpoint.stem == "model" else args.checkpoint.stem
     out = args.out or Path("runs") / f"purified_{stem}"
     unfinished = out / "unfinished"
-    if not (args.resume and left(unfinished)):  # beside which a killed run may have left its model
+    if not args.resume:
         check_out(out)
     reading, args.settings = data_settings(args.settings, READING)
     knobs, shared, attack, recipe = _settings(args, reading)
@@ -66,7 +66,6 @@ def main(argv: list[str]) -> int:
     runtime = Runtime(**recipe.runtime.model_dump(), seed=recipe.seed)
     about = {"num_classes": args.num_classes, "mean": args.mean, "std": args.std, "input_size": args.input_size}
     suspect = open_suspect(args.model, args.checkpoint, **about, runtime=runtime)
-    digest = io.file_hash(checkpoint.weights_file(args.checkpoint))
     source, clean = _read_clean(args, suspect, shared, recipe)
     if clean.labels is not None:
         suspect = dataclasses.replace(suspect, classes=source.classes)
@@ -75,13 +74,22 @@ def main(argv: list[str]) -> int:
     if args.test is not None:  # opened now, so that a mistake in it costs no repair; nothing reads them before that is done
         tests = {"attack": attack, "seed": recipe.seed, "runtime": recipe.runtime.model_dump()}
         _, cases = open_tests(args.test, suspect.header(), out, reading, **tests)
+    asked = _asked(args, method, shared, recipe, suspect, source, clean)
+    ranked = None
+    if training is not None:
+        ranked = {"source": args.rank, "fingerprint": training.fingerprint, "images": len(training)}
+    test = None if args.test is None else {"source": args.test, "attack": attack}
+    if args.resume and not left(unfinished):  # beside which a killed run may have left its model
+        done = finished(out, {**asked, "ranked": ranked, "test": test})
+        if done is not None:
+            return close(done, suspect.classes, f"it was finished already, in {out}")
+        check_out(out)
     limits = {name: shared[name] for name in LIMITS}
     check_known(suspect.model, clean, mean=suspect.mean, std=suspect.std, runtime=runtime)
     found = purify(
         suspect.model, clean, method,
         mean=suspect.mean, std=suspect.std, runtime=runtime, **limits, state=unfinished, resume=args.resume,
     )  # fmt: skip
-    how = {"method": args.method, "knobs": dataclasses.asdict(method), **shared, "seed": recipe.seed}
     verdict = {
         "protected": found.repaired,
         "text": in_words(found, args.method, shared["max_drop"], instead="no model written"),
@@ -89,28 +97,24 @@ def main(argv: list[str]) -> int:
     models = {"original": suspect.model}
     if found.status == "accepted":
         models["purified"] = found.model
+        how = {name: asked[name] for name in ("method", "knobs", *SHARED, "seed")}
         _save(out, found.model, suspect, verdict=verdict, purified=how)
-    n_fit, n_held = (len(part) for part in clean.split(shared["holdout"], recipe.seed))
-    data = {"source": args.clean, "fingerprint": source.fingerprint, "n_fit": n_fit, "n_held": n_held}
     result = {
-        **how,
+        **asked,
         **outcome(found),
         "verdict": verdict,
-        "data": {**data, "labelled": clean.labels is not None},
-        "model": dataclasses.asdict(suspect.network),
-        "checkpoint": {"file": str(args.checkpoint), "key": suspect.key, "sha256": digest},
         **provenance(runtime),
         "models": {},
     }
     if training is not None and found.unlearned is not None:
+        result["ranked"] = ranked
         original = runtime.place(Pixels(suspect.model, suspect.mean, suspect.std))
         scores = ranking(original, found.unlearned, training, size=suspect.input_size, runtime=runtime)
         save_ranking(out / "suspects.csv", training, scores, args.method)
-        result["ranked"] = {"source": args.rank, "fingerprint": training.fingerprint, "images": len(training)}
     io.save_json(out / "result.json", result)
     if cases is not None:
         result["models"] = {name: to_dict(evaluate(model, cases, runtime)) for name, model in models.items()}
-        io.save_json(out / "result.json", {**result, "test": {"source": args.test, "attack": attack}})
+        io.save_json(out / "result.json", {**result, "test": test})
     forget(unfinished)
     return close(result, suspect.classes, f"written to {out}")
 
@@ -206,6 +210,32 @@ def _opened(name: str, suspect: Suspect, recipe: Recipe, *, labelled: bool = Tru
     if labelled:
         check_classes(name, source.classes, suspect.header(), instead=instead)
     return source
+
+
+def _asked(
+    args: argparse.Namespace,
+    method: Any,
+    shared: dict[str, Any],
+    recipe: Recipe,
+    suspect: Suspect,
+    source: Source,
+    clean: CleanSet,
+) -> dict[str, Any]:
+    """All that is to be done, and to what, as result.json has it."""
+    n_fit, n_held = (len(part) for part in clean.split(shared["holdout"], recipe.seed))
+    data = {"source": args.clean, "fingerprint": source.fingerprint, "n_fit": n_fit, "n_held": n_held}
+    digest = io.file_hash(checkpoint.weights_file(args.checkpoint))
+    return {
+        "method": args.method,
+        "knobs": dataclasses.asdict(method),
+        **shared,
+        "seed": recipe.seed,
+        "runtime": recipe.runtime.model_dump(),
+        "data": {**data, "labelled": clean.labels is not None},
+        "model": dataclasses.asdict(suspect.network),
+        "input": {"mean": list(suspect.mean), "std": list(suspect.std), "size": suspect.input_size},
+        "checkpoint": {"file": str(args.checkpoint), "key": suspect.key, "sha256": digest},
+    }
 
 
 def _save(out: Path, model: nn.Module, suspect: Suspect, **header: Any) -> None:

@@ -1,14 +1,37 @@
-"""What nab purify says at its end."""
+"""What nab purify says at its end, and again where --resume finds that it had ended."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from .. import io
 from ..result import summarize_models
 from .common import EXIT_UNPROTECTED
 
-__all__ = ["close"]
+__all__ = ["close", "finished"]
+
+
+def finished(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The result.json of a repair that ended in this folder; None where there is none, or not the model that it made.
+
+    Args: asked: Settings by their names in result.json, None for what was not asked for.
+
+    Raises:
+        ValueError: It had other settings."""
+    path = out / "result.json"
+    result = io.load_json(path) if path.exists() else None
+    if not isinstance(result, dict) or "candidates" not in result:
+        return None
+    if result["status"] == "accepted" and not (out / "model.safetensors").exists():
+        return None
+    differing = [name for name in asked if name != "ranked" and result.get(name) != asked[name]]
+    if "likely_target" in result["evidence"] and result.get("ranked") != asked["ranked"]:  # else there was nothing to rank by
+        differing.append("ranked")
+    if differing:
+        raise ValueError(f"{out} holds a repair with another {', '.join(differing)}; set it back, or name another --out")
+    return result
 
 
 def close(result: dict[str, Any], classes: Sequence[str] | None, *last: str) -> int:
