@@ -18,7 +18,9 @@ from .purify.polarizer import describe, install
 from .registry import nearest
 from .stamp import Stamp
 
-__all__ = ["Network", "build_function", "count_classes", "find_header", "fit_weights", "load", "read_header", "save"]
+__all__ = [
+    "Network", "build_function", "count_classes", "find_header", "fit_weights", "load", "read_header", "save", "weights_file",
+]  # fmt: skip
 
 FORMAT = "nab_defense 1"
 PREFIXES = ("module.", "_orig_mod.", "model.")  # left by DataParallel, torch.compile and wrappers
@@ -185,8 +187,13 @@ def load(path: str | Path, model: Callable[[], nn.Module] | None = None) -> nn.M
     return DefendedModel(network, Stamp(**meta["stamp"]), mean=meta["mean"], std=meta["std"]).eval()
 
 
+def weights_file(path: Path) -> Path:
+    """The file itself, where `path` may be a run's folder."""
+    return path / "model.safetensors" if path.is_dir() else path
+
+
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = weights_file(path)
     tensors, meta = io.load_tensors(file)
     if meta.get("format") != FORMAT:
         raise ValueError(f"{file} was not saved by this package (format {meta.get('format')!r})")

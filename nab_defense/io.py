@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import json
 import os
 import re
@@ -25,9 +26,9 @@ from torch import Tensor
 from . import ranks
 
 __all__ = [
-    "cache_folder", "check_folder", "load_array", "load_arrays", "load_csv", "load_json", "load_state", "load_tensors",
-    "load_weights", "load_yaml", "save_array", "save_arrays", "save_csv", "save_image", "save_json", "save_state", "save_tensors",
-    "save_text", "save_yaml",
+    "cache_folder", "check_folder", "file_hash", "load_array", "load_arrays", "load_csv", "load_json", "load_state",
+    "load_tensors", "load_weights", "load_yaml", "save_array", "save_arrays", "save_csv", "save_image", "save_json", "save_state",
+    "save_tensors", "save_text", "save_yaml",
 ]  # fmt: skip
 
 
@@ -77,6 +78,12 @@ def cache_folder(name: str) -> Path:
         raise ValueError(f"{error}, by NAB_CACHE") from None
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal, as sha256sum gives it."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_text(path: Path) -> str:

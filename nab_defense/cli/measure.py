@@ -54,10 +54,14 @@ def open_tests(source: str, header: dict[str, Any], out: Path, reading: list[str
     return session, cases
 
 
-def check_classes(source: str, ours: tuple[str, ...], header: dict[str, Any]) -> None:
-    """Refuse images of other classes than the model's; of another number, where their names are not known."""
+def check_classes(source: str, ours: tuple[str, ...], header: dict[str, Any], *, instead: str = "") -> None:
+    """Refuse images of other classes than the model's; of another number, where their names are not known.
+
+    Args: instead: What else would do where classes are missing."""
     theirs, count = header["classes"], header["network"]["num_classes"]
+    mend = f"; add the {count - len(ours)} missing, each with images in a folder of its own{instead}" * (len(ours) < count)
     if theirs is not None and tuple(theirs) != ours:
-        raise ValueError(f"{source} has other classes than those the model was trained on: {difference(ours, tuple(theirs))}")
+        told = difference(ours, tuple(theirs))
+        raise ValueError(f"{source} has other classes than those the model was trained on: {told}{mend}")
     if len(ours) != count:
-        raise ValueError(f"{source} has {len(ours)} classes, {ours[0]!r} to {ours[-1]!r}; the model tells {count} apart")
+        raise ValueError(f"{source} has {len(ours)} classes, {ours[0]!r} to {ours[-1]!r}; the model tells {count} apart{mend}")

@@ -17,15 +17,16 @@ from ..bench.evaluate import evaluate, to_dict
 from ..clean import CleanSet, Pixels
 from ..data import Source, open_source
 from ..kept import forget, left
-from ..purify import PurifyResult, check_known, purifiers, purify
+from ..purify import check_known, purifiers, purify
 from ..recipe import key_values, parse_recipe
 from ..registry import nearest
 from ..repair import in_words, outcome, ranking, read_clean
-from ..result import provenance, save_ranking, summarize_models
+from ..result import provenance, save_ranking
 from ..runtime import Runtime
 from ..schema import Recipe
-from .common import EXIT_UNPROTECTED, Parser, check_out, data_settings
+from .common import Parser, check_out, data_settings
 from .measure import READING, TRIGGER, attack_section, check_classes, open_tests
+from .repaired import close, finished
 from .suspect import Suspect, add_arguments, open_suspect
 
 __all__ = ["main"]
@@ -35,6 +36,7 @@ EXAMPLES = [
     "nab purify --model resnet18 --checkpoint bad.pth --clean path/to/clean --method ibau rounds=10 clean_limit=500",
     "nab purify --model nets:small --checkpoint bad.pth --mean 0,0,0 --std 1,1,1 --input-size 32 --clean clean --method ibau",
 ]
+UNLABELED = " or ".join(name for name in purifiers.names() if not purifiers.get(name).labelled)
 LIMITS = ("max_drop", "holdout")
 # What every method takes beside its own settings, `seed` and `runtime.*`.
 SHARED: dict[str, Any] = {name: inspect.signature(purify).parameters[name].default for name in LIMITS}
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
     stem = args.checkpoint.absolute().parent.name if args.checkpoint.stem == "model" else args.checkpoint.stem
     out = args.out or Path("runs") / f"purified_{stem}"
     unfinished = out / "unfinished"
-    if not (args.resume and left(unfinished)):  # beside which a killed run may have left its model
+    if not args.resume:
         check_out(out)
     reading, args.settings = data_settings(args.settings, READING)
     knobs, shared, attack, recipe = _settings(args, reading)
@@ -72,13 +74,22 @@ def main(argv: list[str]) -> int:
     if args.test is not None:  # opened now, so that a mistake in it costs no repair; nothing reads them before that is done
         tests = {"attack": attack, "seed": recipe.seed, "runtime": recipe.runtime.model_dump()}
         _, cases = open_tests(args.test, suspect.header(), out, reading, **tests)
+    asked = _asked(args, method, shared, recipe, suspect, source, clean)
+    ranked = None
+    if training is not None:
+        ranked = {"source": args.rank, "fingerprint": training.fingerprint, "images": len(training)}
+    test = None if args.test is None else {"source": args.test, "attack": attack}
+    if args.resume and not left(unfinished):  # beside which a killed run may have left its model
+        done = finished(out, {**asked, "ranked": ranked, "test": test})
+        if done is not None:
+            return close(done, suspect.classes, f"it was finished already, in {out}")
+        check_out(out)
     limits = {name: shared[name] for name in LIMITS}
     check_known(suspect.model, clean, mean=suspect.mean, std=suspect.std, runtime=runtime)
     found = purify(
         suspect.model, clean, method,
         mean=suspect.mean, std=suspect.std, runtime=runtime, **limits, state=unfinished, resume=args.resume,
     )  # fmt: skip
-    how = {"method": args.method, "knobs": dataclasses.asdict(method), **shared, "seed": recipe.seed}
     verdict = {
         "protected": found.repaired,
         "text": in_words(found, args.method, shared["max_drop"], instead="no model written"),
@@ -86,32 +97,26 @@ def main(argv: list[str]) -> int:
     models = {"original": suspect.model}
     if found.status == "accepted":
         models["purified"] = found.model
+        how = {name: asked[name] for name in ("method", "knobs", *SHARED, "seed")}
         _save(out, found.model, suspect, verdict=verdict, purified=how)
-    n_fit, n_held = (len(part) for part in clean.split(shared["holdout"], recipe.seed))
-    data = {"source": args.clean, "fingerprint": source.fingerprint, "n_fit": n_fit, "n_held": n_held}
     result = {
-        **how,
+        **asked,
         **outcome(found),
         "verdict": verdict,
-        "data": {**data, "labelled": clean.labels is not None},
-        "model": dataclasses.asdict(suspect.network),
-        "checkpoint": {"file": str(args.checkpoint), "key": suspect.key},
         **provenance(runtime),
         "models": {},
     }
     if training is not None and found.unlearned is not None:
+        result["ranked"] = ranked
         original = runtime.place(Pixels(suspect.model, suspect.mean, suspect.std))
         scores = ranking(original, found.unlearned, training, size=suspect.input_size, runtime=runtime)
         save_ranking(out / "suspects.csv", training, scores, args.method)
-        result["ranked"] = {"source": args.rank, "fingerprint": training.fingerprint, "images": len(training)}
     io.save_json(out / "result.json", result)
     if cases is not None:
         result["models"] = {name: to_dict(evaluate(model, cases, runtime)) for name, model in models.items()}
-        io.save_json(out / "result.json", {**result, "test": {"source": args.test, "attack": attack}})
+        io.save_json(out / "result.json", {**result, "test": test})
     forget(unfinished)
-    lines = [*_table(found), *summarize_models(result["models"]), str(verdict["text"]), *_hint(found, suspect)]
-    print("\n".join([*lines, f"written to {out}"]))
-    return 0 if found.repaired else EXIT_UNPROTECTED
+    return close(result, suspect.classes, f"written to {out}")
 
 
 def _parser() -> Parser:
@@ -184,7 +189,7 @@ def _settings(
 def _number(key: str, value: Any) -> float:
     whole = key == "clean_limit"
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or value < whole:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= whole:
         raise ValueError(f"{key} must be a {'whole number of at least 1' if whole else 'number of at least 0'}, got {value!r}")
     if key == "hflip" and value > 1:
         raise ValueError(f"hflip must be at most 1, got {value!r}")
@@ -193,37 +198,46 @@ def _number(key: str, value: Any) -> float:
 
 def _read_clean(args: argparse.Namespace, suspect: Suspect, shared: dict[str, Any], recipe: Recipe) -> tuple[Source, CleanSet]:
     labelled = not args.unlabeled
-    source = _opened(args.clean, suspect, recipe, labelled=labelled)
+    source = _opened(args.clean, suspect, recipe, labelled=labelled, instead=f", or use --unlabeled with --method {UNLABELED}")
     limit, hflip = shared["clean_limit"], shared["hflip"]
     return read_clean(source, size=suspect.input_size, limit=limit, labelled=labelled, hflip=hflip, seed=recipe.seed)
 
 
-def _opened(name: str, suspect: Suspect, recipe: Recipe, *, labelled: bool = True) -> Source:
+def _opened(name: str, suspect: Suspect, recipe: Recipe, *, labelled: bool = True, instead: str = "") -> Source:
     """Images for the model, of its classes where they are labelled, read as the settings of the data say."""
     data = recipe.data
     source = open_source(name, channels=len(suspect.mean), strict=data.strict, labelled=labelled, **data.options)
     if labelled:
-        check_classes(name, source.classes, suspect.header())
+        check_classes(name, source.classes, suspect.header(), instead=instead)
     return source
+
+
+def _asked(
+    args: argparse.Namespace,
+    method: Any,
+    shared: dict[str, Any],
+    recipe: Recipe,
+    suspect: Suspect,
+    source: Source,
+    clean: CleanSet,
+) -> dict[str, Any]:
+    """All that is to be done, and to what, as result.json has it."""
+    n_fit, n_held = (len(part) for part in clean.split(shared["holdout"], recipe.seed))
+    data = {"source": args.clean, "fingerprint": source.fingerprint, "n_fit": n_fit, "n_held": n_held}
+    digest = io.file_hash(checkpoint.weights_file(args.checkpoint))
+    return {
+        "method": args.method,
+        "knobs": dataclasses.asdict(method),
+        **shared,
+        "seed": recipe.seed,
+        "runtime": recipe.runtime.model_dump(),
+        "data": {**data, "labelled": clean.labels is not None},
+        "model": dataclasses.asdict(suspect.network),
+        "input": {"mean": list(suspect.mean), "std": list(suspect.std), "size": suspect.input_size},
+        "checkpoint": {"file": str(args.checkpoint), "key": suspect.key, "sha256": digest},
+    }
 
 
 def _save(out: Path, model: nn.Module, suspect: Suspect, **header: Any) -> None:
     facts = {"classes": suspect.classes, "input_size": suspect.input_size, **header}
     checkpoint.save(out / "model.safetensors", model, suspect.network, mean=suspect.mean, std=suspect.std, **facts)
-
-
-def _table(found: PurifyResult) -> list[str]:
-    rows = [{"name": "original", **found.before}, *found.candidates]
-    lines = [f"{'candidate':20} {'accuracy':>8} {'turned':>8}"]
-    for row in rows:
-        mark = " <- taken" if row["name"] == found.chosen else ""
-        lines.append(f"{row['name']:20} {row['accuracy']:8.4f} {row['proxy']:8.4f}{mark}")
-    return lines
-
-
-def _hint(found: PurifyResult, suspect: Suspect) -> list[str]:
-    if "likely_target" not in found.evidence:
-        return []
-    target, share = found.evidence["likely_target"], found.evidence["likely_target_share"]
-    name = target if suspect.classes is None else repr(suspect.classes[target])
-    return [f"having forgotten the clean images, the network calls {share:.2f} of them {name}: a hint at the target class"]

@@ -15,7 +15,7 @@ from torch import nn
 from .. import io
 from ..checkpoint import Network, build_function, count_classes, find_header, fit_weights, load, read_header
 from ..clean import Pixels
-from ..purify.run import count_outputs
+from ..purify.base import count_outputs
 from ..runtime import Runtime
 
 __all__ = ["Suspect", "add_arguments", "builder", "open_suspect"]

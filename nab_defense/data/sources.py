@@ -178,7 +178,10 @@ def open_source(
     if len(source.classes) < 2:
         raise ValueError(f"{name} has one class ({source.classes[0]!r}); a classifier needs at least two")
     if (counts == 0).any():
-        raise ValueError(f"class {source.classes[int(counts.argmin())]!r} of {name} has no readable image; fill or remove it")
+        empty = source.classes[int(counts.argmin())]
+        raise ValueError(
+            f"class {empty!r} of {name} has no readable image; fill it, or remove it if a model without it is to be trained"
+        )
     return source
 
 

@@ -14,9 +14,11 @@ from ..clean import CleanSet, Pixels
 from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Candidates, Notes, norms, purifiers
+from .base import Candidates, Notes, in_range, norms, purifiers
 
 __all__ = ["CLP", "amplification", "normalised_convolutions"]
+
+LOOSEST = 5.0  # deviations above its layer's mean: what a first candidate cuts
 
 
 @torch.no_grad()
@@ -67,7 +69,7 @@ class CLP:
     nothing to prune and refuses.
 
     Args:
-        strictest: The smallest u.
+        strictest: The smallest u, in [0, 5].
         rounds: Candidates, from u = 5 down to `strictest`, in equal steps; 1: `strictest` alone.
     """
 
@@ -76,6 +78,10 @@ class CLP:
 
     strictest: float = 2.0
     rounds: int = 7
+
+    def __post_init__(self) -> None:
+        in_range(self, "rounds", low=1)
+        in_range(self, "strictest", low=0, high=LOOSEST, ends="[]")
 
     def check(self, network: Pixels, images: Tensor) -> None:
         if not normalised_convolutions(network, images):
@@ -86,7 +92,7 @@ class CLP:
     ) -> Candidates:
         images, _ = next(clean.batches(2, runtime=runtime))
         pairs = [(norm, amplification(conv, norm)) for conv, norm in normalised_convolutions(network, images)]
-        for u in torch.linspace(self.strictest, 5.0, self.rounds).flip(0).tolist():
+        for u in torch.linspace(self.strictest, LOOSEST, self.rounds).flip(0).tolist():
             with torch.no_grad():
                 for norm, gains in pairs:
                     loud = gains > gains.mean() + u * gains.std()

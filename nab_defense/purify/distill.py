@@ -14,7 +14,19 @@ from ..clean import CleanSet, Pixels
 from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, purifiers, recentred, train_norms
+from .base import (
+    Attacked,
+    Candidates,
+    Notes,
+    check_finite,
+    divergence,
+    frozen,
+    hardened,
+    in_range,
+    purifiers,
+    recentred,
+    train_norms,
+)
 
 __all__ = ["Distill", "layers_by_depth", "reinitialise", "shares"]
 
@@ -94,6 +106,13 @@ class Distill:
     head: float = 0.007
     fraction: float = 0.45
     augment: bool = True
+
+    def __post_init__(self) -> None:
+        in_range(self, "steps", "rounds", "batch_size", low=1)
+        in_range(self, "lr", "temperature", low=0, ends="()")
+        in_range(self, "weight_decay", low=0)
+        in_range(self, "momentum", "fraction", low=0, high=1)
+        in_range(self, "first", "last", "head", low=0, high=1, ends="[]")
 
     def check(self, network: Pixels, images: Tensor) -> None:
         if not layers_by_depth(network, images):

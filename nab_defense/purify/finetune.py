@@ -12,7 +12,7 @@ from ..clean import CleanSet, Pixels
 from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Candidates, Notes, check_finite, fine_tuned, purifiers
+from .base import Candidates, Notes, check_finite, fine_tuned, in_range, purifiers
 
 __all__ = ["FineTune"]
 
@@ -41,8 +41,14 @@ class FineTune:
     weight_decay: float = 5e-4
     augment: bool = True
 
+    def __post_init__(self) -> None:
+        in_range(self, "steps", "rounds", "batch_size", low=1)
+        in_range(self, "lr", low=0, ends="()")
+        in_range(self, "weight_decay", low=0)
+        in_range(self, "momentum", low=0, high=1)
+
     def check(self, network: Pixels, images: Tensor) -> None:
-        network(images)
+        """It serves every network that runs."""
 
     def candidates(
         self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept

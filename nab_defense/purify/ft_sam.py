@@ -15,7 +15,7 @@ from ..clean import CleanSet, Pixels
 from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Candidates, Notes, check_finite, fine_tuned, norms, purifiers
+from .base import Candidates, Notes, check_finite, fine_tuned, in_range, norms, purifiers
 
 __all__ = ["FTSAM", "adaptive_climb"]
 
@@ -77,8 +77,14 @@ class FTSAM:
     smoothing: float = 0.1
     augment: bool = True
 
+    def __post_init__(self) -> None:
+        in_range(self, "steps", "rounds", "batch_size", low=1)
+        in_range(self, "lr", low=0, ends="()")
+        in_range(self, "weight_decay", "rho", low=0)
+        in_range(self, "momentum", "smoothing", low=0, high=1)
+
     def check(self, network: Pixels, images: Tensor) -> None:
-        network(images)
+        """It serves every network that runs."""
 
     def candidates(
         self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept

@@ -17,7 +17,20 @@ from ..clean import CleanSet, Pixels
 from ..kept import Kept
 from ..runtime import Runtime
 from ..universal import Pool
-from .base import Attacked, Candidates, Notes, check_finite, frozen, hardened, missed, purifiers, rate_for, recentred
+from .base import (
+    Attacked,
+    Candidates,
+    Notes,
+    check_finite,
+    frozen,
+    hardened,
+    in_range,
+    missed,
+    purifiers,
+    rate_for,
+    recentred,
+    train_norms,
+)
 
 __all__ = ["IBAU", "hypergradient"]
 
@@ -124,11 +137,13 @@ class IBAU:
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
-        if not 0 < self.fraction < 1 or not self.lr > 0:
-            raise ValueError(f"fraction must be in (0, 1) and lr above 0, got {self.fraction} and {self.lr}")
+        in_range(self, "steps", "rounds", "batch_size", "terms", low=1)
+        in_range(self, "lr", "rate", low=0, ends="()")
+        in_range(self, "fraction", low=0, high=1, ends="()")
+        in_range(self, "hold", low=0)
 
     def check(self, network: Pixels, images: Tensor) -> None:
-        network(images)
+        """It serves every network that runs."""
 
     def candidates(
         self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
@@ -147,6 +162,7 @@ class IBAU:
         def slope(batch: Attacked) -> None:
             outer = partial(missed, network, batch, truths, self.hold, runtime)
             inner = partial(_inner, network, batch, fresh(batch.step) if self.form != "none" else batch.images)
+            train_norms(network)
             value, grads = hypergradient(outer, inner, batch.one.change, params, form=self.form, terms=self.terms, rate=self.rate)
             check_finite(value, "ibau", batch.step)
             for param, grad in zip(params, grads, strict=True):

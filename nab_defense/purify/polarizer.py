@@ -15,7 +15,7 @@ from ..kept import Kept
 from ..runtime import Runtime
 from ..sites import Site, last_cut
 from ..universal import Pool
-from .base import Attacked, Candidates, Notes, check_finite, divergence, frozen, hardened, purifiers
+from .base import Attacked, Candidates, Notes, check_finite, frozen, hardened, in_range, missed, purifiers
 
 __all__ = ["Polarized", "Polarizer", "describe", "install"]
 
@@ -92,6 +92,12 @@ class Polarizer:
     hold: float = 2.0
     augment: bool = True
 
+    def __post_init__(self) -> None:
+        in_range(self, "steps", "rounds", "batch_size", low=1)
+        in_range(self, "lr", low=0, ends="()")
+        in_range(self, "fraction", low=0, high=1, ends="()")
+        in_range(self, "hold", low=0)
+
     def check(self, network: Pixels, images: Tensor) -> None:
         _site(network, images)
 
@@ -105,11 +111,7 @@ class Polarizer:
         truths = clean.labels
 
         def slope(batch: Attacked) -> None:
-            with runtime.autocast():
-                logits = network(batch.painted())
-            batch.note(logits.detach())
-            truth = truths[batch.rows].to(logits.device)
-            loss = F.cross_entropy(logits[: batch.alone], truth[: batch.alone]) + self.hold * divergence(logits, batch.wanted)
+            loss = missed(network, batch, truths, self.hold, runtime)
             check_finite(loss, "polarizer", batch.step)
             loss.backward()
 

@@ -26,6 +26,7 @@ from .base import (
     check_finite,
     frozen,
     hardened,
+    in_range,
     missed,
     purifiers,
     rate_for,
@@ -71,10 +72,11 @@ class RNP:
     """Prunes the channels that a network, once it has forgotten the clean images, must switch off to know them again.
 
     Unlike the authors' code, forgetting stops within an epoch, judged on images that are set aside, on a loss that is capped;
-    what does not recover is refused; channels are cut by rank, not by a threshold. Such cuts cost small networks too much
-    accuracy, so that, beyond the paper, one more candidate is trained after its cut, as fine-pruning is (arXiv:1805.12185), but
-    against universal perturbations, as in IBAU: clean images alone leave what the cut did not reach. The hint at the target class
-    can be wrong.
+    what does not recover is refused; channels are cut by rank, not by a threshold; and normalisations follow the batches from
+    clean statistics on (see base.recentred): in a published model that they are far from, clean batches look forgotten before
+    the first step. Such cuts cost small networks too much accuracy, so that, beyond the paper, one more candidate is trained
+    after its cut, as fine-pruning is (arXiv:1805.12185), but against universal perturbations, as in IBAU: clean images alone
+    leave what the cut did not reach. The hint at the target class can be wrong.
 
     Args:
         lr: Of forgetting, SGD with momentum .9.
@@ -102,20 +104,25 @@ class RNP:
     batch_size: int = 64
     augment: bool = True
 
+    def __post_init__(self) -> None:
+        in_range(self, "recover_steps", "steps", "rounds", "batch_size", low=1)
+        in_range(self, "lr", "mask_lr", "tune_lr", low=0, ends="()")
+        in_range(self, "share", low=0, high=1)
+        in_range(self, "fraction", low=0, high=1, ends="()")
+        in_range(self, "hold", low=0)
+
     def check(self, network: Pixels, images: Tensor) -> None:
-        network(images)
         if sum(maskable(network).values()) < FEWEST:
             raise ValueError("rnp: the network has too few channels to prune: scales of BatchNorm or GroupNorm, hidden units")
 
     def candidates(
         self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
     ) -> Candidates:
+        recentred(network, clean, runtime=runtime, augment=False)  # as the forgetful network is asked
         images, aside = clean.split(ASIDE, runtime.seed + 1)
         before = _accuracy(logits_of(network, aside, runtime), aside)
         unlearned = frozen(copy.deepcopy(network))
-        unlearned.load_state_dict(
-            kept.once("unlearned", lambda: self.unlearned(network, images, aside, runtime, before).state_dict())
-        )
+        unlearned.load_state_dict(kept.once("unlearned", lambda: self.unlearned(network, images, aside, runtime).state_dict()))
         target, share = likely_target(logits_of(unlearned, aside, runtime))
         notes.evidence |= {"likely_target": target, "likely_target_share": share}
         notes.unlearned = copy.deepcopy(unlearned)  # whose statistics the masks' batches will move
@@ -131,15 +138,18 @@ class RNP:
                 return  # even of images that it trained on a network with too deep a cut knows less
             cut, kept = round(cut / LESS), Kept()
 
-    def unlearned(self, network: Pixels, images: CleanSet, aside: CleanSet, runtime: Runtime, before: float) -> Pixels:
-        """A copy that has forgotten `images` [step 1]: ascent on their loss until loss or accuracy on `aside` is a guess's.
+    def unlearned(self, network: Pixels, images: CleanSet, aside: CleanSet, runtime: Runtime) -> Pixels:
+        """A copy that has forgotten `images` [step 1]: ascent on their loss until it knows no more of `aside` than a guess does.
 
-        Args: before: Accuracy of the original on `aside`; half of the way from there to a guess is the least, of two classes."""
+        Both by the statistics of each batch and in eval mode, which is how it is asked for the target class and to rank images.
+
+        Raises: ValueError: It did not forget, or had nothing to forget."""
         copied = copy.deepcopy(network).requires_grad_(True)
-        count = logits_of(network, aside.take(torch.arange(1)), runtime).shape[1]
-        floor, guess, lr = min(max(0.2, 2 / count), (1 / count + before) / 2), math.log(count), self.lr
+        at_rest, by_batch = logits_of(copied, aside, runtime), _logits(copied, aside, runtime)
+        guess, lr = math.log(at_rest.shape[1]), self.lr
+        if _loss(by_batch, aside) >= guess:
+            raise ValueError("rnp: by the statistics of clean batches the network knows no more than a guess: nothing to forget")
         optimizer = torch.optim.SGD(copied.parameters(), lr=lr, momentum=MOMENTUM)
-        train_norms(copied)
         for step, losses in zip(stepped(MOST_STEPS, "rnp, forget"), self._losses(copied, images, runtime), strict=False):
             kept = copy.deepcopy(copied.state_dict())
             optimizer.zero_grad()
@@ -147,14 +157,15 @@ class RNP:
             nn.utils.clip_grad_norm_(copied.parameters(), CLIP)
             optimizer.step()
             logits = _logits(copied, aside, runtime)
-            risen = float(F.cross_entropy(logits, aside.labels))  # type: ignore[arg-type]
-            if not risen < OVERBOARD * guess:
+            if not _loss(logits, aside) < OVERBOARD * guess:
                 lr /= 2
                 copied.load_state_dict(kept)
                 optimizer = torch.optim.SGD(copied.parameters(), lr=lr, momentum=MOMENTUM)
-            elif risen >= guess or _accuracy(logits, aside) <= floor:
-                log.info("rnp: forgotten in %d steps, loss %.2f, accuracy %.3f", step, risen, _accuracy(logits, aside))
+            elif _forgotten(logits, by_batch, aside) and _forgotten(logits_of(copied, aside, runtime), at_rest, aside):
+                risen, left = _loss(logits, aside), _accuracy(logits, aside)
+                log.info("rnp: forgotten in %d steps, loss %.2f, accuracy %.3f", step, risen, left)
                 return frozen(copied)
+            train_norms(copied)
         raise ValueError(f"rnp: the network did not forget the clean images in {MOST_STEPS} steps of lr={self.lr}; change lr")
 
     def recovered(self, unlearned: Pixels, images: CleanSet, aside: CleanSet, runtime: Runtime, before: float) -> Masks:
@@ -213,6 +224,7 @@ class RNP:
 
         def slope(batch: Attacked) -> None:
             prune(network, gone)
+            train_norms(network)
             loss = missed(network, batch, truths, self.hold, runtime)
             check_finite(loss, "rnp", batch.step)
             loss.backward()
@@ -226,6 +238,18 @@ class RNP:
 def _depths(ranked: list[Channel]) -> list[int]:
     """How many channels to cut, one after another."""
     return sorted({max(1, round(share * len(ranked))) for share in SHARES})
+
+
+def _forgotten(logits: Tensor, before: Tensor, clean: CleanSet) -> bool:
+    """Whether loss or accuracy became a guess's: half of the way from there to what was known before, at the least."""
+    count = logits.shape[1]
+    guess, floor = math.log(count), min(max(0.2, 2 / count), (1 / count + _accuracy(before, clean)) / 2)
+    return _loss(logits, clean) >= max(guess, _loss(before, clean) + guess / 2) or _accuracy(logits, clean) <= floor
+
+
+def _loss(logits: Tensor, clean: CleanSet) -> float:
+    assert clean.labels is not None
+    return float(F.cross_entropy(logits, clean.labels))
 
 
 def _accuracy(logits: Tensor, clean: CleanSet) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..clean import CleanSet, Pixels, logits_of
 from ..kept import Kept, hashed
 from ..runtime import Runtime, fixed_seed
 from ..universal import Pool, pool_of
-from .base import Candidates, Choice, Judge, Notes, Purifier, frozen, hardly_turned
+from .base import Candidates, Choice, Judge, Notes, Purifier, answers, count_outputs, frozen, hardly_turned
 
-__all__ = ["PurifyResult", "check_known", "count_outputs", "prepared", "purify"]
+__all__ = ["PurifyResult", "check_known", "prepared", "purify"]
 
 VERSION = version("nab_defense")
 Judged = Callable[[nn.Module], dict[str, Any]]
-CHANCE = 2.0  # standard errors above a guess: what a model exceeds that knows the labels
+CHANCE = 2.0  # standard errors above chance: what a model exceeds that knows the labels
 RADIUS, PATCH = 6.0, 5  # of the perturbations at 32 px, see universal.Pool
 
 
@@ -123,10 +122,17 @@ def purify(
     record, taken = choice.taken(network.get_submodule("model"))
     if taken is None:
         return PurifyResult(model, "rejected", None, choice.records, record, record, **rest)
-    trainable = {name: param.requires_grad for name, param in model.named_parameters()}
-    for name, param in taken.named_parameters():
-        param.requires_grad_(trainable.get(name, True))
+    _as_trainable(taken.requires_grad_(True), model)
     return PurifyResult(taken.eval(), "accepted", record["name"], choice.records, choice.before, record, **rest)
+
+
+def _as_trainable(taken: nn.Module, model: nn.Module) -> None:
+    """Give a repaired network's weights the requires_grad that they have in the original, in place; what it adds stays."""
+    for name, param in model.named_parameters(recurse=False):
+        taken.get_parameter(name).requires_grad_(param.requires_grad)
+    for name, child in model.named_children():
+        part = taken.get_submodule(name)
+        _as_trainable(part if type(part) is type(child) else part.get_submodule("module"), child)  # what was put around it
 
 
 def _told(original: Pixels, clean: CleanSet, suspects: CleanSet | None, runtime: Runtime, **settings: Any) -> dict[str, Any]:
@@ -174,16 +180,8 @@ def prepared(
     original = _taking_pixels(model, mean, std, runtime)
     if not 0 < holdout < 1 or not 0 <= max_drop < 1:
         raise ValueError(f"holdout must be in (0, 1) and max_drop in [0, 1), got {holdout} and {max_drop}")
-    for name in ("steps", "rounds", "batch_size", "terms", "recover_steps"):
-        if getattr(method, name, 1) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(method, name)}")
-    for name in ("fraction", "momentum", "share"):
-        if not 0 <= getattr(method, name, 0) < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {getattr(method, name)}")
-    for name in ("lr", "mask_lr", "tune_lr"):
-        if not getattr(method, name, 1) > 0:
-            raise ValueError(f"{name} must be above 0, got {getattr(method, name)}")
     _check_images(clean, count_outputs(original, clean.images[:2], runtime), method)
+    answers(original, clean, runtime)
     fit, held = clean.split(holdout, runtime.seed)
     if len(fit) < method.least:
         raise ValueError(
@@ -219,50 +217,25 @@ def _with_suspects(judge: Judged, suspects: CleanSet | None, runtime: Runtime) -
 def check_known(model: nn.Module, clean: CleanSet, *, mean: Sequence[float], std: Sequence[float], runtime: Runtime) -> None:
     """Refuse a model that knows no more of labelled images than a guess does: no fall of its accuracy could be judged.
 
+    A guess is one that gives each class as often as the model does, but at random; so one class for all is a guess, however
+    unbalanced the images are, and a model without fault is none.
+
     Raises:
         ValueError: It does not; another order of classes, say, or another normalisation."""
     if clean.labels is None:
         return
     network = _taking_pixels(model, mean, std, runtime)
-    count_outputs(network, clean.images[:2], runtime)
-    accuracy = float((logits_of(network, clean, runtime).argmax(1) == clean.labels).float().mean())
-    guess = float(clean.labels.bincount().max()) / len(clean)
-    if accuracy <= guess + CHANCE * (guess * (1 - guess) / len(clean)) ** 0.5:
+    count = max(count_outputs(network, clean.images[:2], runtime), int(clean.labels.max()) + 1)
+    predicted = answers(network, clean, runtime).argmax(1)
+    accuracy = int((predicted == clean.labels).sum()) / len(clean)
+    given, true = (labels.bincount(minlength=count).double() / len(clean) for labels in (predicted, clean.labels))
+    chance = float((given * true).sum())
+    spread = chance + chance**2 - float((given * true * (given + true)).sum())  # of Cohen's kappa [Fleiss et al. 1969], >= 0
+    if accuracy <= chance + CHANCE * (max(0.0, spread) / len(clean)) ** 0.5:
         raise ValueError(
             f"the model names {accuracy:.2f} of the {len(clean)} clean images rightly, as a guess might; check the order of"
             " classes, --mean, --std and --input-size, or repair it with --unlabeled"
         )
-
-
-def count_outputs(network: Pixels, images: Tensor, runtime: Runtime) -> int:
-    """How many classes a network tells apart, found by running it.
-
-    Args: images: a few, (B, C, H, W) uint8.
-
-    Raises:
-        ValueError: Images, normalisation, weights or output that no method could use."""
-    if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
-        raise ValueError(f"clean images must be (N, C, H, W) uint8, N above 0, got {tuple(images.shape)} {images.dtype}")
-    shape = "x".join(map(str, images.shape[1:]))
-    for name in ("mean", "std"):
-        values = network.get_buffer(name).flatten().tolist()
-        if len(values) != images.shape[1]:
-            raise ValueError(f"{name} has {len(values)} values, the images have {images.shape[1]} channels")
-        if not all(map(math.isfinite, values)):
-            raise ValueError(f"{name} must be finite, got {values}")
-        if name == "std" and not all(value > 0 for value in values):
-            raise ValueError(f"std must be positive, got {values}; for raw [0, 1] input it is 1")
-    weights = network.get_submodule("model").state_dict()
-    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ValueError(f"the model's {broken[0]} holds values that are not finite ({len(broken)} such tensors); it cannot work")
-    try:
-        logits = logits_of(network, CleanSet(images), runtime)
-    except Exception as error:  # forward passes raise anything
-        raise ValueError(f"the model cannot take {shape} images: {' '.join(str(error).split())[:200]}") from error
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(f"the model gives {tuple(logits.shape)} for {len(images)} images, expected (images, classes)")
-    return logits.shape[1]
 
 
 def _check_images(clean: CleanSet, classes: int, method: Purifier) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -131,12 +132,17 @@ def test_a_planted_backdoor(place: Path, backdoored: dict[str, Tensor], capsys: 
     assert found["knobs"]["lr"] == 0.1 and found["knobs"]["hold"] == 1.0 and found["clean_limit"] == 500
     data = found["data"]
     assert data["source"] == "clean" and data["labelled"] and data["n_fit"] + data["n_held"] == 500 and 95 < data["n_held"] < 105
-    assert found["model"]["model"] == "purify_nets:linear" and found["checkpoint"] == {"file": "bad.pth", "key": "net"}
+    assert found["model"]["model"] == "purify_nets:linear"
+    digest = hashlib.sha256((place / "bad.pth").read_bytes()).hexdigest()
+    assert found["checkpoint"] == {"file": "bad.pth", "key": "net", "sha256": digest}
     assert checkpoint.read_header(place / "out")["classes"] == [str(k) for k in range(10)]
     assert set(found["seconds"]) == {"method", "selection"} and found["commit"] is not None and "torch" in found["versions"]
     assert set(found["models"]) == {"original", "purified"} and found["models"]["purified"]["acc"]["value"] > 0.85
     shown = capsys.readouterr().out.splitlines()
     assert next(line for line in shown if line.endswith("<- taken")).startswith(found["chosen"])
+    assert found["before"]["class"] == 3  # which is the attack's target
+    hint = f"the perturbation that turns most images of the original, {found['before']['proxy']:.2f} of them, turns them to '3'"
+    assert f"{hint}: a hint at the attack's target, which can be wrong" in shown
     assert found["verdict"]["text"] in shown and [row["name"] for row in found["candidates"]] == ["step 135", "step 180"]
     assert main(["evaluate", "out", "--model", "purify_nets:linear", "--data", "test"]) == 0
     assert measured(place / "out" / "evaluation")["models"] == {"model": found["models"]["purified"]}
@@ -210,6 +216,8 @@ def test_a_model_of_this_package_says_everything_itself(small: nn.Module, place:
     assert header["network"] == measured(place / "out")["model"] and header["network"]["small_stem"]
     assert (header["classes"], header["input_size"], header["mean"], header["std"]) == (FACTS["classes"], 8, [0.3], [0.4])
     assert header["purified"]["method"] == "ibau" and header["verdict"]["protected"]
+    digest = hashlib.sha256((place / "run" / "model.safetensors").read_bytes()).hexdigest()
+    assert measured(place / "out")["checkpoint"] == {"file": "run", "key": "", "sha256": digest}
 
 
 def test_images_of_something_else_without_labels_or_class_folders(place: Path, lenient: None) -> None:

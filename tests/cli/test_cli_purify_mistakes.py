@@ -68,7 +68,8 @@ RUN = ("purify", "--model", "mistaken_nets:linear", "--checkpoint", "bad.pth", *
         (["clean_limit=23"], ("13 clean images are left to fit on", "IBAU needs 20")),
         (["clean_limit=12"], ("has 1 clean images; each of the 10 needs two",)),
         (["--unlabeled"], ("IBAU needs the labels of the clean images",)),
-        (["--clean", "IMAGES"], ("has 2 classes, 'c0' to 'c1'; the model tells 10 apart",)),
+        (["--clean", "IMAGES"], ("has 2 classes, 'c0' to 'c1'; the model tells 10 apart; add the 8 missing, each with images",)),
+        (["--clean", "IMAGES"], ("folder of its own, or use --unlabeled with --method clp or distill",)),
         (["--clean", "FLAT"], ("flat has no sub-folders; expected one for each class",)),
         (["--clean", "nowhere"], ("no such folder or data set: nowhere",)),
         (["--std", "0"], ("std must be positive",)),
@@ -79,9 +80,12 @@ RUN = ("purify", "--model", "mistaken_nets:linear", "--checkpoint", "bad.pth", *
         (["--input-size", "-5"], ("--input-size must be at least 1, got -5",)),
         (["--mean", "nan"], ("mean must be finite, got [nan]",)),
         (["hflip=7"], ("hflip must be at most 1, got 7",)),
-        (["lr=-1"], ("lr above 0, got 0.25 and -1",)),
+        (["hflip=.nan"], ("hflip must be a number of at least 0, got nan",)),
+        (["--method", "ft_sam", "smoothing=2"], ("smoothing must be in [0, 1), got 2",)),
+        (["--method", "distill", "first=.nan"], ("first must be in [0, 1], got nan",)),
+        (["lr=-1"], ("lr must be above 0, got -1",)),
         (["--method", "polarizer", "lr=-1"], ("lr must be above 0, got -1",)),
-        (["--method", "polarizer", "fraction=3"], ("fraction must be in [0, 1), got 3",)),
+        (["--method", "polarizer", "fraction=3"], ("fraction must be in (0, 1), got 3",)),
         (["--method", "finetune", "momentum=-1"], ("momentum must be in [0, 1), got -1",)),
         (["terms=0"], ("terms must be at least 1, got 0",)),
         (["--clean", "mistaken_nets.py"], ("mistaken_nets.py is a file, expected a folder",)),
@@ -135,6 +139,11 @@ def test_mistakes_with_a_model_of_this_package(place: Path, mistakes: Mistakes) 
         *rest,
         says=("clean has other classes than those", "only there: ['c0']", "missing: ['a']"),
     )
+    fewer = write_images(place / "fewer", classes=9, each=6, mode="L")
+    line = mistakes("purify", "--checkpoint", "run", "--clean", fewer, *QUICK, says=("9 and not 10", "; add the 1 missing, each"))
+    assert line.endswith("or use --unlabeled with --method clp or distill")
+    line = mistakes("evaluate", "run", "--data", fewer, says=("; add the 1 missing, each with images in a folder of its own",))
+    assert "--unlabeled" not in line
     mistakes("purify", "--checkpoint", "run", "--std", "1", *rest, says=("run says std = (0.4,); leave out --std",))
     mistakes("purify", "--checkpoint", "run", "--model", "resnet18", *rest, says=("saved with model 'test_resnet'",))
     mistakes("purify", "--checkpoint", "bad.pth", *rest, says=("does not say how its network is built; add --model",))

@@ -68,6 +68,7 @@ def test_target_and_ranking_also_where_nothing_is_repaired(poisoned: set[str], c
     assert found["stopped"].startswith("rnp: recovery failed") and found["status"] == "rejected"
     assert found["evidence"]["likely_target"] == TARGET and found["evidence"]["likely_target_share"] > 0.5
     assert f"of them '{TARGET}': a hint at the target class" in shown
+    assert f"turns them to '{found['before']['class']}': a hint at the attack's target, which can be wrong" in shown
     assert found["ranked"] == {"source": "train", "fingerprint": open_source("train").fingerprint, "images": 900}
     rows = io.load_csv(Path("out/suspects.csv"), ("id", "label", "proposed", "score", "action", "evidence"))
     scores = [float(row["score"]) for row in rows]

@@ -199,7 +199,8 @@ def test_what_is_missing_is_said_in_one_line(folder: Path, tmp_path: Path) -> No
     assert "no sub-folders; expected one for each class" in refusal(folder / "cat")
     assert refusal(folder / "cat" / "0.png").endswith("0.png is a file, expected a folder")
     (folder / "bird").mkdir()
-    assert refusal(folder) == f"class 'bird' of {folder} has no readable image; fill or remove it"
+    mend = "fill it, or remove it if a model without it is to be trained"
+    assert refusal(folder) == f"class 'bird' of {folder} has no readable image; {mend}"
     write(folder / "bird" / "0.png", b"broken")
     assert "class 'bird'" in refusal(folder, strict=False)
     write(tmp_path / "lone" / "cat" / "0.png", color())

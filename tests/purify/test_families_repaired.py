@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nab_defense.clean import CleanSet, Pixels, logits_of
 from nab_defense.purify import purifiers, purify
+from nab_defense.repair import in_words
 from nab_defense.runtime import Runtime
 from tests.purify.families import FAMILIES, REFUSED, family
 
@@ -87,8 +88,11 @@ def test_what_is_called_repaired_is(name: str, method: str) -> None:
     print(f"{name}, {method}: ACC {before[0]:.3f} to {after[0]:.3f}, ASR {before[1]:.3f} to {after[1]:.3f}, {result.status}")
     assert before[0] > 0.9 and before[1] > 0.8
     assert result.stopped is None or (method == "rnp" and "recovery failed" in result.stopped)
+    says = in_words(result, method, 0.05, instead="nothing written")
+    assert result.status == "rejected" or says.startswith("Not repaired") or after[1] < 0.1
+    assert says.startswith("Repaired" if result.repaired else "Not repaired")
     if result.repaired:
-        assert after[1] < 0.1 and after[0] > before[0] - 0.05
+        assert after[0] > before[0] - 0.05
     else:
         assert method != "ibau"  # the others may say that they could not
     if result.status == "rejected":

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from timm.models.nest import Nest
+from torch import Tensor, nn
 
 from nab_defense import checkpoint
 from nab_defense.checkpoint import Network
 from nab_defense.clean import CleanSet, Pixels
+from nab_defense.purify import purify
+from nab_defense.purify.base import choice, judge
 from nab_defense.purify.polarizer import Polarized, Polarizer, describe, install
+from nab_defense.runtime import Runtime
 from nab_defense.sites import last_cut
+from tests.purify.families import family
 from tests.purify.offered import offered
 
 # What the site is: the last block, or the last convolution of a plain body.
@@ -41,6 +48,68 @@ def test_site_and_identity(name: str, site: str) -> None:
     with torch.no_grad():
         assert torch.equal(network(images), before)
     assert describe(network) == {"name": site, "channels": found.channels, "axis": found.axis}
+
+
+FAMILY_SITES = {
+    "residual": ("layer4.0", 192, 1),
+    "pre-activation": ("stages.3.blocks.0", 64, 1),
+    "convnext": ("stages.3.downsample.1", 48, 1),
+    "efficientnet": ("blocks.4.0.conv_dw", 192, 1),
+    "mobilenet": ("blocks.4.0.conv_dw", 144, 1),
+    "regnet": ("s4.b1", 152, 1),
+    "vgg": ("pre_logits.fc1", 128, 1),
+    "nfnet": ("stages.3.0", 96, 1),
+    "vit": ("blocks.5", 64, -1),
+    "swin": ("layers.2.blocks.0", 96, -1),
+    "mixer": ("blocks.3", 64, -1),
+}
+
+
+@pytest.mark.parametrize(("name", "site"), FAMILY_SITES.items())
+def test_site_of_each_family(name: str, site: tuple[str, int, int]) -> None:
+    assert astuple(last_cut(family(name, 5), torch.rand(2, 3, 32, 32))) == site
+
+
+def nest() -> nn.Module:
+    """Whose stream is (B, blocks, N, C)."""
+    width = {"embed_dims": (24, 48, 96), "num_heads": (1, 2, 4), "depths": (1, 1, 2)}
+    return Nest(num_classes=5, img_size=32, patch_size=2, **width)
+
+
+def swin() -> nn.Module:
+    """Whose stream is (B, H, W, C), H and W not the same."""
+    width = {"embed_dim": 24, "depths": (1, 2, 1), "num_heads": (2, 4, 8)}
+    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, img_size=(32, 64), window_size=2, **width)
+
+
+@pytest.mark.parametrize(
+    ("made", "width", "name"), [(nest, 32, "levels.2.transformer_encoder.1"), (swin, 64, "layers.2.blocks.0")]
+)
+def test_channels_come_last_where_the_layers_of_the_block_say_so(made: Callable[[], nn.Module], width: int, name: str) -> None:
+    torch.manual_seed(0)
+    assert astuple(last_cut(made().eval(), torch.rand(2, 3, 32, width))) == (name, 96, -1)
+
+
+class Cube(nn.Module):
+    """Of a (B, 8, 8, 8) stream nobody can tell which axis holds its channels, but for a layer that is given it as it is."""
+
+    def __init__(self, *, flat: bool) -> None:
+        super().__init__()
+        self.norm, self.mix, self.flat = nn.LayerNorm(8), nn.Linear(8, 8), flat
+
+    def forward(self, stream: Tensor) -> Tensor:
+        normed = self.norm(stream)
+        return stream + self.mix(normed.flatten(1, 2) if self.flat else normed).view_as(stream)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_an_axis_that_nothing_tells_is_refused(flat: bool) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), Cube(flat=flat), nn.Flatten(), nn.Linear(512, 4)).eval()
+    if flat:
+        with pytest.raises(ValueError, match=r"^nothing tells which axis of \(2, 8, 8, 8\), the input of 1, holds the channels$"):
+            last_cut(network, torch.rand(2, 3, 8, 8))
+    else:
+        assert last_cut(network, torch.rand(2, 3, 8, 8)).axis == -1
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_relpos_small_patch16_224"])
@@ -86,6 +155,21 @@ def test_only_the_polarizer_changes() -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     moved = [name for name in after if name not in before]
     assert len(moved) == 2 and all(after[name].abs().max() > 0 for name in moved)
+
+
+def test_what_was_fixed_stays_fixed_behind_the_polarizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "LEAST_GAIN", -1.0)
+    monkeypatch.setattr(judge, "PROBES", 1)
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3, in_chans=1).eval()
+    model.layer4.requires_grad_(False)
+    given = {"mean": (0.5,), "std": (0.25,), "runtime": Runtime(device="cpu", threads=1), "max_drop": 0.99}
+    found = purify(model, noise(), Polarizer(steps=1, rounds=1, batch_size=10), **given)
+    assert found.status == "accepted"
+    trainable = {name.replace(".module.", "."): param.requires_grad for name, param in found.model.named_parameters()}
+    for name, param in model.named_parameters():
+        assert trainable.pop(name) is param.requires_grad is (not name.startswith("layer4."))
+    assert trainable == {"layer4.0.difference": True, "layer4.0.bias": True}
 
 
 def test_a_polarizer_that_is_there_is_trained_on_and_loads_again(tmp_path: Path) -> None:

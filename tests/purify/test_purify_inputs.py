@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nab_defense.clean import CleanSet
-from nab_defense.purify import purifiers, purify
+from nab_defense.purify import check_known, purifiers, purify
 from nab_defense.runtime import Runtime
 
 IMAGES = torch.randint(0, 256, (60, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
@@ -44,6 +44,14 @@ def nan() -> nn.Module:
     return model
 
 
+class Blind(nn.Module):
+    """Whose answers to bright images are not finite."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        means = images.mean((1, 2, 3))
+        return torch.stack([torch.where(means > means.mean(), torch.nan, means)] * 4, 1)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"images": IMAGES.float()}, r"must be \(N, C, H, W\) uint8, N above 0, got \(2, 3, 8, 8\) torch.float32"),
     ({"images": IMAGES[:0], "labels": LABELS[:0]}, r"N above 0, got \(0, 3, 8, 8\)"),
@@ -55,6 +63,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"images": torch.zeros(60, 3, 9, 9, dtype=torch.uint8)}, "the model cannot take 3x9x9 images: .*mat1 and mat2"),
     ({"model": Spoiled()}, r"the model gives \(2, 3, 8, 8\) for 2 images, expected \(images, classes\)"),
     ({"model": nan()}, r"the model's 1.bias holds values that are not finite \(1 such tensors\)"),
+    ({"model": Blind()}, r"the model's logits of \d\d of the 60 clean images are not finite; check --mean and --std"),
     ({"labels": None}, "IBAU needs the labels of the clean images"),
     ({"labels": LABELS[:50]}, r"labels must be \(N,\) and not negative, got \(50,\) for 60 images"),
     ({"labels": LABELS - 1}, "not negative"),
@@ -74,3 +83,43 @@ def test_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
         run(**change)
     assert "\n" not in str(caught.value)
+
+
+class Scripted(nn.Module):
+    """The class that the first pixel holds."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.one_hot(images[:, 0, 0, 0].round().long(), 4).float()
+
+
+def known(answers: Tensor, labels: Tensor) -> None:
+    """Check a model that gives these answers to images of these labels."""
+    pixels = answers.to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8).contiguous()
+    given: dict[str, Any] = {"mean": (0.0,), "std": (1 / 255,), "runtime": Runtime(device="cpu", precision="float32", threads=1)}
+    check_known(Scripted(), CleanSet(pixels, labels), **given)
+
+
+MIXES = [(15, 15, 15, 15), (49, 1, 0, 0), (96, 2, 1, 1), (58, 2, 0, 0), (2, 2, 2, 2)]
+
+
+@pytest.mark.parametrize("counts", MIXES)
+def test_a_model_without_fault_is_known_and_one_class_for_all_is_not(counts: tuple[int, ...]) -> None:
+    labels = torch.arange(4).repeat_interleave(torch.tensor(counts))
+    known(labels, labels)
+    for answer in range(4):
+        with pytest.raises(ValueError, match="clean images rightly, as a guess might; check the order of classes"):
+            known(torch.full_like(labels, answer), labels)
+
+
+def test_a_model_without_finite_answers_is_told_so_not_that_it_guesses() -> None:
+    with pytest.raises(ValueError, match="clean images are not finite"):
+        check_known(Blind(), CleanSet(IMAGES, LABELS), mean=(0.5,) * 3, std=(0.25,) * 3, runtime=Runtime(device="cpu"))
+
+
+def test_answers_at_random_in_the_right_numbers_are_a_guess() -> None:
+    labels = torch.arange(4).repeat_interleave(torch.tensor([80, 10, 5, 5]))
+    random = labels[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    with pytest.raises(ValueError, match=r"names 0\.\d+ of the 100 clean images rightly, as a guess might"):
+        known(random, labels)
+    half = torch.where(torch.arange(100) % 2 == 0, labels, random)
+    known(half, labels)

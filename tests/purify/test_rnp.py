@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from itertools import islice
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from nab_defense.channels import Channel, maskable, masked, prune, ranking
 from nab_defense.clean import Pixels
-from nab_defense.purify.base import Candidates, purifiers
-from nab_defense.purify.rnp import RNP, likely_target, suspicion
+from nab_defense.purify import rnp
+from nab_defense.purify.base import Candidates, Notes, norms, purifiers
+from nab_defense.purify.rnp import RNP, _logits, likely_target, suspicion
 from nab_defense.runtime import Runtime
 from tests.bars import bars
 from tests.purify.offered import offered
@@ -109,7 +111,7 @@ def test_a_network_without_channels_is_refused() -> None:
 def test_the_network_forgets_and_recovers_by_masks_alone(trained: Pixels) -> None:
     images, aside = bars(400).split(0.2, 0)
     before = copy.deepcopy(trained.state_dict())
-    unlearned = SMALL.unlearned(trained, images, aside, CPU, 1.0)
+    unlearned = SMALL.unlearned(trained, images, aside, CPU)
     weights = {name: weight.clone() for name, weight in unlearned.named_parameters()}
     masks = SMALL.recovered(unlearned, images, aside, CPU, 1.0)
     assert all(torch.equal(weight, before[name]) for name, weight in trained.state_dict().items())
@@ -131,6 +133,47 @@ def test_crops_and_flips_only_where_they_are_asked_for(augment: bool, trained: P
     assert (seen == known) is not augment
 
 
+def far_from_batches(network: Pixels) -> Pixels:
+    """A copy that computes the same, whose statistics are far from those of clean batches, as in many a published model."""
+    network = copy.deepcopy(network)
+    torch.manual_seed(0)
+    for norm in norms(network).values():
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale, mean = (norm.running_var + norm.eps).sqrt(), norm.running_mean.clone()
+        norm.running_var.mul_(torch.empty_like(scale).uniform_(0.1, 4))
+        norm.running_mean.add_(2 * scale * torch.randn_like(scale))
+        norm.bias.add_(norm.weight * (norm.running_mean - mean) / scale)
+        norm.weight.mul_((norm.running_var + norm.eps).sqrt() / scale)
+    return network
+
+
+def test_it_forgets_also_where_statistics_are_far_from_clean_batches(trained: Pixels) -> None:
+    clean, far = bars(400), far_from_batches(trained)
+    assert clean.labels is not None
+    torch.testing.assert_close(far(PIXELS), trained(PIXELS), rtol=1e-3, atol=1e-3)
+    by_batch = _logits(far, clean, CPU)
+    assert F.cross_entropy(by_batch, clean.labels) > math.log(4)  # that of a guess, before any step
+    notes = Notes()
+    next(offered(SMALL, far_from_batches(trained), clean, notes=notes))
+    assert notes.unlearned is not None and share(notes.unlearned, clean.images, clean.labels) <= 0.6
+    assert notes.evidence["likely_target_share"] > 0.5
+
+
+def test_who_knows_nothing_by_batches_has_nothing_to_forget(trained: Pixels) -> None:
+    far, (images, aside) = far_from_batches(trained), bars(400).split(0.2, 0)
+    with pytest.raises(ValueError, match="by the statistics of clean batches the network knows no more than a guess"):
+        SMALL.unlearned(far, images, aside, CPU)
+
+
+def test_it_has_not_forgotten_while_it_knows_in_eval_mode(trained: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, aside = bars(400).split(0.2, 0)
+    knows = F.one_hot(aside.labels, 4).float()  # type: ignore[arg-type]
+    monkeypatch.setattr(rnp, "logits_of", lambda *_: 9 * knows)
+    monkeypatch.setattr(rnp, "MOST_STEPS", 40)
+    with pytest.raises(ValueError, match="did not forget the clean images in 40 steps"):
+        SMALL.unlearned(trained, images, aside, CPU)
+
+
 def test_of_two_classes_more_than_half_of_the_skill_is_forgotten() -> None:
     clean = bars(300)
     assert clean.labels is not None
@@ -145,7 +188,7 @@ def test_of_two_classes_more_than_half_of_the_skill_is_forgotten() -> None:
         optimizer.step()
     images, aside = clean.split(0.2, 0)
     assert share(network, aside.images, aside.labels) == 1  # type: ignore[arg-type]
-    unlearned = SMALL.unlearned(network.requires_grad_(False), images, aside, CPU, 1.0)
+    unlearned = SMALL.unlearned(network.requires_grad_(False), images, aside, CPU)
     assert share(unlearned, aside.images, aside.labels) <= 0.75  # type: ignore[arg-type]
 
 

@@ -74,7 +74,7 @@ def trained() -> nn.Module:
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
     model = nn.Sequential(body, nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 4))
-    return knows_bars(model, steps=20)
+    return knows_bars(model, steps=40)
 
 
 @pytest.mark.parametrize(("method", "knobs", "says"), WILD)

@@ -17,7 +17,7 @@ from ...kept import Kept
 from ...runtime import Runtime
 from ...universal import Pool
 from .loops import Stepping, due, keep, stepped, taken_up
-from .protocol import Candidates, divergence, train_norms
+from .protocol import Candidates, divergence
 
 __all__ = ["Attacked", "Hardening", "hardened", "missed", "rate_for"]
 
@@ -81,12 +81,9 @@ def missed(
 ) -> Tensor:
     """What is to be low: labels and, `hold` times, the original's answers missed, where a part carries the perturbation.
 
-    Normalisations follow the batch.
-
     Args:
         truths: (N,) labels of the clean set.
         change: In the perturbation's place."""
-    train_norms(network)
     with runtime.autocast():
         logits = network(batch.painted(change))
     batch.note(logits.detach())
