@@ -193,3 +193,10 @@ def test_tied_weights(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "m.safetensors", model, Network("nets:tied", 3), mean=MEAN, std=STD)
     loaded = checkpoint.load(tmp_path / "m.safetensors", Tied)
     assert torch.equal(loaded(torch.ones(1, 3)), model(torch.ones(1, 3)))
+
+
+def test_the_network_of_a_recipe_takes_the_keys_that_its_models_were_saved_with() -> None:
+    network = build_function("recipes.networks:ibau_cifar10").eval()
+    assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert {"features.0.weight", "features.17.running_var", "classifier.bias"} <= set(network.state_dict())
+    assert sum(param.numel() for param in network.parameters()) == 308394
