@@ -68,7 +68,7 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
     queues = {queue[0][0].label: queue for queue in _parts(session, scan, selection, before, {*cleared, *fresh})}
     rests = {part[0].label: part for part in _rests(before, scan.labels) if part[0].label not in cleared}
-    queues |= {label: [part, *queues.get(label, [])] for label, part in rests.items()}
+    queues |= {label: [part, *queues.get(label, [])][:TRIED] for label, part in rests.items()}
     selection, namer = _named(session, trained, scan, selection, [*queues.values()], set(rests), without)
     new = selection.suspect & ~known
     log.info("look again: %d suspects more", new.sum())
@@ -82,9 +82,9 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
 def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, spared: set[int]) -> list[list[Part]]:
     """Of each class that is to be examined by names its parts, in the order in which they are tried: one that shares what parts
     of other classes share; else what stood apart and shared no trigger that can be added to other images, in this look or
-    before; the smaller part, where a class falls in two, and the larger one where the two are nearly alike: those two of these
-    that the trained network's second choices speak for most. None of the labels in `spared`; beside a trigger beyond doubt only
-    what shares it."""
+    before; the smaller part, where a class falls in two, and the larger one where the two are nearly alike: of these the two that
+    the trained network's second choices speak for. None of the labels in `spared`; beside a trigger beyond doubt only what
+    shares it."""
     halves = {group.label: (group, likely) for group, likely in smaller_halves(scan, selection.suspect)}
     kin = _kin(session, scan, halves, selection.suspect)
     queues = {label: [part] for label, part in halves.items() if part[0].size >= MIN_SEEDS and label not in {*spared, *kin}}
@@ -108,8 +108,11 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
             accused = (scan.labels == label) & selection.suspect
             queue = [part for part in queue if _same(session, scan.labels, part[1] > 0.5, accused) >= ALIKE]
         queue, others = distinct(queue), (scan.labels != label) & ~selection.suspect
-        likely = second_choices(scan.logits, scan.labels, [part[1] > 0.5 for part in queue], others)
-        queues[label] = [queue[place] for place in np.argsort(np.negative(likely), kind="stable")[:TRIED]]
+        seconds = second_choices(scan.logits, scan.labels, [part[1] > 0.5 for part in queue], others)
+        # The likeliest first; then the surest of the others, as what one source class gives has no spread.
+        places = sorted(range(len(queue)), key=lambda place: -seconds[place][0] * seconds[place][1])
+        places[1:] = sorted(places[1:], key=lambda place: -seconds[place][0])
+        queues[label] = [queue[place] for place in places[:TRIED]]
     queues |= {label: [part] for label, part in kin.items() if label not in spared}
     return [queue for queue in queues.values() if queue]
 

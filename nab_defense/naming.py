@@ -14,12 +14,13 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from .content import Batches, beyond_content
-from .select import MIN_SEPARATION, split_in_two
+from .select import MAX_NAMED, MIN_SEPARATION, split_in_two
 
 __all__ = ["CONTROL", "Naming", "carried", "control", "naming", "second_choices"]
 
 CONTROL = 0.1  # share of the other samples that the network does not see, either
 SHOWN = 0.5  # of a pattern: more of it than not
+MANY = 10  # classes; of fewer a clean image has a second choice that is sure, and they are soon as various as content
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
     class that stands apart by itself (a way of writing a digit) keeps its class's name, or resembles one or two others, and the
     network is at a loss with it. Some poison that was not left out teaches its trigger, and the group may get its given label for
     that; so this one is left out of the choice: what comes second is content still, where a style has nothing to come second.
-    Where there are two classes alone, names cannot spread.
+    Of fewer than ten classes that tells nothing: there a group that gets its given label is neither sure nor spread. Where there
+    are two classes alone, names cannot spread.
 
     Args:
         logits: (N, K) of a network trained without `group` and `others`.
@@ -62,7 +64,7 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
         others: (N,) bool, at least one sample, drawn from all classes."""
     label, masks = int(labels[group][0]), (group, others & (labels != labels[group][0]))
     named = float((logits[group].argmax(1) == label).mean())
-    if not masks[1].any():
+    if not masks[1].any() or (logits.shape[1] < MANY and named >= MAX_NAMED):
         return Naming(named, 0.0, 0.0)
     rest = np.delete(logits, label, axis=1).astype(np.float64)
     confidence = [softmax(rest[mask], axis=1).max(1) for mask in masks]
@@ -73,7 +75,7 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
 
 def second_choices(
     logits: NDArray[np.float32], labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]], others: NDArray[np.bool_]
-) -> list[float]:
+) -> list[tuple[float, float]]:
     """How likely parts of a class are poison by what a network that was trained on them names them second.
 
     What a poisoned image shows comes second to its trigger, and poison shows many things; what a clean image resembles besides
@@ -85,15 +87,15 @@ def second_choices(
         groups: (N,) bool each, at least one sample.
         others: (N,) bool, at least one sample, to compare them with.
 
-    Returns: for each group how often the network is surer of its second choice than of one of the others', times the entropy of
-        its second choices over that of an even choice, in [0, 1]; 0 where there are two classes alone."""
+    Returns: for each group how often the network is surer of its second choice than of one of the others', and the entropy of
+        its second choices over that of an even choice, both in [0, 1]; the latter 0 where there are two classes alone."""
     rest, choices = logits.astype(np.float64), logits.shape[1] - 1
     rest[np.arange(len(rest)), labels] = -np.inf
     chances, names = softmax(rest, axis=1).max(1), rest.argmax(1)
     found = []
     for group in groups:
         sure = roc_auc_score(np.repeat([1, 0], [group.sum(), others.sum()]), np.concatenate([chances[group], chances[others]]))
-        found.append(float(sure * entropy(np.bincount(names[group])) / np.log(choices)) if choices > 1 else 0.0)
+        found.append((float(sure), float(entropy(np.bincount(names[group])) / np.log(choices)) if choices > 1 else 0.0))
     return found
 
 

@@ -100,7 +100,7 @@ def short(commit: str) -> str:
 def _evidence(group: Group) -> str:
     shape = f"separation {group.separation:.1f}, valley {group.valley:.2f}"
     if group.foreign:
-        others = f"by names {group.strange:.2f}"
+        others = f"that left out, it is foreign by {group.strange:.2f}"
         if group.source is not None:
             others = f"imprint on the class of the others {group.source:.2f}"
         if group.same is not None:

@@ -44,10 +44,12 @@ BALANCED = 0.4  # share of a class above which its smaller part may as well be t
 MIN_IMPRINT = 0.5  # share of other images that what a group shares must turn to be called a trigger
 CLEAR_IMPRINT = 0.75  # beyond doubt, even where the group is most of its class, whose content turns up to .65
 MAX_NAMED = 0.25  # of a group that is not what its label says: share named so by a network that never saw it
+MOST_NAMED = 0.6  # of one whose content comes second: beside poison that was not left out up to .54 were named so
 MIN_SPREAD = 0.75  # its names, as mixed as content is (entropies): half of CIFAR-10's airplanes .5 to .7, poison .78 and more
 MIN_STRANGE = 0.1  # see Group.strange; set on digits
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
-MIN_SOURCE = 0.02  # or what it shares must turn so many images of one class, times how sure, and be on covers of others
+MIN_SOURCE = 0.02  # or what it shares must turn so many images of one class, times how sure, and be clearly on covers of others
+CLEAR_SOURCE, SOME_COVERS = 0.3, 0.05  # or turn so many, and be on some; of 60 styles that turn so many none is on any (.005)
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 ONE_THREAD = threadpool_limits.wrap(limits=1)  # many small products, which two threads that wait for each other make slower
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -106,7 +108,7 @@ class Group:
 
     @property
     def cleared(self) -> bool:
-        """A network that never saw it named it as labelled, or nothing that accuses it."""
+        """It was asked what a network that never saw it makes of it, and nothing accuses it."""
         return self.named is not None and not self.foreign
 
     @property
@@ -114,10 +116,12 @@ class Group:
         """Its images show what many other classes show, or are named after few and show a trigger, which turns images of all, or
         of one and is on covers, too; is in parts of other classes; or in the accused of its own: labels that no content explains.
         """
-        many = (self.spread or 0) > MIN_SPREAD and self.strange > MIN_STRANGE
-        one_class = (self.source or 0) * (self.sure or 0) > MIN_SOURCE and (self.carried or 0) > MIN_VALLEY
+        many = (self.spread or 0) > MIN_SPREAD and self.strange > MIN_STRANGE and (self.named or 0) < MOST_NAMED
+        source, covers = self.source or 0, self.carried or 0
+        one_class = source * (self.sure or 0) > MIN_SOURCE and covers > MIN_VALLEY
+        one_class |= source > CLEAR_SOURCE and covers > SOME_COVERS
         trigger = one_class or (self.every or 0) >= MIN_IMPRINT or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE
-        return many or (self.unlike and trigger)
+        return (many and not self.alike) or (self.unlike and trigger)
 
     @property
     def strange(self) -> float:

@@ -127,6 +127,6 @@ def _expects(module: nn.Module) -> tuple[int | None, int | None]:
             return module.num_features, 1
         case nn.GroupNorm():
             return module.num_channels, 1
-        case nn.LayerNorm():
-            return module.normalized_shape[-1], None
+        case nn.LayerNorm() if len(module.normalized_shape) == 1:
+            return module.normalized_shape[0], None
     return None, None

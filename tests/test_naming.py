@@ -39,16 +39,23 @@ def test_a_style_of_its_class_is_not(names: list[int], margin: float, why: str) 
     assert turning.unlike is (seen.named == 0) and turning.foreign is (why == "spread")
     assert not dataclasses.replace(turning, source=0.03).foreign
     assert not dataclasses.replace(turning, carried=0.25).foreign
+    assert dataclasses.replace(turning, source=0.31, carried=0.06).foreign is turning.unlike
+    assert not dataclasses.replace(turning, source=0.31, carried=0.05).foreign
     assert dataclasses.replace(group, every=0.5).foreign is turning.unlike and not dataclasses.replace(group, every=0.4).foreign
 
 
-def test_content_that_comes_second_is_foreign() -> None:
-    """More of the poison was not left out and taught its trigger, so that the group gets its given label."""
-    table = logits([1, 2, 3, 1, 2] * 4, 4)
-    table[:20, 0] = 6
-    seen = naming(table, LABELS, GROUP, OTHERS & ~GROUP)
-    assert seen.named == 1 and seen.sure == pytest.approx(0.5, abs=0.05) and seen.spread == pytest.approx(0.96, abs=0.01)
-    assert Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread).foreign
+@pytest.mark.parametrize("classes", [9, 10])
+def test_content_that_comes_second_is_foreign_where_there_are_many_classes(classes: int) -> None:
+    """More of the poison was not left out and taught its trigger, so that half of the group gets its given label."""
+    labels = np.repeat(np.arange(classes), 40)
+    group = np.arange(len(labels)) < 20
+    table = 4 * np.eye(classes, dtype=np.float32)[np.where(group, 1 + np.arange(len(labels)) % (classes - 1), labels)]
+    table[:10, 0] = 6
+    seen = naming(table, labels, group, ~group)
+    assert seen.named == 0.5 and (seen.sure > 0.3 and seen.spread > 0.9) is (classes == 10)
+    found = Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread)
+    assert found.foreign is (classes == 10) and not dataclasses.replace(found, named=0.6).foreign
+    assert not dataclasses.replace(found, alike=0.4).foreign  # what is alike is judged as one
 
 
 def test_nothing_to_compare_with_tells_nothing() -> None:
@@ -59,12 +66,12 @@ def test_nothing_to_compare_with_tells_nothing() -> None:
 def test_what_comes_second_speaks_for_poison_where_it_is_sure_and_of_many_classes() -> None:
     table = logits([0] * 20, 9)
     table[20:, :] += 0.5 * np.eye(4, dtype=np.float32)[(LABELS[20:] + 1) % 4]
-    for names, margin, likely in (([1, 2, 3], 5, 1.0), ([1, 2, 3], 0, 0.0), ([1], 5, 0.0)):
+    for names, margin, likely in (([1, 2, 3], 5, (1, 1)), ([1, 2, 3], 0, (0, 0)), ([1], 5, (1, 0))):
         table[:20, 1:] = 0
         table[np.arange(20), np.resize(names, 20)] = margin
         (found,) = second_choices(table, LABELS, [GROUP], ~GROUP)
         assert found == pytest.approx(likely, abs=0.01)
-    assert second_choices(table[:, :2], LABELS % 2, [GROUP], ~GROUP) == [0.0]
+    assert second_choices(table[:, :2], LABELS % 2, [GROUP], ~GROUP)[0][1] == 0
 
 
 def test_the_others_are_drawn_from_what_is_not_absent() -> None:

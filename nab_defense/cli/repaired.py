@@ -26,12 +26,20 @@ def finished(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if result["status"] == "accepted" and not (out / "model.safetensors").exists():
         return None
-    differing = [name for name in asked if name != "ranked" and result.get(name) != asked[name]]
-    if "likely_target" in result["evidence"] and result.get("ranked") != asked["ranked"]:  # else there was nothing to rank by
+    differing = [name for name in asked if name != "ranked" and _content(result.get(name)) != _content(asked[name])]
+    ranked = _content(result.get("ranked")) == _content(asked["ranked"])
+    if "likely_target" in result["evidence"] and not ranked:  # else there was nothing to rank by
         differing.append("ranked")
     if differing:
         raise ValueError(f"{out} holds a repair with another {', '.join(differing)}; set it back, or name another --out")
     return result
+
+
+def _content(told: Any) -> Any:
+    """Without the path of what is told by its hash: it may have been moved, or be spelled otherwise."""
+    hashes = {"sha256": "file", "fingerprint": "source"}
+    paths = {path for content, path in hashes.items() if isinstance(told, dict) and content in told}
+    return {key: value for key, value in told.items() if key not in paths} if paths else told
 
 
 def close(result: dict[str, Any], classes: Sequence[str] | None, *last: str) -> int:

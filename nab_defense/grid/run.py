@@ -70,7 +70,7 @@ def _of_others(there: list[Record]) -> str:
     own = commit()
     others = [made for record in there if (made := record.get("commit", own)) != own]
     names = ", ".join(sorted({short(name) for name in others}))
-    return f"; {len(others)} of them by other code, commit {names}: delete these to run them anew" if others else ""
+    return f"; {len(others)} of them by other code, commit {names}: delete these and twins/ to run them anew" if others else ""
 
 
 def records(cells: list[Cell], out: Path) -> Iterator[tuple[Cell, Record]]:

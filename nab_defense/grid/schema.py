@@ -113,7 +113,10 @@ def network_recipe(grid: Grid, network: str, *, origin: str, **sections: Any) ->
     tree = grid.recipe
     for part in (grid.networks[network], sections):
         tree = merged(tree, part)
-    return parse_recipe({"name": grid.name, **tree}, (), f"{origin}: recipe with networks.{network}")
+    recipe = parse_recipe({"name": grid.name, **tree}, (), f"{origin}: recipe with networks.{network}")
+    if recipe.relabel.trusted is not None:
+        raise ValueError(f"{origin}: relabel.trusted cannot be set, as it may hold the test images or the truth; drop it")
+    return recipe
 
 
 def merged(tree: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -134,8 +137,6 @@ def _check_defence(where: str, name: str, row: DefenceRow) -> None:
         for key in row.recipe:
             if key not in OWN:
                 raise ValueError(f"recipe.{key} is the same for all defences; known here: {', '.join(OWN)}{nearest(key, OWN)}")
-        if isinstance(relabel := row.recipe.get("relabel"), dict) and relabel.get("trusted") is not None:
-            raise ValueError("recipe.relabel.trusted: a folder may hold the test images or the truth; drop it")
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

@@ -103,7 +103,7 @@ def _check_one_setting(folder: Path, records: list[Record]) -> None:
 
 def markdown(results: Results) -> str:
     """Everything that the cells show, as one page."""
-    parts = ["# Benchmark", _counts(results), _made(results), *_worst(results), "## Attacks", _attacks(results)]
+    parts = ["# Benchmark", f"{_counts(results)} {_made(results)}".rstrip(), *_worst(results), "## Attacks", _attacks(results)]
     for network in results.networks:
         for rate in results.rates:
             if results.at(network=network, rate=rate):
@@ -133,7 +133,7 @@ def _made(results: Results) -> str:
         names = [shown(str(record[key])) for record in results.records if key in record]
         counts = {name: names.count(name) for name in dict.fromkeys(names)}
         lines.append(f"{what}: " + "; ".join(f"{name} ({n})" for name, n in counts.items()))
-    return "Made by " + ", on ".join(lines) + "."
+    return "Made by " + ", on ".join(lines) + "." if any("commit" in record for record in results.records) else ""
 
 
 def _worst(results: Results) -> list[str]:

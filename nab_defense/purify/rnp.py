@@ -147,7 +147,7 @@ class RNP:
         copied = copy.deepcopy(network).requires_grad_(True)
         at_rest, by_batch = logits_of(copied, aside, runtime), _logits(copied, aside, runtime)
         guess, lr = math.log(at_rest.shape[1]), self.lr
-        if _loss(by_batch, aside) >= guess:
+        if _loss(by_batch, aside) >= guess and _accuracy(by_batch, aside) <= _floor(by_batch, aside):
             raise ValueError("rnp: by the statistics of clean batches the network knows no more than a guess: nothing to forget")
         optimizer = torch.optim.SGD(copied.parameters(), lr=lr, momentum=MOMENTUM)
         for step, losses in zip(stepped(MOST_STEPS, "rnp, forget"), self._losses(copied, images, runtime), strict=False):
@@ -242,9 +242,15 @@ def _depths(ranked: list[Channel]) -> list[int]:
 
 def _forgotten(logits: Tensor, before: Tensor, clean: CleanSet) -> bool:
     """Whether loss or accuracy became a guess's: half of the way from there to what was known before, at the least."""
-    count = logits.shape[1]
-    guess, floor = math.log(count), min(max(0.2, 2 / count), (1 / count + _accuracy(before, clean)) / 2)
-    return _loss(logits, clean) >= max(guess, _loss(before, clean) + guess / 2) or _accuracy(logits, clean) <= floor
+    guess, risen = math.log(logits.shape[1]), _loss(logits, clean)
+    less = risen >= max(guess, _loss(before, clean) + guess / 2) or _accuracy(logits, clean) <= _floor(before, clean)
+    return math.isfinite(risen) and less
+
+
+def _floor(before: Tensor, clean: CleanSet) -> float:
+    """Accuracy near a guess's, and at most half of the way from there to what was known before."""
+    count = before.shape[1]
+    return min(max(0.2, 2 / count), (1 / count + _accuracy(before, clean)) / 2)
 
 
 def _loss(logits: Tensor, clean: CleanSet) -> float:

@@ -97,6 +97,7 @@ def purify(
         ValueError: The method cannot serve this network or these images, or `state` is another run's; nothing was trained."""
     limits = {"max_drop": max_drop, "holdout": holdout}
     original, fit, held = prepared(model, clean, method, mean=mean, std=std, runtime=runtime, **limits)
+    answers(original, clean, runtime)
     told = None if state is None else _told(original, clean, suspects, runtime, method=method, **limits)
     kept = Kept(state, told, resume=resume)
     begun = time.perf_counter()
@@ -181,7 +182,6 @@ def prepared(
     if not 0 < holdout < 1 or not 0 <= max_drop < 1:
         raise ValueError(f"holdout must be in (0, 1) and max_drop in [0, 1), got {holdout} and {max_drop}")
     _check_images(clean, count_outputs(original, clean.images[:2], runtime), method)
-    answers(original, clean, runtime)
     fit, held = clean.split(holdout, runtime.seed)
     if len(fit) < method.least:
         raise ValueError(

@@ -69,7 +69,9 @@ def test_cells_share_their_twins_and_are_run_once(tmp_path: Path, obeyed: None, 
     monkeypatch.setattr("nab_defense.grid.run.commit", lambda: "another")
     made = short(found["none"]["commit"])
     _, told = run(grid, tmp_path / "out")
-    assert told == [f"4 of 4 cells are there already; 4 of them by other code, commit {made}: delete these to run them anew"]
+    assert told == [
+        f"4 of 4 cells are there already; 4 of them by other code, commit {made}: delete these and twins/ to run them anew"
+    ]
 
 
 def test_a_cell_alone_and_from_scratch_gives_the_same_figures(tmp_path: Path, obeyed: None) -> None:

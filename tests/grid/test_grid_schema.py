@@ -34,8 +34,9 @@ def test_mistakes_name_the_key_and_the_nearest(tmp_path: Path) -> None:
     assert "no key 'train.epoch'" in refused(tmp_path, recipe={**RECIPE, "train": {"epoch": 2}})
     assert "data.test" in refused(tmp_path, recipe={**RECIPE, "data": {"source": "digits"}})
     assert "clean" in refused(tmp_path, clean=0)
-    told = {"nab": {"recipe": {"relabel": {"name": "trusted", "trusted": "data/test"}}}}
-    assert "recipe.relabel.trusted" in refused(tmp_path, defences=told)  # may hold the test images, or the true labels
+    told = {"relabel": {"name": "trusted", "trusted": "data/test"}}  # may hold the test images, or the true labels
+    assert "defences.nab: relabel.trusted cannot be set" in refused(tmp_path, defences={"nab": {"recipe": told}})
+    assert "relabel.trusted cannot be set" in refused(tmp_path, recipe={**RECIPE, **told})
     typo = {"nab": {"recipe": {"scan": {"epoch": 3}}}}
     assert "defences.nab: " in refused(tmp_path, defences=typo) and "no key 'scan.epoch'" in refused(tmp_path, defences=typo)
     unknown = refused(tmp_path, defences={"nab": {"recipe": {"scan": {"detector": "lgb"}}}})

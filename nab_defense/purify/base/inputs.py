@@ -19,7 +19,7 @@ def answers(network: Pixels, clean: CleanSet, runtime: Runtime) -> Tensor:
     broken = int((~logits.isfinite().all(1)).sum())
     if broken:
         raise ValueError(
-            f"the model's logits of {broken} of the {len(clean)} clean images are not finite; check --mean and --std,"
+            f"the model's logits of {broken} of the {len(clean)} clean images are not finite; check mean and std,"
             " or compute with runtime.precision=float32"
         )
     return logits
