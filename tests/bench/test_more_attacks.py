@@ -150,6 +150,10 @@ def test_stamp_aware_paints_the_stamp_of_the_defence() -> None:
     np.testing.assert_array_equal(attack.cover(images, 0), stamped)
     both = attack.apply(images, 0)
     np.testing.assert_array_equal(both[:, :2, :2], stamped[:, :2, :2])
+    source = digits()
+    shown, _ = triggered_source(source, attack, target=0, seed=0)
+    place = int(np.flatnonzero(source.labels != 0)[0])
+    np.testing.assert_array_equal(shown.pixels(0), attack.apply(source.pixels(place)[None], 0)[0])  # at test time, too
     plain = create("badnets").apply(images, 0)
     both[:, :2, :2] = plain[:, :2, :2]
     np.testing.assert_array_equal(both, plain)
