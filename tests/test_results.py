@@ -53,12 +53,13 @@ def test_the_first_table_of_repairs_is_the_worst_of_the_seeds(model: str) -> Non
 
 def test_what_is_called_repaired_left_little() -> None:
     records = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("purify_*.json"))]
-    left = {True: [0.0], False: [0.0]}
+    left = dict[bool, list[float]]({True: [], False: []})
     for record in records:
         if "purified" in record["models"]:
             left[hardly_turned(record["before"], record["after"])].append(record["models"]["purified"]["asr"]["value"])
-    assert len(left[True]) == 51 and max(left[True]) < 0.08  # 50 and 6 in results/README.md, and 0.0
-    assert len(left[False]) == 7 and max(left[False]) > 0.3  # so it is worth asking
+    told = re.search(r"Of the (\d+) repairs whose\s+files are here, the (\d+) with", (ROOT / "results" / "README.md").read_text())
+    assert told is not None and [len(left[True]) + len(left[False]), len(left[True])] == [int(count) for count in told.groups()]
+    assert max(left[True]) < 0.08 and max(left[False]) > 0.3  # so it is worth asking
 
 
 DIGITS = {
