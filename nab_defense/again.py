@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 from .content import ALIKE, alike, beyond_content
 from .detectors import detectors
 from .imprint import imprint_by_class
-from .look import make_finding, stronger_halves
+from .look import make_finding, stronger_halves, with_bearers
 from .naming import carried, control, naming, second_choices
 from .parts import DOUBT, Part, distinct, joined, other_half, same_parts, smaller_halves, with_more_like_it
 from .passes import clearest, confirmed
@@ -63,7 +63,7 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     selection = expand(report, scan, fraction=recipe.fraction, previous=Selection(known, before.selection.doubt), trained=True)
     selection, rises = stronger_halves(session, trained, selection, known)
     selection = confirmed(selection, scan.labels, rises, known=known)
-    selection = clearest(selection, scan.labels, [before.selection, selection])
+    selection = with_bearers(session, clearest(selection, scan.labels, [before.selection, selection]))
     cleared = [group.label for group in before.selection.groups if group.cleared]
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
     queues = {queue[0][0].label: queue for queue in _parts(session, scan, selection, before, {*cleared, *fresh})}

@@ -14,17 +14,18 @@ from torch import nn
 from . import imprint
 from .detectors import detectors
 from .detectors.lga import lga_loss
+from .naming import bearers
 from .passes import JUDGES, clear, clearest, confirmed, judged, overfull, settled
 from .plan import Finding, make_plan, paper_plan
 from .relabel import relabelers
 from .replay import fit_once, scan_key
 from .scan import EarlyScan, Scan, scan_model
-from .select import BALANCED, MIN_SEEDS, Selection, expand, take_fraction
+from .select import BALANCED, CLEAR_IMPRINT, MIN_SEEDS, Selection, expand, take_fraction
 from .session import Session
 from .train import TrainConfig
 from .types import SuspectReport
 
-__all__ = ["accuse", "look", "make_finding", "scan_whole", "stronger_halves"]
+__all__ = ["accuse", "look", "make_finding", "scan_whole", "stronger_halves", "with_bearers"]
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
     scan, network = _scan(session, watch, kept)
     report, selection = found[-1]
     selection = clearest(confirmed(selection, scan.labels, judged(tried)), scan.labels, [one for _, one in found])
+    selection = with_bearers(session, selection)
     return make_finding(session, scan, report, selection, network), network
 
 
@@ -156,6 +158,24 @@ def stronger_halves(
             log.info("class %d: the other half, %d samples, imprint %.2f", label, sizes[label], turned[label])
     swapped = tuple(dataclasses.replace(group, size=sizes.get(group.label, group.size)) for group in selection.groups)
     return Selection(suspect, doubt, swapped), turned
+
+
+def with_bearers(session: Session, selection: Selection) -> Selection:
+    """With the others of their class that show the trigger of groups which share one beyond doubt: a few that are left are
+    enough to teach it."""
+    labels, suspect, doubt, groups = session.source.labels, selection.suspect.copy(), selection.doubt.copy(), []
+    for group in selection.groups:
+        own = labels == group.label
+        accused = suspect & own
+        if accused.any() and (group.imprint or 0) >= CLEAR_IMPRINT:
+            likely = bearers(session.ordered(session.source), labels, accused)
+            more = accused | (likely > 0.5)
+            if (own & ~more).sum() >= MIN_SEEDS:
+                log.info("class %d: %d more show its trigger", group.label, (more & ~accused).sum())
+                suspect, doubt = suspect | more, np.maximum(doubt, np.where(more, likely, 0)).astype(np.float32)
+                group = dataclasses.replace(group, size=int(more.sum()))
+        groups.append(group)
+    return Selection(suspect, doubt, tuple(groups))
 
 
 def _relabel(

@@ -14,9 +14,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from .content import Batches, beyond_content
-from .select import MAX_NAMED, MIN_SEPARATION, split_in_two
+from .select import MAX_NAMED, MIN_SEPARATION, MIN_VALLEY, split_in_two
 
-__all__ = ["CONTROL", "Naming", "carried", "control", "naming", "second_choices"]
+__all__ = ["CONTROL", "Naming", "bearers", "carried", "control", "naming", "second_choices"]
 
 CONTROL = 0.1  # share of the other samples that the network does not see, either
 SHOWN = 0.5  # of a pattern: more of it than not
@@ -120,6 +120,23 @@ def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_
     likely, separation, valley = split_in_two(shown[~own], means=(0, 1))
     upper = shown[~own][likely > 0.5]
     return valley if separation > MIN_SEPARATION and len(upper) and upper.mean() >= SHOWN else 0.0
+
+
+def bearers(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Who of its class shows what a group shares; for a trigger beyond doubt, of whose poison a few were not in the group.
+
+    Args:
+        batches: (images (B, C, H, W), labels) of N images in order; gone through twice.
+        labels: (N,) as given.
+        group: (N,) bool, of one class and not all of it.
+
+    Returns: (N,) probability of each sample of the class to show it, 0 for others; for all, where these do not fall in two."""
+    (pattern,) = beyond_content(batches, labels, [group])
+    found, own = np.zeros(len(labels)), labels == labels[group][0]
+    likely, separation, valley = split_in_two(_shown(batches, labels, group, pattern)[own], means=(0, 1))
+    if separation > MIN_SEPARATION and valley > MIN_VALLEY:
+        found[own] = likely
+    return found
 
 
 def _shown(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], pattern: Tensor) -> NDArray[np.float64]:
