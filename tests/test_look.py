@@ -10,7 +10,7 @@ import torch
 
 from nab_defense import io
 from nab_defense import look as looking
-from nab_defense.look import look, stronger_halves
+from nab_defense.look import look, stronger_halves, with_bearers
 from nab_defense.passes import confirmed
 from nab_defense.pipeline import run
 from nab_defense.recipe import load_recipe
@@ -59,6 +59,22 @@ def test_of_two_halves_of_a_class_the_one_that_turns_more_is_suspect(
     assert np.array_equal(selection.suspect, expected | few | known) and rises == {0: turned[taken], 1: 0.3}
     np.testing.assert_allclose(selection.doubt, np.where(labels == 0, 1 - doubt, doubt) if taken else doubt)
     assert [group.size for group in selection.groups] == [(55, 45)[taken], 30, 30]
+
+
+@pytest.mark.parametrize(("imprint", "bear", "joined"), [(0.75, 60, True), (0.74, 60, False), (0.75, 81, False)])
+def test_what_shows_a_trigger_beyond_doubt_joins_the_group(
+    imprint: float, bear: int, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of class 0 the first 50 are accused; some more show what they share, but twenty must be left to compare with."""
+    labels, accused = np.repeat([0, 1], 100), np.arange(200) < 50
+    session: Any = SimpleNamespace(ordered=lambda source: source, source=SimpleNamespace(labels=labels))
+    showing = np.where(np.arange(200) < bear, 0.9, 0.0)
+    monkeypatch.setattr(looking, "bearers", lambda batches, given, group: showing * np.array_equal(group, accused))
+    found = with_bearers(
+        session, Selection(accused, 0.8 * accused.astype(np.float32), (Group(0, 5, 4.0, 0.9, 50, 0.9, imprint),))
+    )
+    assert found.suspect.sum() == found.groups[0].size == (bear if joined else 50)
+    assert not found.suspect[bear:].any() and (found.doubt[50:bear] > 0.5).all() == joined
 
 
 class Stop(Exception):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nab_defense.content import beyond_content
-from nab_defense.naming import CONTROL, carried, control, naming, second_choices
+from nab_defense.naming import CONTROL, bearers, carried, control, naming, second_choices
 from nab_defense.select import MIN_VALLEY, Group
 
 LABELS = np.repeat([0, 1, 2, 3], [40, 20, 20, 20])
@@ -101,3 +101,15 @@ def test_covers_carry_what_a_trigger_for_one_class_shares(own: int) -> None:
         batches = [(part, torch.zeros(len(part))) for part in images.split(64)]
         (pattern,) = beyond_content(batches, labels, [group])
         assert (carried(batches, labels, group, pattern) > MIN_VALLEY) is seen
+
+
+@pytest.mark.parametrize("patch", [True, False])
+def test_who_shows_the_trigger_of_a_group_is_told_from_the_rest_of_its_class(patch: bool) -> None:
+    """Forty of class 0 show the others' content and a patch, and six of them were not found; or they are as the rest."""
+    generator = torch.Generator().manual_seed(1)
+    labels, first = np.repeat(np.arange(4), 200), np.arange(800) < 40
+    contents = np.where(first & patch, 1 + np.arange(800) % 3, labels)
+    images = torch.randn(4, 1, 6, 6, generator=generator)[contents] + 0.3 * torch.randn(800, 1, 6, 6, generator=generator)
+    images[:40, 0, 4:, 4:] += 3.0 * patch
+    batches = [(part, torch.zeros(len(part))) for part in images.split(64)]
+    np.testing.assert_array_equal(bearers(batches, labels, np.arange(800) < 34) > 0.5, first & patch)
