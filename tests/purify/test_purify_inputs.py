@@ -63,7 +63,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"images": torch.zeros(60, 3, 9, 9, dtype=torch.uint8)}, "the model cannot take 3x9x9 images: .*mat1 and mat2"),
     ({"model": Spoiled()}, r"the model gives \(2, 3, 8, 8\) for 2 images, expected \(images, classes\)"),
     ({"model": nan()}, r"the model's 1.bias holds values that are not finite \(1 such tensors\)"),
-    ({"model": Blind()}, r"the model's logits of \d\d of the 60 clean images are not finite; check --mean and --std"),
+    ({"model": Blind()}, r"the model's logits of \d\d of the 60 clean images are not finite; check mean and std"),
     ({"labels": None}, "IBAU needs the labels of the clean images"),
     ({"labels": LABELS[:50]}, r"labels must be \(N,\) and not negative, got \(50,\) for 60 images"),
     ({"labels": LABELS - 1}, "not negative"),
