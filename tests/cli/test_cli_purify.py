@@ -100,13 +100,6 @@ def place(tmp_path: Path, images: Path, backdoored: dict[str, Tensor], monkeypat
     return tmp_path
 
 
-@pytest.fixture
-def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a method makes is taken; for tests of what happens then."""
-    monkeypatch.setattr("nab_defense.purify.base.choice.LEAST_GAIN", -1.0)
-    monkeypatch.setattr("nab_defense.purify.base.choice.REPAIRED", 2.0)
-
-
 def foreign(*extra: str) -> int:
     return main(["purify", "--model", "purify_nets:linear", "--checkpoint", "bad.pth", *OPEN, "--clean", "clean", *QUICK, *extra])
 

@@ -25,18 +25,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a method makes is taken, and called repaired."""
-    monkeypatch.setattr("nab_defense.purify.base.choice.LEAST_GAIN", -1.0)
-    monkeypatch.setattr("nab_defense.purify.base.choice.REPAIRED", 2.0)
-
-
 def purified(*extra: str) -> int:
     return main([*RUN, "--method", "ibau", *QUICK, "max_drop=0.9", *extra])
 
 
-def test_it_says_what_it_said_and_does_nothing_again(place: Path, taken: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_says_what_it_said_and_does_nothing_again(place: Path, lenient: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert purified("--test", "clean") == 0
     before, shown = contents(place), capsys.readouterr().out.splitlines()
     assert purified("--test", "clean", "--resume") == 0
@@ -51,7 +44,7 @@ def test_a_rejection_keeps_its_status(place: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.splitlines()[-1] == AGAIN
 
 
-def test_other_settings_are_refused(place: Path, taken: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_are_refused(place: Path, lenient: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert purified() == 0
     before = contents(place)
     for other, differs in [
