@@ -107,12 +107,15 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
         if label in sure:  # more of that poison shares its trigger; and half of a class is soon named after many others
             accused = (scan.labels == label) & selection.suspect
             queue = [part for part in queue if _same(session, scan.labels, part[1] > 0.5, accused) >= ALIKE]
-        queue, others = distinct(queue), (scan.labels != label) & ~selection.suspect
-        seconds = second_choices(scan.logits, scan.labels, [part[1] > 0.5 for part in queue], others)
+        queues[label] = distinct(queue)
+    groups = [likely > 0.5 for queue in queues.values() for _, likely in queue]
+    seconds = iter(second_choices(scan.logits, scan.labels, groups, selection.suspect))
+    for label, queue in queues.items():
         # The likeliest first; then the surest of the others, as what one source class gives has no spread.
-        places = sorted(range(len(queue)), key=lambda place: -seconds[place][0] * seconds[place][1])
-        places[1:] = sorted(places[1:], key=lambda place: -seconds[place][0])
-        queues[label] = [queue[place] for place in places[:TRIED]]
+        told = [(part, *next(seconds)) for part in queue]
+        told.sort(key=lambda one: -one[1] * one[2])
+        told[1:] = sorted(told[1:], key=lambda one: -one[1])
+        queues[label] = [part for part, *_ in told[:TRIED]]
     queues |= {label: [part] for label, part in kin.items() if label not in spared}
     return [queue for queue in queues.values() if queue]
 

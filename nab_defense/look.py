@@ -163,18 +163,16 @@ def stronger_halves(
 def with_bearers(session: Session, selection: Selection) -> Selection:
     """With the others of their class that show the trigger of groups which share one beyond doubt: a few that are left are
     enough to teach it."""
-    labels, suspect, doubt, groups = session.source.labels, selection.suspect.copy(), selection.doubt.copy(), []
-    for group in selection.groups:
-        own = labels == group.label
-        accused = suspect & own
-        if accused.any() and (group.imprint or 0) >= CLEAR_IMPRINT:
-            likely = bearers(session.ordered(session.source), labels, accused)
-            more = accused | (likely > 0.5)
-            if (own & ~more).sum() >= MIN_SEEDS:
-                log.info("class %d: %d more show its trigger", group.label, (more & ~accused).sum())
-                suspect, doubt = suspect | more, np.maximum(doubt, np.where(more, likely, 0)).astype(np.float32)
-                group = dataclasses.replace(group, size=int(more.sum()))
-        groups.append(group)
+    labels, suspect, doubt, groups = session.source.labels, selection.suspect, selection.doubt, list(selection.groups)
+    beyond_doubt = [place for place, group in enumerate(groups) if (group.imprint or 0) >= CLEAR_IMPRINT]
+    accused = {place: mask for place in beyond_doubt if (mask := suspect & (labels == groups[place].label)).any()}
+    found = bearers(session.ordered(session.source), labels, [*accused.values()])
+    for (place, known), likely in zip(accused.items(), found, strict=True):
+        label, more = groups[place].label, known | (likely > 0.5)
+        if ((labels == label) & ~more).sum() >= MIN_SEEDS:
+            log.info("class %d: %d more show its trigger", label, (more & ~known).sum())
+            suspect, doubt = suspect | more, np.maximum(doubt, np.where(more, likely, 0)).astype(np.float32)
+            groups[place] = dataclasses.replace(groups[place], size=int(more.sum()))
     return Selection(suspect, doubt, tuple(groups))
 
 

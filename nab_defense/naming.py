@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,14 +67,13 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
     if not masks[1].any() or (logits.shape[1] < MANY and named >= MAX_NAMED):
         return Naming(named, 0.0, 0.0)
     rest = np.delete(logits, label, axis=1).astype(np.float64)
-    confidence = [softmax(rest[mask], axis=1).max(1) for mask in masks]
+    sure = _higher(*(softmax(rest[mask], axis=1).max(1) for mask in masks))
     mixed = [float(entropy(np.bincount(rest[mask].argmax(1)))) for mask in masks]
-    sure = roc_auc_score(np.repeat([1, 0], [len(part) for part in confidence]), np.concatenate(confidence))
-    return Naming(named, float(sure), mixed[0] / mixed[1] if mixed[1] > 0 else 0.0)
+    return Naming(named, sure, mixed[0] / mixed[1] if mixed[1] > 0 else 0.0)
 
 
 def second_choices(
-    logits: NDArray[np.float32], labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]], others: NDArray[np.bool_]
+    logits: NDArray[np.float32], labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]], aside: NDArray[np.bool_]
 ) -> list[tuple[float, float]]:
     """How likely parts of a class are poison by what a network that was trained on them names them second.
 
@@ -84,19 +83,26 @@ def second_choices(
     Args:
         logits: (N, K).
         labels: (N,) as given.
-        groups: (N,) bool each, at least one sample.
-        others: (N,) bool, at least one sample, to compare them with.
+        groups: (N,) bool each, at least one sample, of one class.
+        aside: (N,) bool, samples that are left aside; of the other classes some are not.
 
-    Returns: for each group how often the network is surer of its second choice than of one of the others', and the entropy of
-        its second choices over that of an even choice, both in [0, 1]; the latter 0 where there are two classes alone."""
+    Returns: for each group how often the network is surer of its second choice than of one of the other classes', and the
+        entropy of its second choices over that of an even choice, both in [0, 1]; the latter 0 of two
+        classes alone."""
     rest, choices = logits.astype(np.float64), logits.shape[1] - 1
     rest[np.arange(len(rest)), labels] = -np.inf
     chances, names = softmax(rest, axis=1).max(1), rest.argmax(1)
     found = []
     for group in groups:
-        sure = roc_auc_score(np.repeat([1, 0], [group.sum(), others.sum()]), np.concatenate([chances[group], chances[others]]))
-        found.append((float(sure), float(entropy(np.bincount(names[group])) / np.log(choices)) if choices > 1 else 0.0))
+        others = (labels != labels[group][0]) & ~aside
+        spread = float(entropy(np.bincount(names[group])) / np.log(choices)) if choices > 1 else 0.0
+        found.append((_higher(chances[group], chances[others]), spread))
     return found
+
+
+def _higher(some: NDArray[np.float64], others: NDArray[np.float64]) -> float:
+    """How often one of the former, at least one, is higher than one of the latter, at least one; in [0, 1]."""
+    return float(roc_auc_score(np.repeat([1, 0], [len(some), len(others)]), np.concatenate([some, others])))
 
 
 def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], pattern: Tensor) -> float:
@@ -114,34 +120,43 @@ def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_
     Returns: depth of the valley between the two in how much they show of it, see select.split_in_two, in [0, 1]; 0 where they do
     not separate, or those that show more show less than half."""
     own = labels == labels[group][0]
-    shown = _shown(batches, labels, group, pattern)
+    (shown,) = _shown(batches, labels, [group], pattern[None])
     if (sure := group & (shown > SHOWN)).any():  # without those of its class that came with it
-        shown = _shown(batches, labels, sure, beyond_content(batches, labels, [sure]))
+        (shown,) = _shown(batches, labels, [sure], beyond_content(batches, labels, [sure]))
     likely, separation, valley = split_in_two(shown[~own], means=(0, 1))
     upper = shown[~own][likely > 0.5]
     return valley if separation > MIN_SEPARATION and len(upper) and upper.mean() >= SHOWN else 0.0
 
 
-def bearers(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_]) -> NDArray[np.float64]:
+def bearers(batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.float64]]:
     """Who of its class shows what a group shares; for a trigger beyond doubt, of whose poison a few were not in the group.
 
     Args:
-        batches: (images (B, C, H, W), labels) of N images in order; gone through twice.
+        batches: (images (B, C, H, W), labels) of N images in order; gone through twice, however many groups there are.
         labels: (N,) as given.
-        group: (N,) bool, of one class and not all of it.
+        groups: (N,) bool each, of one class and not all of it, no two of the same.
 
-    Returns: (N,) probability of each sample of the class to show it, 0 for others; for all, where these do not fall in two."""
-    (pattern,) = beyond_content(batches, labels, [group])
-    found, own = np.zeros(len(labels)), labels == labels[group][0]
-    likely, separation, valley = split_in_two(_shown(batches, labels, group, pattern)[own], means=(0, 1))
-    if separation > MIN_SEPARATION and valley > MIN_VALLEY:
-        found[own] = likely
+    Returns: for each group (N,) the probability of each sample of its class to show it, 0 for others; for all, where these do not
+        fall in two."""
+    if not groups:
+        return []
+    found, patterns = [], beyond_content(batches, labels, groups, together=False)
+    for group, shown in zip(groups, _shown(batches, labels, groups, patterns), strict=True):
+        everyone, own = np.zeros(len(labels)), labels == labels[group][0]
+        likely, separation, valley = split_in_two(shown[own], means=(0, 1))
+        if separation > MIN_SEPARATION and valley > MIN_VALLEY:
+            everyone[own] = likely
+        found.append(everyone)
     return found
 
 
-def _shown(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], pattern: Tensor) -> NDArray[np.float64]:
-    """(N,) how much of what the group shares an image shows, more than the rest of its class does; 1: all of it."""
-    unit = pattern.flatten() / pattern.square().sum().clamp_min(1e-12)
-    shown = torch.cat([images.cpu().float().flatten(1) @ unit for images, _ in batches]).double().numpy()
-    sums, counts = (np.bincount(labels[~group], weights, labels.max() + 1) for weights in (shown[~group], None))
-    return np.asarray(shown - (sums / counts.clip(min=1))[labels])
+def _shown(
+    batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]], patterns: Tensor
+) -> Iterator[NDArray[np.float64]]:
+    """For each group (N,) how much of what it shares an image shows, more than the rest of its class does; 1: all of it."""
+    units = [pattern.flatten() / pattern.square().sum().clamp_min(1e-12) for pattern in patterns]
+    flat = (images.cpu().float().flatten(1) for images, _ in batches)
+    every = torch.cat([torch.stack([rows @ unit for unit in units]) for rows in flat], dim=1).double().numpy()
+    for group, shown in zip(groups, every, strict=True):
+        sums, counts = (np.bincount(labels[~group], weights, labels.max() + 1) for weights in (shown[~group], None))
+        yield np.asarray(shown - (sums / counts.clip(min=1))[labels])

@@ -69,7 +69,9 @@ def test_what_shows_a_trigger_beyond_doubt_joins_the_group(
     labels, accused = np.repeat([0, 1], 100), np.arange(200) < 50
     session: Any = SimpleNamespace(ordered=lambda source: source, source=SimpleNamespace(labels=labels))
     showing = np.where(np.arange(200) < bear, 0.9, 0.0)
-    monkeypatch.setattr(looking, "bearers", lambda batches, given, group: showing * np.array_equal(group, accused))
+    monkeypatch.setattr(
+        looking, "bearers", lambda batches, given, groups: [showing * np.array_equal(group, accused) for group in groups]
+    )
     found = with_bearers(
         session, Selection(accused, 0.8 * accused.astype(np.float32), (Group(0, 5, 4.0, 0.9, 50, 0.9, imprint),))
     )
