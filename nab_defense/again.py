@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.functional import cosine_similarity
 
 from .content import ALIKE, alike, beyond_content
 from .detectors import detectors
-from .imprint import imprint_by_class
+from .examine import Unseen, examined, seen_by, shared, shows_trigger
 from .look import make_finding, stronger_halves, with_bearers
-from .naming import carried, control, naming, second_choices
+from .naming import MANY, control, second_choices
+from .outside import Without, foreign_parts
 from .parts import DOUBT, Part, distinct, joined, other_half, same_parts, smaller_halves, with_more_like_it
 from .passes import clearest, confirmed
 from .plan import Finding, clean_label_groups
-from .scan import Scan, scan_model
+from .scan import Scan
 from .select import BALANCED, CLEAR_IMPRINT, MIN_ALIKE, MIN_SEEDS, Group, Selection, expand
 from .session import Session
 
@@ -31,7 +29,6 @@ log = logging.getLogger(__name__)
 FEW_CLASSES = 3  # two may have styles that are alike
 TRIED = 2  # parts of a class in one look, each of which costs a training
 LEARNED = 0.5  # share of images that it must name as labelled: a network that learned little takes any pattern for a class
-Without = Callable[[NDArray[np.bool_], str], nn.Module]
 
 
 def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before: Finding, *, without: Without) -> Finding:
@@ -39,23 +36,24 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
 
     Poison that the scan's short training does not learn faster than content (few samples, subtle triggers, a second trigger) is
     invisible to it, but once learned it stands apart in the trained network's features. A trigger that is the same in all
-    images shows in what they share. For others the part of a class that stands apart, or did so in the scan, is left out of one
-    more training, with what is like it, and accused where that network finds the content of many other classes in it (see
-    naming.naming); or that of few, and what the part shares is a trigger: it turns images of all classes, or those of one and is
-    on covers of others [TaCT, Tang et al. 2021], or it is what the accused of its class share, a trigger of which a part was
-    found before.
+    images shows in what they share. For others, where some class falls in two or did so in the scan, networks are trained without
+    whole classes, and what shows the content of many other classes to them is accused (see outside.foreign_parts; of fewer than
+    ten classes that which does so to one which never saw the part, see naming.naming). A part that stands apart, and may share a
+    trigger, is left out of one more training, with what is like it, and accused where that network finds the content of few
+    classes in it, and what it shares is a trigger: it turns images of all classes, or those of one and is on covers of others
+    [TaCT, Tang et al. 2021], or it is what the accused of its class share, a trigger of which a part was found before.
 
     Args:
         session: The run.
         trained: Trained under the plan so far, with all triggers in it that are not in the plan.
         scanner: The scan's network, which has not learned these: it goes by content, and names the suspects.
         before: What was found so far; its suspects stay, unless they are the clean half of a class whose other half is accused.
-        without: (mask (N,), which part) -> a network trained without these samples; called where there is a part to examine.
+        without: (mask (N,), name) -> a network trained without these samples; called where there is a part to examine.
 
     Returns: what is found now in all; where nothing new stands apart, or the network learned too little to tell, what was found
     before, with what was examined, and whether it could be."""
     recipe, known = session.recipe, before.plan.suspect
-    scan = _read(session, trained)
+    scan = seen_by(session, trained)
     if (scan.logits.argmax(1) == scan.labels)[~known].mean() < LEARNED:
         log.info("no second look: the trained network names less than half of the images as they are labelled")
         return dataclasses.replace(before, looked_again=False)
@@ -69,7 +67,11 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     queues = {queue[0][0].label: queue for queue in _parts(session, scan, selection, before, {*cleared, *fresh})}
     rests = {part[0].label: part for part in _rests(before, scan.labels) if part[0].label not in cleared}
     queues |= {label: [part, *queues.get(label, [])][:TRIED] for label, part in rests.items()}
-    selection, namer = _named(session, trained, scan, selection, [*queues.values()], set(rests), without)
+    doubted = set(rests)
+    if queues and scan.num_classes >= MANY:
+        queues, selection = _sifted(session, trained, scan, selection, queues, doubted, without)
+        doubted &= set(queues)
+    selection, namer = _named(session, trained, scan, selection, [*queues.values()], doubted, without)
     new = selection.suspect & ~known
     log.info("look again: %d suspects more", new.sum())
     groups = (*_standing(before.selection.groups, selection, scan.labels, known), *selection.groups)
@@ -106,7 +108,7 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
         queue = [part for part in queue if part[0].size >= MIN_SEEDS and (own & (part[1] <= DOUBT)).sum() >= MIN_SEEDS]
         if label in sure:  # more of that poison shares its trigger; and half of a class is soon named after many others
             accused = (scan.labels == label) & selection.suspect
-            queue = [part for part in queue if _same(session, scan.labels, part[1] > 0.5, accused) >= ALIKE]
+            queue = [part for part in queue if shared(session, scan.labels, part[1] > 0.5, accused) >= ALIKE]
         queues[label] = distinct(queue)
     groups = [likely > 0.5 for queue in queues.values() for _, likely in queue]
     seconds = iter(second_choices(scan.logits, scan.labels, groups, selection.suspect))
@@ -161,14 +163,32 @@ def _kin(session: Session, scan: Scan, halves: dict[int, Part], aside: NDArray[n
     return {label: (dataclasses.replace(group, alike=share), likely) for label, (group, likely) in kin.items()}
 
 
-@dataclass(frozen=True, eq=False)
-class _Unseen:
-    """A network that never saw some samples, parts of classes, nor others, to compare these with; and what it sees in all."""
+def _sifted(
+    session: Session,
+    trained: nn.Module,
+    scan: Scan,
+    selection: Selection,
+    queues: dict[int, list[Part]],
+    doubted: set[int],
+    without: Without,
+) -> tuple[dict[int, list[Part]], Selection]:
+    """What is worth a training without it: the parts of any class that are foreign to networks which never saw the class, and of
+    the others those in `queues` that may share a trigger. The accused of a class in `doubted` are looked at with the rest of it.
 
-    network: nn.Module
-    scan: Scan
-    absent: NDArray[np.bool_]
-    others: NDArray[np.bool_]
+    Returns: label -> parts, and the selection with the others on record."""
+    back = selection.suspect & np.isin(scan.labels, [*doubted])
+    found = foreign_parts(session, scan, selection.suspect & ~back, queues, without)
+    worth = {label: [part] for label, part in found.items() if part[0].foreign}
+    for label, queue in queues.items():
+        if label in worth or label not in found:
+            continue
+        queue = [(dataclasses.replace(group, content=found[label][0].content), likely) for group, likely in queue]
+        tried = partial(shows_trigger, session, trained, scan, selection.suspect)
+        if label not in doubted and (kept := [part for part in queue if tried(part[0], part[1] > 0.5)]):
+            worth[label] = kept
+        else:
+            selection = _with(selection, *queue[0])
+    return worth, selection
 
 
 def _named(
@@ -191,13 +211,13 @@ def _named(
         absent = np.any([selection.suspect & ~back, *(likely > DOUBT for _, likely in parts)], axis=0)
         others = control(absent, session.recipe.seed)
         network = without(absent | others, f"part{turn}")
-        unseen, left, found = _Unseen(network, _read(session, network), absent, others), [], False
+        unseen, left, found = Unseen(network, seen_by(session, network), absent, others), [], False
         # One trigger, one verdict: what it makes of an image may look like one of the classes to a network that never saw it.
         kin = [likely > 0.5 for group, likely in parts if group.alike]
         kin_named = float((unseen.scan.logits.argmax(1) == scan.labels)[np.any(kin, axis=0)].mean()) if kin else None
         for (group, likely), queue in zip(parts, queues, strict=True):
             members = (scan.labels == group.label) & ~selection.suspect
-            group = _examined(session, trained, unseen, selection.suspect & ~back, group, likely > 0.5)
+            group = examined(session, trained, unseen, selection.suspect & ~back, group, likely > 0.5)
             if group.alike:
                 group = dataclasses.replace(group, named=kin_named)
             if not group.foreign:
@@ -219,40 +239,6 @@ def _named(
     return selection, namer
 
 
-def _examined(
-    session: Session, trained: nn.Module, unseen: _Unseen, suspect: NDArray[np.bool_], group: Group, part: NDArray[np.bool_]
-) -> Group:
-    """The group, a part of a class, with what its names and what it shares show.
-
-    Args: suspect: (N,) bool, accused by now."""
-    labels, label = unseen.scan.labels, group.label
-    seen = naming(unseen.scan.logits, labels, part, unseen.others)
-    log.info("class %d, %d samples: %s", label, group.size, seen)
-    group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=seen.spread)
-    group = dataclasses.replace(group, source=None, every=None, carried=None, same=None)  # of what was tried before
-    own = labels == label
-    if group.unlike and not group.foreign and (own & suspect).sum() >= MIN_SEEDS:
-        group = dataclasses.replace(group, same=_same(session, labels, part, own & suspect))
-        log.info("class %d: shares %.2f of what its accused share", label, group.same)
-    # What most of a class share is its content, which turns images of classes that resemble it.
-    if group.unlike and not group.foreign and 2 * part.sum() <= (own & ~suspect).sum():
-        batches = session.ordered(session.source)
-        (pattern,) = beyond_content(batches, labels, [part])
-        tried = partial(imprint_by_class, shown=~unseen.absent, runtime=session.runtime)
-        taught, untaught = (tried(one, batches, labels, label, pattern) for one in (trained, unseen.network))
-        turned, covers = taught - untaught, carried(batches, labels, part, pattern)
-        every = float(turned.sum() / (len(turned) - 1))
-        group = dataclasses.replace(group, source=float(turned.max()), every=every, carried=covers)
-        log.info("class %d: turns %s of the classes, carried %.2f", label, np.round(turned, 2), covers)
-    return group
-
-
-def _same(session: Session, labels: NDArray[np.int64], part: NDArray[np.bool_], accused: NDArray[np.bool_]) -> float:
-    """Cosine of what two groups of a class, (N,) bool each, share beyond content."""
-    shared = beyond_content(session.ordered(session.source), labels, [part, accused]).flatten(1)
-    return float(cosine_similarity(shared[0], shared[1], dim=0))
-
-
 def _with(selection: Selection, group: Group, likely: NDArray[np.float64]) -> Selection:
     """The selection with a group that was examined by its names: accused where it is foreign, and on record."""
     old = next((other for other in selection.groups if other.label == group.label), group)
@@ -270,8 +256,3 @@ def _let_go(selection: Selection, members: NDArray[np.bool_], label: int) -> Sel
     groups = tuple(group for group in selection.groups if group.label != label)
     doubt = np.where(members, 1 - selection.doubt, selection.doubt).astype(np.float32)
     return Selection(selection.suspect & ~members, doubt, groups)
-
-
-def _read(session: Session, network: nn.Module) -> Scan:
-    source = session.source
-    return scan_model(network, session.ordered(source), source.labels, runtime=session.runtime, fingerprint=source.fingerprint)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .content import Batches, beyond_content
 from .select import MAX_NAMED, MIN_SEPARATION, MIN_VALLEY, split_in_two
 
-__all__ = ["CONTROL", "Naming", "bearers", "carried", "control", "naming", "second_choices"]
+__all__ = ["CONTROL", "MANY", "Naming", "bearers", "carried", "control", "naming", "second_choices"]
 
 CONTROL = 0.1  # share of the other samples that the network does not see, either
 SHOWN = 0.5  # of a pattern: more of it than not
@@ -46,7 +46,14 @@ def control(absent: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
     return others
 
 
-def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArray[np.bool_], others: NDArray[np.bool_]) -> Naming:
+def naming(
+    logits: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    group: NDArray[np.bool_],
+    others: NDArray[np.bool_],
+    *,
+    outside: Sequence[int] = (),
+) -> Naming:
     """How a network names images of one given label, and ordinary images, all of which it never saw.
 
     Dirty-label poison, whatever its trigger, shows what other classes show: without its given label to learn, it is named
@@ -61,12 +68,14 @@ def naming(logits: NDArray[np.float32], labels: NDArray[np.int64], group: NDArra
         logits: (N, K) of a network trained without `group` and `others`.
         labels: (N,) as given.
         group: (N,) bool, at least one sample, all of one label.
-        others: (N,) bool, at least one sample, drawn from all classes."""
-    label, masks = int(labels[group][0]), (group, others & (labels != labels[group][0]))
+        others: (N,) bool, at least one sample, drawn from all classes.
+        outside: Labels that the network never saw, and has no name for."""
+    label = int(labels[group][0])
+    masks = group, others & ~np.isin(labels, [label, *outside])
     named = float((logits[group].argmax(1) == label).mean())
     if not masks[1].any() or (logits.shape[1] < MANY and named >= MAX_NAMED):
         return Naming(named, 0.0, 0.0)
-    rest = np.delete(logits, label, axis=1).astype(np.float64)
+    rest = np.delete(logits, [*{label, *outside}], axis=1).astype(np.float64)
     sure = _higher(*(softmax(rest[mask], axis=1).max(1) for mask in masks))
     mixed = [float(entropy(np.bincount(rest[mask].argmax(1)))) for mask in masks]
     return Naming(named, sure, mixed[0] / mixed[1] if mixed[1] > 0 else 0.0)

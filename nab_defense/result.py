@@ -101,6 +101,8 @@ def _evidence(group: Group) -> str:
     shape = f"separation {group.separation:.1f}, valley {group.valley:.2f}"
     if group.foreign:
         others = f"that left out, it is foreign by {group.strange:.2f}"
+        if group.content is not None:
+            others = f"to a network that never saw the class it is foreign by {group.content:.2f}"
         if group.source is not None:
             others = f"imprint on the class of the others {group.source:.2f}"
         if group.same is not None:

@@ -47,6 +47,7 @@ MAX_NAMED = 0.25  # of a group that is not what its label says: share named so b
 MOST_NAMED = 0.6  # of one whose content comes second: beside poison that was not left out up to .54 were named so
 MIN_SPREAD = 0.75  # its names, as mixed as content is (entropies): half of CIFAR-10's airplanes .5 to .7, poison .78 and more
 MIN_STRANGE = 0.1  # see Group.strange; set on digits
+MIN_CONTENT = 0.1  # see Group.content; on digits poison had .12 to .4, of which half was harmless where it had the least
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
 MIN_SOURCE = 0.02  # or what it shares must turn so many images of one class, times how sure, and be clearly on covers of others
 CLEAR_SOURCE, SOME_COVERS = 0.3, 0.05  # or turn so many, and be on some; of 60 styles that turn so many none is on any (.005)
@@ -77,6 +78,9 @@ class Group:
         carried: How clearly some images of others show it, too (see naming.carried), in [0, 1]; None: not tried.
         alike: Share of the classes that have a part which shares what it shares (see content.alike); 0: it has nothing like it.
         same: Cosine of what it shares beyond content and of what the accused of its class share; None: not tried.
+        content: How surely a network that never saw its class names it, times how variously, less what is typical of classes
+            (see outside.foreign_parts), in [-1, 1]; None: not tried, and by what one that never saw the group makes of it
+            (`strange`) instead.
     """
 
     label: int
@@ -95,6 +99,7 @@ class Group:
     carried: float | None = None
     alike: float = 0.0
     same: float | None = None
+    content: float | None = None
 
     @property
     def distinct(self) -> bool:
@@ -109,7 +114,7 @@ class Group:
     @property
     def cleared(self) -> bool:
         """It was asked what a network that never saw it makes of it, and nothing accuses it."""
-        return self.named is not None and not self.foreign
+        return (self.named, self.content) != (None, None) and not self.foreign
 
     @property
     def foreign(self) -> bool:
@@ -117,6 +122,8 @@ class Group:
         of one and is on covers, too; is in parts of other classes; or in the accused of its own: labels that no content explains.
         """
         many = (self.spread or 0) > MIN_SPREAD and self.strange > MIN_STRANGE and (self.named or 0) < MOST_NAMED
+        if self.content is not None:
+            many = self.content > MIN_CONTENT
         source, covers = self.source or 0, self.carried or 0
         one_class = source * (self.sure or 0) > MIN_SOURCE and covers > MIN_VALLEY
         one_class |= source > CLEAR_SOURCE and covers > SOME_COVERS

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nab_defense import again
+from nab_defense import again, examine
 from nab_defense.again import _named, _parts
 from nab_defense.content import beyond_content
 from nab_defense.scan import Scan
@@ -34,10 +34,10 @@ class Networks:
     def __init__(self, upper: int, monkeypatch: pytest.MonkeyPatch, **names: tuple[list[int], list[int]]) -> None:
         self.upper, self.names, self.absent, self.asked = upper, names, {}, []
         self.turned, self.carried = {"trained": np.zeros(4), "part1": np.zeros(4)}, 0.0
-        monkeypatch.setattr(again, "_read", self.read)
-        monkeypatch.setattr(again, "imprint_by_class", self.imprint)
-        monkeypatch.setattr(again, "carried", lambda *_: self.carried)
-        monkeypatch.setattr(again, "beyond_content", self.shared)
+        monkeypatch.setattr(again, "seen_by", self.read)
+        monkeypatch.setattr(examine, "imprint_by_class", self.imprint)
+        monkeypatch.setattr(examine, "carried", lambda *_: self.carried)
+        monkeypatch.setattr(examine, "beyond_content", self.shared)
 
     def __call__(self, absent: np.ndarray, part: str) -> Any:
         self.absent[part] = absent

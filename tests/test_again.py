@@ -22,7 +22,7 @@ def test_a_look_that_was_left_out_is_remembered(tmp_path: Path, monkeypatch: pyt
     report = SuspectReport(np.zeros(400, np.float32), LABELS, "lga")
     before = Finding(report, NOBODY, NABPlan.empty(LABELS), np.zeros(400, np.float32))
     few = np.where(np.arange(400)[:, None] < 190, np.eye(4)[LABELS], np.eye(4)[(LABELS + 1) % 4]).astype(np.float32)
-    monkeypatch.setattr(again, "_read", lambda session, network: scan(30, few))  # it names .475 of them as they are labelled
+    monkeypatch.setattr(again, "seen_by", lambda session, network: scan(30, few))  # it names .475 of them as they are labelled
     found = look_again(cast(Any, SimpleNamespace(recipe=None)), ANY, ANY, before, without=ANY)
     assert before.looked_again and not found.looked_again and found.plan is before.plan
     for finding in (before, found):
@@ -190,7 +190,7 @@ def test_thin_parts_of_many_classes_are_accused_where_they_share_one_trigger(
     named = np.where(thin, (LABELS + 1) % 4, LABELS)
     named[200:206] = 2  # the trigger looks a little like a 2
     logits = Scan(LABELS, seen.losses, 6 * np.eye(4, dtype=np.float32)[named], features)
-    monkeypatch.setattr(again, "_read", lambda *_: logits)
+    monkeypatch.setattr(again, "seen_by", lambda *_: logits)
     parts = _parts(session, seen, NOBODY, FINDING, set())
     assert len(parts) == 4 * accused and all(group.alike == 1 and group.size == 10 for ((group, _),) in parts)
     found, _ = _named(session, cast(Any, "trained"), seen, NOBODY, parts, set(), cast(Any, lambda absent, part: part))

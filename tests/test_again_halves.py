@@ -71,7 +71,7 @@ def test_beside_a_trigger_beyond_doubt_only_what_shares_it_is_examined(monkeypat
         assert np.array_equal(accused, known)
         return likeness[int(part.sum())]
 
-    monkeypatch.setattr(again, "_same", same)
+    monkeypatch.setattr(again, "shared", same)
     for imprint, sizes in ((0.75, [25]), (0.74, [25, 35])):
         group = Group(0, 20, 5.0, 0.9, 40, 0.9, imprint=imprint)
         selection = Selection(known, known.astype(np.float32), (group,))

@@ -1,0 +1,113 @@
+"""Classes from outside: what networks that never saw any image with a given label make of those that have it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp, softmax
+from torch import nn
+
+from .examine import seen_by
+from .naming import control, naming
+from .parts import DOUBT, Part
+from .principal import Standardized
+from .scan import Scan
+from .select import MIN_SEEDS, grow
+from .session import Session
+
+__all__ = ["Without", "foreign_parts"]
+
+log = logging.getLogger(__name__)
+FOLDS = 3  # of the classes, each left out of one training
+SUREST = 0.2  # of a class, from which the part grows
+SOME_CONTENT = 0.07  # enough above what is typical to ask a network that knows all other classes
+Without = Callable[[NDArray[np.bool_], str], nn.Module]
+
+
+def foreign_parts(
+    session: Session, scan: Scan, aside: NDArray[np.bool_], queues: dict[int, list[Part]], without: Without
+) -> dict[int, Part]:
+    """The part of each class that looks most like other classes to a network which never saw the class.
+
+    Dirty-label poison, whatever its trigger, shows what other classes show. A network that was trained on part of it knows its
+    trigger, and one that was trained on the rest of its class knows the label; one that never saw the label knows neither, and
+    names poison by its content, nearly as surely as other images and after all classes, where it is at a loss with what is new
+    to it. So the surest fifth of a class is where poison is, if there is any, and a probe on what the trained network sees,
+    which knows the trigger, and on these names finds the rest of it; or it is a part that stands apart by itself. First a third
+    of the classes is left out of a training each; then, alone, those of which a part is many-sided enough to be foreign. What is
+    typical of classes is taken off: where they resemble each other, as in photographs, what is new is named surely, too.
+
+    Args:
+        session: The run.
+        scan: What a network saw that was trained on all of it.
+        aside: (N,) bool, samples that are accused and left out.
+        queues: label -> parts of the class that stand apart.
+        without: (mask (N,), name) -> a network trained without these samples.
+
+    Returns: for each class with enough samples to tell, the part, with what its names show in `content`, and the probability of
+        each of all samples (N,) to be in it."""
+    counts = np.bincount(scan.labels[~aside], minlength=scan.num_classes)
+    labels = np.random.default_rng([session.recipe.seed, 3]).permutation(np.flatnonzero(counts >= 2 * MIN_SEEDS))
+    raw: dict[int, Part] = {}
+    for turn in range(FOLDS):
+        raw |= _from_outside(session, scan, aside, labels[turn::FOLDS].tolist(), queues, without, f"fold{turn + 1}")
+    if not raw:
+        return {}
+    typical = float(np.median([group.content for group, _ in raw.values()]))
+    doubtful = [label for label, (group, _) in raw.items() if (group.content or 0) > typical + SOME_CONTENT]
+    for label in doubtful:
+        raw |= _from_outside(session, scan, aside, [label], queues, without, f"class{label}")
+    found = {
+        k: (dataclasses.replace(group, content=(group.content or 0) - typical), likely) for k, (group, likely) in raw.items()
+    }
+    most = max(found.values(), key=lambda part: part[0].content or 0)[0]
+    log.info("seen from outside, class %d is the most foreign: %d samples, by %.2f", most.label, most.size, most.content)
+    return found
+
+
+def _from_outside(
+    session: Session,
+    scan: Scan,
+    aside: NDArray[np.bool_],
+    outside: list[int],
+    queues: dict[int, list[Part]],
+    without: Without,
+    name: str,
+) -> dict[int, Part]:
+    """The most foreign part of some classes each, as a network sees them that was trained without these."""
+    if not outside:
+        return {}
+    labels, found = scan.labels, {}
+    absent = aside | np.isin(labels, outside)
+    others = control(absent, session.recipe.seed)
+    logits = seen_by(session, without(absent | others, name)).logits
+    known = np.delete(logits, outside, axis=1)
+    surest, features = logsumexp(known, axis=1), Standardized(scan.features, softmax(known, axis=1))
+
+    def content(part: NDArray[np.bool_]) -> float:
+        seen = naming(logits, labels, part, others, outside=outside)
+        return seen.sure * seen.spread
+
+    for label in outside:
+        members = (labels == label) & ~aside
+        start, rows = np.zeros_like(members), np.flatnonzero(members)
+        start[rows[np.argsort(-surest[rows])[: max(MIN_SEEDS, round(SUREST * len(rows)))]]] = True
+        group, grown = grow(features, members, start, scan.losses, np.zeros_like(members))
+        likely = np.zeros(len(members))
+        likely[members] = grown
+        parts = [(group, likely), *((one, np.where(members, likely, 0)) for one, likely in queues.get(label, []))]
+        sizes = [int((likely > 0.5).sum()) for _, likely in parts]
+        told = [
+            content(p > 0.5) if MIN_SEEDS <= n <= len(rows) - MIN_SEEDS else 0.0 for (_, p), n in zip(parts, sizes, strict=True)
+        ]
+        best = int(np.argmax(told))
+        group, likely = parts[best]
+        if (members & (likely <= DOUBT)).sum() < MIN_SEEDS:  # to learn the class from without it
+            likely = (likely > 0.5).astype(np.float64)
+        log.debug("class %d from outside, part %d of %d samples: sure and various by %.2f", label, best, sizes[best], told[best])
+        found[label] = dataclasses.replace(group, label=label, size=sizes[best], content=told[best]), likely
+    return found

@@ -1,0 +1,163 @@
+"""What networks make of classes that they never saw: poison among them, styles, and who is left out."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from nab_defense import again, examine, outside
+from nab_defense.again import _sifted
+from nab_defense.outside import FOLDS, foreign_parts
+from nab_defense.scan import Scan
+from nab_defense.select import MIN_CONTENT, Group, Selection
+from tests.networks import ANY
+
+CLASSES, EACH = 12, 100
+LABELS = np.repeat(np.arange(CLASSES), EACH)
+CONTENT = LABELS.copy()  # what the images show
+POISON = np.zeros(len(LABELS), bool)
+POISON[:30] = True
+CONTENT[:30] = np.resize(np.arange(1, CLASSES), 30)
+NOBODY = Selection(np.zeros(len(LABELS), bool), np.zeros(len(LABELS), np.float32))
+SESSION: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0))
+
+
+def seen() -> Scan:
+    """A network that was trained on all of it sees the trigger in one direction."""
+    features = np.random.default_rng(0).standard_normal((len(LABELS), 4)).astype(np.float32)
+    features[POISON, 0] += 8
+    logits = 6 * np.eye(CLASSES, dtype=np.float32)[LABELS]
+    return Scan(LABELS, np.zeros(len(LABELS), np.float32), logits, features)
+
+
+class Outside:
+    """Stands for networks trained without whole classes: sure of what they know, at a loss with the rest, which looks like 11."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, content: np.ndarray = CONTENT) -> None:
+        self.absent: dict[str, np.ndarray] = {}
+        self.content = content
+        monkeypatch.setattr(outside, "seen_by", self.see)
+
+    def __call__(self, absent: np.ndarray, name: str) -> Any:
+        self.absent[name] = absent
+        return name
+
+    def see(self, _: object, name: Any) -> Scan:
+        gone = [label for label in range(CLASSES) if self.absent[name][label == LABELS].all()]
+        noise = np.random.default_rng(1).normal(0, 0.5, (len(LABELS), CLASSES))
+        logits = noise + 8 * np.eye(CLASSES)[self.content]
+        unknown = np.isin(self.content, gone)
+        logits[unknown] = noise[unknown] + np.eye(CLASSES)[11]
+        logits[:, gone] = -9
+        return Scan(LABELS, np.zeros(len(LABELS), np.float32), logits.astype(np.float32), np.zeros((len(LABELS), 1), np.float32))
+
+
+def test_the_part_of_a_class_that_shows_what_others_show_is_foreign_to_a_network_that_never_saw_the_class(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    networks = Outside(monkeypatch)
+    found = foreign_parts(SESSION, seen(), np.zeros(len(LABELS), bool), {}, networks)
+    assert sorted(found) == [*range(CLASSES)] and sorted(networks.absent) == ["class0", "fold1", "fold2", "fold3"]
+    group, likely = found[0]
+    assert group.foreign and group.content is not None and group.content > 0.3 and group.size == 30
+    np.testing.assert_array_equal(likely > 0.5, POISON)
+    assert not any(group.foreign for label, (group, _) in found.items() if label)
+    whole = np.array([[networks.absent[f"fold{k + 1}"][label == LABELS].all() for k in range(FOLDS)] for label in range(CLASSES)])
+    assert (whole.sum(1) == 1).all() and (whole.sum(0) == CLASSES / FOLDS).all()  # each class is left out once
+    assert networks.absent["class0"][:EACH].all() and 0 < networks.absent["class0"][EACH:].mean() < 0.15  # and the control
+
+
+def test_a_part_that_stands_apart_by_itself_is_taken_where_it_is_more_foreign_than_what_grows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blind = dataclasses.replace(seen(), features=np.random.default_rng(2).standard_normal((len(LABELS), 64)).astype(np.float32))
+    networks, nobody = Outside(monkeypatch), np.zeros(len(LABELS), bool)
+    alone, beside = (foreign_parts(SESSION, blind, nobody, queues, networks) for queues in ({}, {0: queue(0, 0, 30)}))
+    assert (alone[0][1] > 0.5)[~POISON].any()  # the trained network does not tell them apart
+    np.testing.assert_array_equal(beside[0][1] > 0.5, POISON)
+    assert (beside[0][0].content or 0) > MIN_CONTENT > (alone[0][0].content or 0) and beside[0][0].size == 30
+
+
+def test_a_style_of_a_class_is_not_foreign_and_no_class_is_asked_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = Outside(monkeypatch, np.where(POISON, 3, LABELS))  # zeros that look like threes, all of them
+    found = foreign_parts(SESSION, seen(), np.zeros(len(LABELS), bool), {}, networks)
+    assert sorted(networks.absent) == ["fold1", "fold2", "fold3"] and (found[0][0].content or 0) < MIN_CONTENT
+
+
+def test_who_is_accused_already_and_classes_of_a_few_are_left_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks, aside = Outside(monkeypatch), (LABELS == 5) & (np.arange(len(LABELS)) % EACH < 61)
+    found = foreign_parts(SESSION, seen(), aside, {}, networks)
+    assert 5 not in found and len(found) == CLASSES - 1  # 39 of it are left
+    assert all(absent[aside].all() for absent in networks.absent.values())
+    assert not any(likely[aside].any() for _, likely in found.values())
+    assert foreign_parts(SESSION, seen(), np.ones(len(LABELS), bool), {}, networks) == {}
+
+
+def queue(label: int, first: int, size: int, **given: Any) -> list[Any]:
+    likely = np.zeros(len(LABELS))
+    likely[EACH * label + first : EACH * label + first + size] = 1
+    return [(Group(label, 0, 4.0, 0.9, size, 0.9, **given), likely)]
+
+
+def test_what_is_foreign_is_kept_and_of_the_rest_what_may_share_a_trigger(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks, asked = Outside(monkeypatch), []
+
+    def shows(session: Any, trained: Any, scan: Scan, suspect: np.ndarray, group: Group, part: np.ndarray) -> bool:
+        asked.append(group.label)
+        return group.label == 2
+
+    monkeypatch.setattr(again, "shows_trigger", shows)
+    queues = {label: queue(label, 0, 40) for label in (1, 2, 3)}
+    worth, selection = _sifted(SESSION, ANY, seen(), NOBODY, queues, {3}, networks)
+    assert sorted(worth) == [0, 2] and worth[0][0][0].foreign and asked == [1, 2]  # the rest of class 3 is not a trigger's
+    assert worth[2][0][0].content is not None and not worth[2][0][0].foreign
+    assert sorted(group.label for group in selection.groups) == [1, 3] and all(group.cleared for group in selection.groups)
+    assert not selection.suspect.any()
+
+
+def test_the_accused_of_a_class_in_doubt_are_looked_at_with_the_rest_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks, clean = Outside(monkeypatch), (LABELS == 0) & ~POISON
+    accused = Selection(clean, clean.astype(np.float32), (Group(0, 20, 4.0, 0.9, 70, 0.9, imprint=0.6),))
+    worth, selection = _sifted(SESSION, ANY, seen(), accused, {0: queue(0, 0, 30)}, {0}, networks)
+    np.testing.assert_array_equal(worth[0][0][1] > 0.5, POISON)
+    assert selection is accused
+    assert sum(networks.absent[f"fold{k + 1}"][clean].all() for k in range(FOLDS)) == 1  # not aside: out of one with its class
+
+
+@pytest.mark.parametrize(
+    ("given", "cosine", "covers", "turned", "worth"),
+    [
+        ({"alike": 0.5}, 0.0, 0.0, 0.0, True),
+        ({}, 0.61, 0.0, 0.0, True),
+        ({}, 0.59, 0.06, 0.0, True),
+        ({}, 0.0, 0.0, 0.5, True),
+        ({}, 0.59, 0.05, 0.49, False),
+    ],
+)
+def test_a_part_that_shows_no_trigger_is_not_worth_a_training(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], cosine: float, covers: float, turned: float, worth: bool
+) -> None:
+    rises = np.full(CLASSES, turned)
+    rises[0] = 0
+    assert shows(monkeypatch, queue(0, 0, 30, **given), cosine, covers, rises) == worth
+
+
+@pytest.mark.parametrize(("size", "worth"), [(40, True), (41, False)])
+def test_what_most_of_a_class_share_is_its_content(monkeypatch: pytest.MonkeyPatch, size: int, worth: bool) -> None:
+    assert shows(monkeypatch, queue(0, 0, size), 0.0, 1.0, np.ones(CLASSES)) == worth
+
+
+def shows(monkeypatch: pytest.MonkeyPatch, queue: list[Any], cosine: float, covers: float, rises: np.ndarray) -> bool:
+    """Whether it may share a trigger, beside 20 of its class that are accused."""
+    monkeypatch.setattr(examine, "shared", lambda *_: cosine)
+    monkeypatch.setattr(examine, "beyond_content", lambda *_: [None])
+    monkeypatch.setattr(examine, "carried", lambda *_: covers)
+    monkeypatch.setattr(examine, "imprint_by_class", lambda *_, **__: rises)
+    ((group, likely),) = queue
+    session: Any = SimpleNamespace(source=None, ordered=lambda source: source, runtime=None)
+    suspect = (LABELS == 0) & (np.arange(len(LABELS)) >= 80)
+    return examine.shows_trigger(session, cast(Any, "trained"), seen(), suspect, group, likely > 0.5)
