@@ -7,6 +7,7 @@ import logging
 from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -14,7 +15,7 @@ from .content import ALIKE, alike, beyond_content
 from .detectors import detectors
 from .examine import Unseen, examined, seen_by, shared, shows_trigger
 from .look import make_finding, stronger_halves, with_bearers
-from .naming import MANY, control, second_choices
+from .naming import MANY, all_bearers, control, second_choices
 from .outside import Without, foreign_parts
 from .parts import DOUBT, Part, distinct, joined, other_half, same_parts, smaller_halves, with_more_like_it
 from .passes import clearest, confirmed
@@ -23,11 +24,11 @@ from .scan import Scan
 from .select import BALANCED, CLEAR_IMPRINT, MIN_ALIKE, MIN_SEEDS, Group, Selection, expand
 from .session import Session
 
-__all__ = ["Without", "look_again"]
+__all__ = ["look_again"]
 
 log = logging.getLogger(__name__)
 FEW_CLASSES = 3  # two may have styles that are alike
-TRIED = 2  # parts of a class in one look, each of which costs a training
+TRIED = 2  # parts of a class in one look, each of which may cost a training
 LEARNED = 0.5  # share of images that it must name as labelled: a network that learned little takes any pattern for a class
 
 
@@ -47,7 +48,7 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
         session: The run.
         trained: Trained under the plan so far, with all triggers in it that are not in the plan.
         scanner: The scan's network, which has not learned these: it goes by content, and names the suspects.
-        before: What was found so far; its suspects stay, unless they are the clean half of a class whose other half is accused.
+        before: What was found so far; its suspects stay, unless they are the clean half of a class of whose rest most is accused.
         without: (mask (N,), name) -> a network trained without these samples; called where there is a part to examine.
 
     Returns: what is found now in all; where nothing new stands apart, or the network learned too little to tell, what was found
@@ -67,10 +68,9 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     queues = {queue[0][0].label: queue for queue in _parts(session, scan, selection, before, {*cleared, *fresh})}
     rests = {part[0].label: part for part in _rests(before, scan.labels) if part[0].label not in cleared}
     queues |= {label: [part, *queues.get(label, [])][:TRIED] for label, part in rests.items()}
-    doubted = set(rests)
-    if queues and scan.num_classes >= MANY:
-        queues, selection = _sifted(session, trained, scan, selection, queues, doubted, without)
-        doubted &= set(queues)
+    doubted, kin = set(rests), any(queue[0][0].alike for queue in queues.values())
+    if queues and scan.num_classes >= MANY and not kin:  # a trigger of all classes is known without any one of them
+        queues, selection, doubted = _sifted(session, trained, scan, selection, queues, doubted, without)
     selection, namer = _named(session, trained, scan, selection, [*queues.values()], doubted, without)
     new = selection.suspect & ~known
     log.info("look again: %d suspects more", new.sum())
@@ -97,7 +97,7 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
             continue  # what is left of a group whose other samples were accused meanwhile
         group = next(g for g in (*selection.groups, *before.selection.groups) if g.label == label)
         own = (scan.labels == label) & ~selection.suspect
-        part = dataclasses.replace(group, size=int(members.sum()), alike=0.0), with_more_like_it(scan, own, members)
+        part = _unasked(group, int(members.sum())), with_more_like_it(scan, own, members)
         queues[label] = [*queues.get(label, []), part]
     sure = {g.label for g in before.selection.groups if not g.acquitted and (g.imprint or 0) >= CLEAR_IMPRINT}
     for label, queue in queues.items():
@@ -133,9 +133,15 @@ def _rests(before: Finding, labels: NDArray[np.int64]) -> list[Part]:
         accused, rest = own & plan.suspect, own & ~plan.suspect
         sure = any(group.foreign or (group.imprint or 0) >= CLEAR_IMPRINT for group in groups)
         if (label in clean or not sure) and rest.sum() >= MIN_SEEDS and accused.sum() > BALANCED * own.sum():
-            part = dataclasses.replace(groups[0], size=int(rest.sum()), imprint=None, share=0.0, alike=0.0)
+            part = dataclasses.replace(_unasked(groups[0], int(rest.sum())), imprint=None, share=0.0)
             found.append((part, rest.astype(np.float64)))
     return found
+
+
+def _unasked(group: Group, size: int) -> Group:
+    """A part that was found with the group, without what was asked of that."""
+    asked = dict.fromkeys(("named", "sure", "spread", "source", "every", "carried", "same", "content"))
+    return dataclasses.replace(group, size=size, alike=0.0, **asked)  # type: ignore[arg-type]
 
 
 def _standing(groups: tuple[Group, ...], now: Selection, labels: NDArray[np.int64], known: NDArray[np.bool_]) -> list[Group]:
@@ -152,13 +158,19 @@ def _kin(session: Session, scan: Scan, halves: dict[int, Part], aside: NDArray[n
     if len(halves) < enough:
         return {}
     groups = [likely > 0.5 for _, likely in halves.values()]
-    same = alike(beyond_content(session.ordered(session.source), scan.labels, groups))
+    patterns = beyond_content(session.ordered(session.source), scan.labels, groups)
+    same = alike(patterns)
     kin = {label: part for (label, part), is_alike in zip(halves.items(), same, strict=True) if is_alike}
     log.info("parts of %d classes share the same", len(kin))
     if len(kin) < enough:
         return {}
-    others = same_parts(scan, aside, np.any([likely > 0.5 for _, likely in kin.values()], axis=0))
-    kin |= {group.label: (group, likely) for group, likely in others}
+    some = np.any([likely > 0.5 for _, likely in kin.values()], axis=0)
+    kin |= {group.label: (group, likely) for group, likely in same_parts(scan, aside, some)}
+    shows = np.where(aside, 0, all_bearers(session.ordered(session.source), scan.labels, some, patterns[torch.from_numpy(same)]))
+    for label in np.unique(scan.labels[shows > 0.5]).tolist():
+        group, likely = kin.get(label, (Group(label, 0, 0.0, 0.0, 0, 0.0), np.zeros(len(shows))))
+        likely = np.maximum(likely, np.where(scan.labels == label, shows, 0))
+        kin[label] = dataclasses.replace(group, size=int((likely > 0.5).sum())), likely
     share = len(kin) / scan.num_classes
     return {label: (dataclasses.replace(group, alike=share), likely) for label, (group, likely) in kin.items()}
 
@@ -171,24 +183,30 @@ def _sifted(
     queues: dict[int, list[Part]],
     doubted: set[int],
     without: Without,
-) -> tuple[dict[int, list[Part]], Selection]:
+) -> tuple[dict[int, list[Part]], Selection, set[int]]:
     """What is worth a training without it: the parts of any class that are foreign to networks which never saw the class, and of
-    the others those in `queues` that may share a trigger. The accused of a class in `doubted` are looked at with the rest of it.
+    the others those in `queues` that may share a trigger, or of whose class nothing could be told. The accused of a class in
+    `doubted` are looked at with the rest of it.
 
-    Returns: label -> parts, and the selection with the others on record."""
+    Returns: label -> parts, the selection with the others on record, and which classes are still in doubt."""
     back = selection.suspect & np.isin(scan.labels, [*doubted])
     found = foreign_parts(session, scan, selection.suspect & ~back, queues, without)
-    worth = {label: [part] for label, part in found.items() if part[0].foreign}
+    news = {label: int(((part[1] > 0.5) & ~selection.suspect).sum()) for label, part in found.items()}
+    worth = {label: [part] for label, part in found.items() if part[0].foreign and news[label] >= MIN_SEEDS}
+    left = {label for label in doubted if label in worth or label not in found}
+    tried = partial(shows_trigger, session, trained, scan, selection.suspect)
     for label, queue in queues.items():
-        if label in worth or label not in found:
-            continue
-        queue = [(dataclasses.replace(group, content=found[label][0].content), likely) for group, likely in queue]
-        tried = partial(shows_trigger, session, trained, scan, selection.suspect)
-        if label not in doubted and (kept := [part for part in queue if tried(part[0], part[1] > 0.5)]):
-            worth[label] = kept
-        else:
-            selection = _with(selection, *queue[0])
-    return worth, selection
+        if label not in found:
+            worth[label] = queue
+        elif label not in worth:
+            content = found[label][0].content
+            queue = [(dataclasses.replace(group, content=content), likely) for group, likely in queue]
+            others = queue[1:] if label in doubted else queue  # the rest of a class shares its content
+            if kept := [part for part in others if tried(part[0], part[1] > 0.5)]:
+                worth[label] = kept
+            else:
+                selection = _on_record(selection, queue[0][0])
+    return worth, selection, left
 
 
 def _named(
@@ -201,7 +219,7 @@ def _named(
     without: Without,
 ) -> tuple[Selection, nn.Module | None]:
     """Accuse parts of classes by the names that they get where they are left out: the first of each class, then the next of those
-    where it was not accused. Of a class in `doubted` the first is what is not accused; the accused are let go if it is.
+    where it was not accused. Of a class in `doubted` the accused are let go if the first is most of what is not.
 
     Returns: the selection, and a network that never saw the accused; None where nobody is accused by this."""
     namer, turn = None, 0
@@ -224,9 +242,10 @@ def _named(
                 left.append(queue[1:])
             else:
                 found = True
-                if group.label in doubted:
+                if group.label in doubted and 2 * (members & (likely > 0.5)).sum() > members.sum():
                     members = scan.labels == group.label
                     selection = _let_go(selection, members, group.label)
+                likely = np.where(members, likely, 0)
                 if not group.alike:
                     ordinary = ~absent & ~others & (scan.labels != group.label)
                     likely = joined(scan, members, likely, unseen.scan.logits, ordinary)
@@ -234,25 +253,29 @@ def _named(
                     log.info("class %d: %d samples in all", group.label, group.size)
             selection = _with(selection, group, likely)
         if found:  # what came back and stays accused must be forgotten before it is named
-            namer = None if (back & selection.suspect).any() else network
+            namer = None if (back & selection.suspect & ~absent).any() else network
         queues, doubted = [queue for queue in left if queue], set()
     return selection, namer
 
 
 def _with(selection: Selection, group: Group, likely: NDArray[np.float64]) -> Selection:
     """The selection with a group that was examined by its names: accused where it is foreign, and on record."""
+    selection = _on_record(selection, group)
+    if not group.foreign:
+        return selection
+    doubt = np.maximum(selection.doubt, likely).astype(np.float32)
+    return dataclasses.replace(selection, suspect=selection.suspect | (likely > 0.5), doubt=doubt)
+
+
+def _on_record(selection: Selection, group: Group) -> Selection:
+    """The selection with a group in place of the one of its class, whose imprint it keeps."""
     old = next((other for other in selection.groups if other.label == group.label), group)
     if old.imprint is not None:
         group = dataclasses.replace(group, imprint=old.imprint, share=old.share)
-    groups = (*(other for other in selection.groups if other is not old), group)
-    if not group.foreign:
-        return dataclasses.replace(selection, groups=groups)
-    doubt = np.maximum(selection.doubt, likely).astype(np.float32)
-    return Selection(selection.suspect | (likely > 0.5), doubt, groups)
+    return dataclasses.replace(selection, groups=(*(other for other in selection.groups if other is not old), group))
 
 
 def _let_go(selection: Selection, members: NDArray[np.bool_], label: int) -> Selection:
     """The selection without what was found in one class."""
     groups = tuple(group for group in selection.groups if group.label != label)
-    doubt = np.where(members, 1 - selection.doubt, selection.doubt).astype(np.float32)
-    return Selection(selection.suspect & ~members, doubt, groups)
+    return Selection(selection.suspect & ~members, np.where(members, 0, selection.doubt).astype(np.float32), groups)

@@ -14,9 +14,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from .content import Batches, beyond_content
-from .select import MAX_NAMED, MIN_SEPARATION, MIN_VALLEY, split_in_two
+from .select import MAX_NAMED, MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, split_in_two
 
-__all__ = ["CONTROL", "MANY", "Naming", "bearers", "carried", "control", "naming", "second_choices"]
+__all__ = ["CONTROL", "MANY", "Naming", "all_bearers", "bearers", "carried", "control", "naming", "second_choices"]
 
 CONTROL = 0.1  # share of the other samples that the network does not see, either
 SHOWN = 0.5  # of a pattern: more of it than not
@@ -75,9 +75,9 @@ def naming(
     named = float((logits[group].argmax(1) == label).mean())
     if not masks[1].any() or (logits.shape[1] < MANY and named >= MAX_NAMED):
         return Naming(named, 0.0, 0.0)
-    rest = np.delete(logits, [*{label, *outside}], axis=1).astype(np.float64)
-    sure = _higher(*(softmax(rest[mask], axis=1).max(1) for mask in masks))
-    mixed = [float(entropy(np.bincount(rest[mask].argmax(1)))) for mask in masks]
+    rest = [np.delete(logits[mask], [*{label, *outside}], axis=1).astype(np.float64) for mask in masks]
+    sure = _higher(*(softmax(table, axis=1).max(1) for table in rest))
+    mixed = [float(entropy(np.bincount(table.argmax(1)))) for table in rest]
     return Naming(named, sure, mixed[0] / mixed[1] if mixed[1] > 0 else 0.0)
 
 
@@ -157,6 +157,27 @@ def bearers(batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArra
             everyone[own] = likely
         found.append(everyone)
     return found
+
+
+def all_bearers(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], patterns: Tensor) -> NDArray[np.float64]:
+    """Who of any class shows a trigger that parts of several classes share: the few that did not stand apart teach it, too.
+
+    Args:
+        batches: (images (B, C, H, W), labels) of N images in order; gone through once.
+        labels: (N,) as given.
+        group: (N,) bool, those parts; no class belongs to it whole.
+        patterns: (G, C, H, W), what each of them shares.
+
+    Returns: (N,) probability of each sample to show it, 0 in classes that do not fall in two by that or of which half do."""
+    everyone = np.zeros(len(labels))
+    (shown,) = _shown(batches, labels, [group], patterns.mean(0, keepdim=True))
+    for label in np.flatnonzero(np.bincount(labels) >= 2 * MIN_SEEDS):
+        own = labels == label
+        likely, separation, valley = split_in_two(shown[own], means=(0, 1))
+        upper = shown[own][likely > 0.5]
+        if separation > MIN_SEPARATION and valley > MIN_VALLEY and 0 < len(upper) < own.sum() / 2 and upper.mean() >= SHOWN:
+            everyone[own] = likely
+    return everyone
 
 
 def _shown(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp, softmax
 from torch import nn
 
+from . import ranks
 from .examine import seen_by
 from .naming import control, naming
 from .parts import DOUBT, Part
@@ -24,7 +25,9 @@ __all__ = ["Without", "foreign_parts"]
 log = logging.getLogger(__name__)
 FOLDS = 3  # of the classes, each left out of one training
 SUREST = 0.2  # of a class, from which the part grows
-SOME_CONTENT = 0.07  # enough above what is typical to ask a network that knows all other classes
+COMPARED = 6  # classes, at least, to tell what is typical
+SOME_CONTENT = 0.07  # enough above that to ask a network that knows all other classes
+ASKED = 3  # classes, at most, of which this is asked, the most foreign ones
 Without = Callable[[NDArray[np.bool_], str], nn.Module]
 
 
@@ -48,23 +51,24 @@ def foreign_parts(
         queues: label -> parts of the class that stand apart.
         without: (mask (N,), name) -> a network trained without these samples.
 
-    Returns: for each class with enough samples to tell, the part, with what its names show in `content`, and the probability of
-        each of all samples (N,) to be in it."""
+    Returns: for each class that could be told, the part, with what its names show in `content`, and the probability of each of
+        all samples (N,) to be in it; nothing where too few classes are large enough to know what is typical."""
     counts = np.bincount(scan.labels[~aside], minlength=scan.num_classes)
     labels = np.random.default_rng([session.recipe.seed, 3]).permutation(np.flatnonzero(counts >= 2 * MIN_SEEDS))
     raw: dict[int, Part] = {}
+    if len(labels) < COMPARED:
+        return raw
     for turn in range(FOLDS):
         raw |= _from_outside(session, scan, aside, labels[turn::FOLDS].tolist(), queues, without, f"fold{turn + 1}")
-    if not raw:
-        return {}
     typical = float(np.median([group.content for group, _ in raw.values()]))
-    doubtful = [label for label, (group, _) in raw.items() if (group.content or 0) > typical + SOME_CONTENT]
-    for label in doubtful:
-        raw |= _from_outside(session, scan, aside, [label], queues, without, f"class{label}")
-    found = {
-        k: (dataclasses.replace(group, content=(group.content or 0) - typical), likely) for k, (group, likely) in raw.items()
-    }
-    most = max(found.values(), key=lambda part: part[0].content or 0)[0]
+    excess = {label: (group.content or 0) - typical for label, (group, _) in raw.items()}
+    doubtful = ranks.same(sorted((label for label in excess if excess[label] > SOME_CONTENT), key=lambda label: -excess[label]))
+    for place, label in enumerate(doubtful):
+        raw.pop(label)
+        if place < ASKED:
+            raw |= _from_outside(session, scan, aside, [label], queues, without, f"class{label}")
+    found = {k: (dataclasses.replace(group, content=(group.content or 0) - typical), p) for k, (group, p) in raw.items()}
+    most = max((group for group, _ in found.values()), key=lambda group: group.content or 0)
     log.info("seen from outside, class %d is the most foreign: %d samples, by %.2f", most.label, most.size, most.content)
     return found
 
@@ -79,8 +83,6 @@ def _from_outside(
     name: str,
 ) -> dict[int, Part]:
     """The most foreign part of some classes each, as a network sees them that was trained without these."""
-    if not outside:
-        return {}
     labels, found = scan.labels, {}
     absent = aside | np.isin(labels, outside)
     others = control(absent, session.recipe.seed)
@@ -90,7 +92,7 @@ def _from_outside(
 
     def content(part: NDArray[np.bool_]) -> float:
         seen = naming(logits, labels, part, others, outside=outside)
-        return seen.sure * seen.spread
+        return seen.sure * min(1.0, seen.spread)
 
     for label in outside:
         members = (labels == label) & ~aside
@@ -99,15 +101,22 @@ def _from_outside(
         group, grown = grow(features, members, start, scan.losses, np.zeros_like(members))
         likely = np.zeros(len(members))
         likely[members] = grown
+        if not _tells(likely, members):
+            likely = start.astype(np.float64)
         parts = [(group, likely), *((one, np.where(members, likely, 0)) for one, likely in queues.get(label, []))]
-        sizes = [int((likely > 0.5).sum()) for _, likely in parts]
-        told = [
-            content(p > 0.5) if MIN_SEEDS <= n <= len(rows) - MIN_SEEDS else 0.0 for (_, p), n in zip(parts, sizes, strict=True)
-        ]
+        parts = [part for part in parts if _tells(part[1], members)]
+        told = [content(likely > 0.5) for _, likely in parts]
         best = int(np.argmax(told))
         group, likely = parts[best]
         if (members & (likely <= DOUBT)).sum() < MIN_SEEDS:  # to learn the class from without it
             likely = (likely > 0.5).astype(np.float64)
-        log.debug("class %d from outside, part %d of %d samples: sure and various by %.2f", label, best, sizes[best], told[best])
-        found[label] = dataclasses.replace(group, label=label, size=sizes[best], content=told[best]), likely
+        size = int((likely > 0.5).sum())
+        log.debug("class %d from outside, part %d of %d, %d samples: %.2f", label, best, len(parts), size, told[best])
+        found[label] = dataclasses.replace(group, label=label, size=size, content=told[best]), likely
     return found
+
+
+def _tells(likely: NDArray[np.float64], members: NDArray[np.bool_]) -> bool:
+    """Both the part and the rest of its class are large enough to be seen."""
+    size = int((likely > 0.5).sum())
+    return bool(MIN_SEEDS <= size <= members.sum() - MIN_SEEDS)

@@ -20,7 +20,7 @@ from .check import Verdict
 from .data import Source
 from .plan import Finding
 from .runtime import Runtime
-from .select import Group
+from .select import MIN_CONTENT, Group
 from .session import Session
 from .types import EvalResult, NABPlan
 
@@ -101,7 +101,7 @@ def _evidence(group: Group) -> str:
     shape = f"separation {group.separation:.1f}, valley {group.valley:.2f}"
     if group.foreign:
         others = f"that left out, it is foreign by {group.strange:.2f}"
-        if group.content is not None:
+        if (group.content or 0) > MIN_CONTENT:
             others = f"to a network that never saw the class it is foreign by {group.content:.2f}"
         if group.source is not None:
             others = f"imprint on the class of the others {group.source:.2f}"

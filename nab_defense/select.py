@@ -78,9 +78,9 @@ class Group:
         carried: How clearly some images of others show it, too (see naming.carried), in [0, 1]; None: not tried.
         alike: Share of the classes that have a part which shares what it shares (see content.alike); 0: it has nothing like it.
         same: Cosine of what it shares beyond content and of what the accused of its class share; None: not tried.
-        content: How surely a network that never saw its class names it, times how variously, less what is typical of classes
-            (see outside.foreign_parts), in [-1, 1]; None: not tried, and by what one that never saw the group makes of it
-            (`strange`) instead.
+        content: How surely a network that never saw its class names it, or a part of the class that is more foreign, times how
+            variously, less what is typical of classes (see outside.foreign_parts), in [-1, 1]; None: not tried, and by what one
+            that never saw the group makes of it (`strange`) instead.
     """
 
     label: int

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nab_defense.content import beyond_content
-from nab_defense.naming import CONTROL, bearers, carried, control, naming, second_choices
+from nab_defense.naming import CONTROL, all_bearers, bearers, carried, control, naming, second_choices
 from nab_defense.select import MIN_VALLEY, Group
 
 LABELS = np.repeat([0, 1, 2, 3], [40, 20, 20, 20])
@@ -115,3 +115,20 @@ def test_who_shows_the_trigger_of_a_group_is_told_from_the_rest_of_its_class(pat
     (likely,) = bearers(batches, labels, [np.arange(800) < 34])
     np.testing.assert_array_equal(likely > 0.5, first & patch)
     assert bearers(batches, labels, []) == []
+
+
+@pytest.mark.parametrize("patch", [True, False])
+def test_who_shows_the_trigger_of_parts_of_several_classes_is_told_in_every_class(patch: bool) -> None:
+    """Ten of each class show the one before it and a patch; in two classes eight of them are known, in another nobody is."""
+    generator = torch.Generator().manual_seed(1)
+    labels, poisoned = np.repeat(np.arange(4), 100), np.arange(400) % 100 < 10
+    contents = np.where(poisoned, (labels - 1) % 4, labels)
+    images = torch.randn(4, 1, 6, 6, generator=generator)[contents] + 0.3 * torch.randn(400, 1, 6, 6, generator=generator)
+    images[torch.from_numpy(poisoned), 0, 4:, 4:] += 3.0 * patch
+    batches = [(part, torch.zeros(len(part))) for part in images.split(64)]
+    groups = [(labels == label) & (np.arange(400) % 100 < 8) for label in (0, 2)]
+    likely = all_bearers(batches, labels, np.any(groups, axis=0), beyond_content(batches, labels, groups))
+    if patch:
+        np.testing.assert_array_equal(likely > 0.5, poisoned)
+    else:
+        assert not (likely > 0.5)[~poisoned].any()
