@@ -24,7 +24,7 @@ __all__ = ["Without", "foreign_parts"]
 
 log = logging.getLogger(__name__)
 FOLDS = 3  # of the classes, each left out of one training
-SUREST = 0.2  # of a class, from which the part grows
+SUREST = 0.2, 0.3, 0.4  # of a class, from which the part grows
 COMPARED = 6  # classes, at least, to tell what is typical
 SOME_CONTENT = 0.07  # enough above that to ask a network that knows all other classes
 ASKED = 3  # classes, at most, of which this is asked, the most foreign ones
@@ -39,8 +39,9 @@ def foreign_parts(
     Dirty-label poison, whatever its trigger, shows what other classes show. A network that was trained on part of it knows its
     trigger, and one that was trained on the rest of its class knows the label; one that never saw the label knows neither, and
     names poison by its content, nearly as surely as other images and after all classes, where it is at a loss with what is new
-    to it. So the surest fifth of a class is where poison is, if there is any, and a probe on what the trained network sees,
-    which knows the trigger, and on these names finds the rest of it; or it is a part that stands apart by itself. First a third
+    to it. So the surest fifth of a class, or third, is where poison is, if there is any, and a probe on what the trained network
+    sees, which knows the trigger, and on these names finds the rest of it; or it is a part that stands apart by itself: of these
+    the one that is named most surely and variously. First a third
     of the classes is left out of a training each; then, alone, those of which a part is many-sided enough to be foreign. What is
     typical of classes is taken off: where they resemble each other, as in photographs, what is new is named surely, too.
 
@@ -57,9 +58,11 @@ def foreign_parts(
     labels = np.random.default_rng([session.recipe.seed, 3]).permutation(np.flatnonzero(counts >= 2 * MIN_SEEDS))
     raw: dict[int, Part] = {}
     if len(labels) < COMPARED:
-        return raw
+        return {}
     for turn in range(FOLDS):
         raw |= _from_outside(session, scan, aside, labels[turn::FOLDS].tolist(), queues, without, f"fold{turn + 1}")
+    if len(raw) < COMPARED:
+        return {}
     typical = float(np.median([group.content for group, _ in raw.values()]))
     excess = {label: (group.content or 0) - typical for label, (group, _) in raw.items()}
     doubtful = ranks.same(sorted((label for label in excess if excess[label] > SOME_CONTENT), key=lambda label: -excess[label]))
@@ -96,15 +99,17 @@ def _from_outside(
 
     for label in outside:
         members = (labels == label) & ~aside
-        start, rows = np.zeros_like(members), np.flatnonzero(members)
-        start[rows[np.argsort(-surest[rows])[: max(MIN_SEEDS, round(SUREST * len(rows)))]]] = True
-        group, grown = grow(features, members, start, scan.losses, np.zeros_like(members))
-        likely = np.zeros(len(members))
-        likely[members] = grown
-        if not _tells(likely, members):
-            likely = start.astype(np.float64)
-        parts = [(group, likely), *((one, np.where(members, likely, 0)) for one, likely in queues.get(label, []))]
+        parts = [(one, np.where(members, likely, 0)) for one, likely in queues.get(label, [])]
+        rows = np.flatnonzero(members)
+        ranked = rows[np.argsort(-surest[rows])]
+        for share in SUREST:
+            start, likely = np.zeros_like(members), np.zeros(len(members))
+            start[ranked[: max(MIN_SEEDS, round(share * len(rows)))]] = True
+            group, likely[members] = grow(features, members, start, scan.losses, np.zeros_like(members))
+            parts.append((group, likely))
         parts = [part for part in parts if _tells(part[1], members)]
+        if not parts:
+            continue
         told = [content(likely > 0.5) for _, likely in parts]
         best = int(np.argmax(told))
         group, likely = parts[best]
