@@ -70,6 +70,7 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     queues |= {label: [part, *queues.get(label, [])][:TRIED] for label, part in rests.items()}
     doubted, kin = set(rests), any(queue[0][0].alike for queue in queues.values())
     if queues and scan.num_classes >= MANY and not kin:  # a trigger of all classes is known without any one of them
+        doubted |= {label for label in fresh if rises.get(label, 0.0) < CLEAR_IMPRINT}
         queues, selection, doubted = _sifted(session, trained, scan, selection, queues, doubted, without)
     selection, namer = _named(session, trained, scan, selection, [*queues.values()], doubted, without)
     new = selection.suspect & ~known
@@ -193,7 +194,7 @@ def _sifted(
     found = foreign_parts(session, scan, selection.suspect & ~back, queues, without)
     news = {label: int(((part[1] > 0.5) & ~selection.suspect).sum()) for label, part in found.items()}
     worth = {label: [part] for label, part in found.items() if part[0].foreign and news[label] >= MIN_SEEDS}
-    left = {label for label in doubted if label in worth or label not in found}
+    left = {label for label in doubted if label in worth or (label in queues and label not in found)}
     tried = partial(shows_trigger, session, trained, scan, selection.suspect)
     for label, queue in queues.items():
         if label not in found:
@@ -242,15 +243,14 @@ def _named(
                 left.append(queue[1:])
             else:
                 found = True
-                if group.label in doubted and 2 * (members & (likely > 0.5)).sum() > members.sum():
-                    members = scan.labels == group.label
-                    selection = _let_go(selection, members, group.label)
                 likely = np.where(members, likely, 0)
                 if not group.alike:
                     ordinary = ~absent & ~others & (scan.labels != group.label)
                     likely = joined(scan, members, likely, unseen.scan.logits, ordinary)
                     group = dataclasses.replace(group, size=int((likely > 0.5).sum()))
                     log.info("class %d: %d samples in all", group.label, group.size)
+                if group.label in doubted and 2 * group.size > members.sum():
+                    selection = _let_go(selection, scan.labels == group.label, group.label)
             selection = _with(selection, group, likely)
         if found:  # what came back and stays accused must be forgotten before it is named
             namer = None if (back & selection.suspect & ~absent).any() else network

@@ -121,9 +121,10 @@ class Group:
         """Its images show what many other classes show, or are named after few and show a trigger, which turns images of all, or
         of one and is on covers, too; is in parts of other classes; or in the accused of its own: labels that no content explains.
         """
-        many = (self.spread or 0) > MIN_SPREAD and self.strange > MIN_STRANGE and (self.named or 0) < MOST_NAMED
+        many = (self.spread or 0) > MIN_SPREAD and self.strange > MIN_STRANGE
         if self.content is not None:
             many = self.content > MIN_CONTENT
+        many &= (self.named or 0) < MOST_NAMED
         source, covers = self.source or 0, self.carried or 0
         one_class = source * (self.sure or 0) > MIN_SOURCE and covers > MIN_VALLEY
         one_class |= source > CLEAR_SOURCE and covers > SOME_COVERS

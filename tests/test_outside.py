@@ -172,6 +172,15 @@ def test_a_class_of_which_nothing_can_be_told_is_examined_by_its_parts(monkeypat
     assert worth[5] is parts and not left and selection is accused
 
 
+@pytest.mark.parametrize(
+    ("content", "named", "foreign"), [(0.2, None, True), (0.2, 0.55, True), (0.2, 0.9, False), (0.09, 0.0, False)]
+)
+def test_what_gets_its_label_from_a_network_that_never_saw_the_part_is_not_foreign(
+    content: float, named: float | None, foreign: bool
+) -> None:
+    assert Group(0, 20, 4.0, 0.9, 40, 0.9, content=content, named=named).foreign == foreign
+
+
 def test_too_few_classes_do_not_tell_what_is_typical(monkeypatch: pytest.MonkeyPatch) -> None:
     networks = Outside(monkeypatch)
     for classes in (COMPARED, COMPARED - 1):
