@@ -191,7 +191,8 @@ def _sifted(
 
     Returns: label -> parts, the selection with the others on record, and which classes are still in doubt."""
     back = selection.suspect & np.isin(scan.labels, [*doubted])
-    found = foreign_parts(session, scan, selection.suspect & ~back, queues, without)
+    apart = {label: queue[1:] if label in doubted else queue for label, queue in queues.items()}  # the rest does not by itself
+    found = foreign_parts(session, scan, selection.suspect & ~back, apart, without)
     news = {label: int(((part[1] > 0.5) & ~selection.suspect).sum()) for label, part in found.items()}
     worth = {label: [part] for label, part in found.items() if part[0].foreign and news[label] >= MIN_SEEDS}
     left = {label for label in doubted if label in worth or (label in queues and label not in found)}

@@ -17,7 +17,7 @@ from .naming import control, naming
 from .parts import DOUBT, Part
 from .principal import Standardized
 from .scan import Scan
-from .select import MIN_SEEDS, grow
+from .select import MIN_CONTENT, MIN_SEEDS, grow
 from .session import Session
 
 __all__ = ["Without", "foreign_parts"]
@@ -40,10 +40,10 @@ def foreign_parts(
     trigger, and one that was trained on the rest of its class knows the label; one that never saw the label knows neither, and
     names poison by its content, nearly as surely as other images and after all classes, where it is at a loss with what is new
     to it. So the surest fifth of a class, or third, is where poison is, if there is any, and a probe on what the trained network
-    sees, which knows the trigger, and on these names finds the rest of it; or it is a part that stands apart by itself: of these
-    the one that is named most surely and variously. First a third
-    of the classes is left out of a training each; then, alone, those of which a part is many-sided enough to be foreign. What is
-    typical of classes is taken off: where they resemble each other, as in photographs, what is new is named surely, too.
+    sees, which knows the trigger, and on these names finds the rest of it; or it is a part that stands apart by itself, which is
+    purer where that is foreign enough. First a third of the classes is left out of a training each; then, alone, those of which
+    a part is many-sided enough to be foreign. What is typical of classes is taken off: where they resemble each other, as in
+    photographs, what is new is named surely, too.
 
     Args:
         session: The run.
@@ -69,7 +69,7 @@ def foreign_parts(
     for place, label in enumerate(doubtful):
         raw.pop(label)
         if place < ASKED:
-            raw |= _from_outside(session, scan, aside, [label], queues, without, f"class{label}")
+            raw |= _from_outside(session, scan, aside, [label], queues, without, f"class{label}", typical + MIN_CONTENT)
     found = {k: (dataclasses.replace(group, content=(group.content or 0) - typical), p) for k, (group, p) in raw.items()}
     most = max((group for group, _ in found.values()), key=lambda group: group.content or 0)
     log.info("seen from outside, class %d is the most foreign: %d samples, by %.2f", most.label, most.size, most.content)
@@ -84,8 +84,10 @@ def _from_outside(
     queues: dict[int, list[Part]],
     without: Without,
     name: str,
+    enough: float = 1.0,
 ) -> dict[int, Part]:
-    """The most foreign part of some classes each, as a network sees them that was trained without these."""
+    """The most foreign part of some classes each, as a network sees them that was trained without these; of those in `queues`,
+    where one has more than `enough`, since what stands apart is purer than what grows."""
     labels, found = scan.labels, {}
     absent = aside | np.isin(labels, outside)
     others = control(absent, session.recipe.seed)
@@ -99,19 +101,22 @@ def _from_outside(
 
     for label in outside:
         members = (labels == label) & ~aside
-        parts = [(one, np.where(members, likely, 0)) for one, likely in queues.get(label, [])]
+        apart = [(one, np.where(members, likely, 0)) for one, likely in queues.get(label, [])]
+        apart = [part for part in apart if _tells(part[1], members)]
         rows = np.flatnonzero(members)
         ranked = rows[np.argsort(-surest[rows])]
+        grown = []
         for share in SUREST:
             start, likely = np.zeros_like(members), np.zeros(len(members))
             start[ranked[: max(MIN_SEEDS, round(share * len(rows)))]] = True
             group, likely[members] = grow(features, members, start, scan.losses, np.zeros_like(members))
-            parts.append((group, likely))
-        parts = [part for part in parts if _tells(part[1], members)]
+            if _tells(likely, members):
+                grown.append((group, likely))
+        parts = [*apart, *grown]
         if not parts:
             continue
         told = [content(likely > 0.5) for _, likely in parts]
-        best = int(np.argmax(told))
+        best = int(np.argmax(told[: len(apart)] if max(told[: len(apart)], default=0.0) > enough else told))
         group, likely = parts[best]
         if (members & (likely <= DOUBT)).sum() < MIN_SEEDS:  # to learn the class from without it
             likely = (likely > 0.5).astype(np.float64)
