@@ -82,6 +82,16 @@ def test_a_part_that_stands_apart_by_itself_is_taken_where_it_is_more_foreign_th
     assert (beside[0][0].content or 0) > MIN_CONTENT > (alone[0][0].content or 0) and beside[0][0].size == 30
 
 
+@pytest.mark.parametrize(("clean", "taken"), [(6, 36), (60, 30)])
+def test_a_part_that_stands_apart_goes_before_what_grows_where_it_is_foreign_enough(
+    monkeypatch: pytest.MonkeyPatch, clean: int, taken: int
+) -> None:
+    """Beside the thirty poisoned ones some clean ones stand apart: with the poison, so few that it is foreign still, or alone."""
+    apart = {0: queue(0, 0, 30 + clean) if clean < 30 else queue(0, 30, clean)}
+    found = foreign_parts(SESSION, seen(), np.zeros(len(LABELS), bool), apart, Outside(monkeypatch))
+    assert found[0][0].foreign and found[0][0].size == taken
+
+
 def test_a_style_of_a_class_is_not_foreign_and_no_class_is_asked_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     networks = Outside(monkeypatch, np.where(POISON, 3, LABELS))  # zeros that look like threes, all of them
     found = foreign_parts(SESSION, seen(), np.zeros(len(LABELS), bool), {}, networks)
