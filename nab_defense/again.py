@@ -250,7 +250,8 @@ def _named(
                     likely = joined(scan, members, likely, unseen.scan.logits, ordinary)
                     group = dataclasses.replace(group, size=int((likely > 0.5).sum()))
                     log.info("class %d: %d samples in all", group.label, group.size)
-                if group.label in doubted and 2 * group.size > members.sum():
+                left_over = int(members.sum()) - group.size
+                if (group.label in doubted and group.size > left_over) or left_over < MIN_SEEDS:  # of a class not all is accused
                     selection = _let_go(selection, scan.labels == group.label, group.label)
             selection = _with(selection, group, likely)
         if found:  # what came back and stays accused must be forgotten before it is named

@@ -28,6 +28,7 @@ SUREST = 0.2, 0.3, 0.4  # of a class, from which the part grows
 COMPARED = 6  # classes, at least, to tell what is typical
 SOME_CONTENT = 0.07  # enough above that to ask a network that knows all other classes
 ASKED = 3  # classes, at most, of which this is asked, the most foreign ones
+NEARLY = 0.7  # as foreign as the most foreign part: enough for one that stands apart, which is purer
 Without = Callable[[NDArray[np.bool_], str], nn.Module]
 
 
@@ -86,8 +87,8 @@ def _from_outside(
     name: str,
     enough: float = 1.0,
 ) -> dict[int, Part]:
-    """The most foreign part of some classes each, as a network sees them that was trained without these; of those in `queues`,
-    where one has more than `enough`, since what stands apart is purer than what grows."""
+    """The most foreign part of some classes each, as a network sees them that was trained without these; or one in `queues` that
+    is nearly as foreign, and by more than `enough`, since what stands apart is purer than what grows."""
     labels, found = scan.labels, {}
     absent = aside | np.isin(labels, outside)
     others = control(absent, session.recipe.seed)
@@ -116,7 +117,9 @@ def _from_outside(
         if not parts:
             continue
         told = [content(likely > 0.5) for _, likely in parts]
-        best = int(np.argmax(told[: len(apart)] if max(told[: len(apart)], default=0.0) > enough else told))
+        best = int(np.argmax(told))
+        if (most := max(told[: len(apart)], default=0.0)) > max(enough, NEARLY * told[best]):
+            best = told.index(most)
         group, likely = parts[best]
         if (members & (likely <= DOUBT)).sum() < MIN_SEEDS:  # to learn the class from without it
             likely = (likely > 0.5).astype(np.float64)
