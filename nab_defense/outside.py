@@ -28,7 +28,6 @@ SUREST = 0.2, 0.3, 0.4  # of a class, from which the part grows
 COMPARED = 6  # classes, at least, to tell what is typical
 SOME_CONTENT = 0.07  # enough above that to ask a network that knows all other classes
 ASKED = 3  # classes, at most, of which this is asked, the most foreign ones
-NEARLY = 0.7  # as foreign as the most foreign part: enough for one that stands apart, which is purer
 Without = Callable[[NDArray[np.bool_], str], nn.Module]
 
 
@@ -41,8 +40,8 @@ def foreign_parts(
     trigger, and one that was trained on the rest of its class knows the label; one that never saw the label knows neither, and
     names poison by its content, nearly as surely as other images and after all classes, where it is at a loss with what is new
     to it. So the surest fifth of a class, or third, is where poison is, if there is any, and a probe on what the trained network
-    sees, which knows the trigger, and on these names finds the rest of it; or it is a part that stands apart by itself, which is
-    purer where that is foreign enough. First a third of the classes is left out of a training each; then, alone, those of which
+    sees, which knows the trigger, and on these names finds the rest of it; or it is a part that stands apart by itself, where
+    that is more foreign, or what grows is most of the class. First a third of the classes is left out of a training each; then, alone, those of which
     a part is many-sided enough to be foreign. What is typical of classes is taken off: where they resemble each other, as in
     photographs, what is new is named surely, too.
 
@@ -87,8 +86,8 @@ def _from_outside(
     name: str,
     enough: float = 1.0,
 ) -> dict[int, Part]:
-    """The most foreign part of some classes each, as a network sees them that was trained without these; or one in `queues` that
-    is nearly as foreign, and by more than `enough`, since what stands apart is purer than what grows."""
+    """The most foreign part of some classes each, as a network sees them that was trained without these; where that is most of its
+    class, one in `queues` that has more than `enough`, since what stands apart is purer than what grows without end."""
     labels, found = scan.labels, {}
     absent = aside | np.isin(labels, outside)
     others = control(absent, session.recipe.seed)
@@ -118,7 +117,7 @@ def _from_outside(
             continue
         told = [content(likely > 0.5) for _, likely in parts]
         best = int(np.argmax(told))
-        if (most := max(told[: len(apart)], default=0.0)) > max(enough, NEARLY * told[best]):
+        if 2 * (parts[best][1] > 0.5).sum() > len(rows) and (most := max(told[: len(apart)], default=0.0)) > enough:
             best = told.index(most)
         group, likely = parts[best]
         if (members & (likely <= DOUBT)).sum() < MIN_SEEDS:  # to learn the class from without it

@@ -82,13 +82,15 @@ def test_a_part_that_stands_apart_by_itself_is_taken_where_it_is_more_foreign_th
     assert (beside[0][0].content or 0) > MIN_CONTENT > (alone[0][0].content or 0) and beside[0][0].size == 30
 
 
-@pytest.mark.parametrize(("clean", "taken"), [(6, 36), (60, 30)])
-def test_a_part_that_stands_apart_goes_before_what_grows_where_it_is_foreign_enough(
-    monkeypatch: pytest.MonkeyPatch, clean: int, taken: int
+@pytest.mark.parametrize(("grows", "taken"), [(60, 36), (40, 40)])
+def test_a_part_that_stands_apart_goes_before_what_grows_to_most_of_its_class(
+    monkeypatch: pytest.MonkeyPatch, grows: int, taken: int
 ) -> None:
-    """Beside the thirty poisoned ones some clean ones stand apart: with the poison, so few that it is foreign still, or alone."""
-    apart = {0: queue(0, 0, 30 + clean) if clean < 30 else queue(0, 30, clean)}
-    found = foreign_parts(SESSION, seen(), np.zeros(len(LABELS), bool), apart, Outside(monkeypatch))
+    """Seventy of class 0 show other classes' content, thirty of those that stand apart, and all that grow."""
+    content = np.where(np.arange(len(LABELS)) < 70, np.resize(np.arange(1, CLASSES), len(LABELS)), LABELS)
+    likely = (np.arange(EACH) < grows).astype(np.float64)
+    monkeypatch.setattr(outside, "grow", lambda features, members, *_: (Group(0, 0, 0.0, 0.0, 0, 0.0), likely[: members.sum()]))
+    found = foreign_parts(SESSION, seen(), np.zeros(len(LABELS), bool), {0: queue(0, 40, 36)}, Outside(monkeypatch, content))
     assert found[0][0].foreign and found[0][0].size == taken
 
 
