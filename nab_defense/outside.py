@@ -41,9 +41,9 @@ def foreign_parts(
     names poison by its content, nearly as surely as other images and after all classes, where it is at a loss with what is new
     to it. So the surest fifth of a class, or third, is where poison is, if there is any, and a probe on what the trained network
     sees, which knows the trigger, and on these names finds the rest of it; or it is a part that stands apart by itself, where
-    that is more foreign, or what grows is most of the class. First a third of the classes is left out of a training each; then, alone, those of which
-    a part is many-sided enough to be foreign. What is typical of classes is taken off: where they resemble each other, as in
-    photographs, what is new is named surely, too.
+    that is more foreign, or what grows is most of the class. First a third of the classes is left out of a training each; then,
+    alone, those of which a part is many-sided enough to be foreign. What is typical of classes is taken off: where they resemble
+    each other, as in photographs, what is new is named surely, too.
 
     Args:
         session: The run.
@@ -86,8 +86,8 @@ def _from_outside(
     name: str,
     enough: float = 1.0,
 ) -> dict[int, Part]:
-    """The most foreign part of some classes each, as a network sees them that was trained without these; where that is most of its
-    class, one in `queues` that has more than `enough`, since what stands apart is purer than what grows without end."""
+    """The most foreign part of some classes each, as a network sees them that was trained without these; where that is most of
+    its class, one in `queues` that has more than `enough`, since what stands apart is purer than what grows without end."""
     labels, found = scan.labels, {}
     absent = aside | np.isin(labels, outside)
     others = control(absent, session.recipe.seed)
