@@ -152,9 +152,7 @@ def bearers(batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArra
     found, patterns = [], beyond_content(batches, labels, groups, together=False)
     for group, shown in zip(groups, _shown(batches, labels, groups, patterns), strict=True):
         everyone, own = np.zeros(len(labels)), labels == labels[group][0]
-        likely, separation, valley = split_in_two(shown[own], means=(0, 1))
-        if separation > MIN_SEPARATION and valley > MIN_VALLEY:
-            everyone[own] = likely
+        everyone[own] = _upper(shown[own])
         found.append(everyone)
     return found
 
@@ -173,11 +171,17 @@ def all_bearers(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.b
     (shown,) = _shown(batches, labels, [group], patterns.mean(0, keepdim=True))
     for label in np.flatnonzero(np.bincount(labels) >= 2 * MIN_SEEDS):
         own = labels == label
-        likely, separation, valley = split_in_two(shown[own], means=(0, 1))
+        likely = _upper(shown[own])
         upper = shown[own][likely > 0.5]
-        if separation > MIN_SEPARATION and valley > MIN_VALLEY and 0 < len(upper) < own.sum() / 2 and upper.mean() >= SHOWN:
+        if 0 < len(upper) < own.sum() / 2 and upper.mean() >= SHOWN:
             everyone[own] = likely
     return everyone
+
+
+def _upper(shown: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(M,) probability of each sample of a class to be of those that show it; 0 for all, where these do not stand apart."""
+    likely, separation, valley = split_in_two(shown, means=(0, 1))
+    return likely if separation > MIN_SEPARATION and valley > MIN_VALLEY else np.zeros(len(shown))
 
 
 def _shown(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,11 +57,12 @@ def foreign_parts(
         all samples (N,) to be in it; nothing where too few classes are large enough to know what is typical."""
     counts = np.bincount(scan.labels[~aside], minlength=scan.num_classes)
     labels = np.random.default_rng([session.recipe.seed, 3]).permutation(np.flatnonzero(counts >= 2 * MIN_SEEDS))
-    raw: dict[int, Part] = {}
     if len(labels) < COMPARED:
         return {}
+    raw: dict[int, Part] = {}
+    told = partial(_from_outside, session, scan, aside, queues, without)
     for turn in range(FOLDS):
-        raw |= _from_outside(session, scan, aside, labels[turn::FOLDS].tolist(), queues, without, f"fold{turn + 1}")
+        raw |= told(labels[turn::FOLDS].tolist(), f"fold{turn + 1}")
     if len(raw) < COMPARED:
         return {}
     typical = float(np.median([group.content for group, _ in raw.values()]))
@@ -69,7 +71,7 @@ def foreign_parts(
     for place, label in enumerate(doubtful):
         raw.pop(label)
         if place < ASKED:
-            raw |= _from_outside(session, scan, aside, [label], queues, without, f"class{label}", typical + MIN_CONTENT)
+            raw |= told([label], f"class{label}", typical + MIN_CONTENT)
     found = {k: (dataclasses.replace(group, content=(group.content or 0) - typical), p) for k, (group, p) in raw.items()}
     most = max((group for group, _ in found.values()), key=lambda group: group.content or 0)
     log.info("seen from outside, class %d is the most foreign: %d samples, by %.2f", most.label, most.size, most.content)
@@ -80,9 +82,9 @@ def _from_outside(
     session: Session,
     scan: Scan,
     aside: NDArray[np.bool_],
-    outside: list[int],
     queues: dict[int, list[Part]],
     without: Without,
+    outside: list[int],
     name: str,
     enough: float = 1.0,
 ) -> dict[int, Part]:
