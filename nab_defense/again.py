@@ -237,6 +237,7 @@ def _named(
         kin_named = float((unseen.scan.logits.argmax(1) == scan.labels)[np.any(kin, axis=0)].mean()) if kin else None
         for (group, likely), queue in zip(parts, queues, strict=True):
             members = (scan.labels == group.label) & ~selection.suspect
+            group = dataclasses.replace(group, doubted=group.label in doubted)
             group = examined(session, trained, unseen, selection.suspect & ~back, group, likely > 0.5)
             if group.alike:
                 group = dataclasses.replace(group, named=kin_named)

@@ -81,6 +81,8 @@ class Group:
         content: How surely a network that never saw its class names it, or a part of the class that is more foreign, times how
             variously, less what is typical of classes (see outside.foreign_parts), in [-1, 1]; None: not tried, and by what one
             that never saw the group makes of it (`strange`) instead.
+        doubted: Of its class others are accused, for a trigger that is not beyond doubt: the two may be the halves of a class
+            with clean-label poison, and the clean one resembles few classes.
     """
 
     label: int
@@ -100,6 +102,7 @@ class Group:
     alike: float = 0.0
     same: float | None = None
     content: float | None = None
+    doubted: bool = False
 
     @property
     def distinct(self) -> bool:
@@ -123,7 +126,7 @@ class Group:
         """
         many = (self.spread or 0) > MIN_SPREAD and self.strange > MIN_STRANGE
         if self.content is not None:
-            many = self.content > MIN_CONTENT
+            many = self.content > MIN_CONTENT and (not self.doubted or (self.spread or 0) > MIN_SPREAD)
         many &= (self.named or 0) < MOST_NAMED
         source, covers = self.source or 0, self.carried or 0
         one_class = source * (self.sure or 0) > MIN_SOURCE and covers > MIN_VALLEY

@@ -153,6 +153,16 @@ def test_what_was_accused_is_let_go_where_most_of_the_rest_is_foreign(monkeypatc
     np.testing.assert_array_equal(found.doubt > 0.5, found.suspect)  # the others are as clean as any
 
 
+def test_nothing_is_let_go_for_a_rest_that_resembles_few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside clean-label poison of most of its class the clean images are named after others, too, but not after many."""
+    accused, real = (LABELS == 0) & ~POISON, again.examined
+    monkeypatch.setattr(again, "examined", lambda *args: dataclasses.replace(real(*args), spread=0.7))
+    found, namer, _ = doubted(monkeypatch, accused)
+    np.testing.assert_array_equal(found.suspect, accused)
+    assert namer is None and not found.groups[-1].foreign and found.groups[-1].named == 0
+    assert dataclasses.replace(found.groups[-1], doubted=False).foreign
+
+
 def test_what_was_accused_stays_where_a_small_part_of_the_rest_is_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
     accused = (LABELS == 0) & (np.arange(len(LABELS)) >= 70)
     found, namer, _ = doubted(monkeypatch, accused)
