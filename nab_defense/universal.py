@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from .changes import GRID, START, START_IMAGES, Patch, Spread, Universal, Warp, noisy_slopes, promise
 from .clean import CleanSet
 from .runtime import Runtime
+from .waves import Wave
 
 __all__ = ["PROBE_BATCH", "Pool", "likely_classes", "pool_of", "pursued", "started"]
 
 TURNS, FACTORS = 0.5, (2.0, 1.5)  # the radius is changed by these until some spread changes turn this share of images, not most
 EASY, RIVAL = 0.5, 0.75  # of the largest excess: changes with less, toward its class and toward others, are not suspicious
+CLEAR, MANY = 0.7, 240  # share of so many images that the change which stands out most must turn, or waves are tried, too
 FLOOR, SHARPNESS = 0.05, 4.0  # a change is drawn in proportion to this power of how many images it turns, times its excess
 PROBE_BATCH, PROBE_CLASSES = 48, 10
-KINDS: dict[str, type[Universal]] = {kind.__name__: kind for kind in (Spread, Patch, Warp)}
+KINDS: dict[str, type[Universal]] = {kind.__name__: kind for kind in (Spread, Patch, Warp, Wave)}
 SMALLEST_PATCH = 3  # pixels
 WAY = 1.0  # pixels that the points of a warp move up to 32 px, a root mean square of either direction; more in larger images
 
@@ -133,6 +135,9 @@ def likely_classes(network: nn.Module, images: Tensor, *, edge: int, runtime: Ru
 def pool_of(network: nn.Module, clean: CleanSet, *, radius: float, patch: int, runtime: Runtime) -> Pool:
     """A change of each kind toward each likely class, made on a network that may hold a backdoor.
 
+    Waves only where the change that stands out most turns less than most images: networks go by some frequencies without any
+    backdoor (those of CIFAR-10 toward "frog", one of them more readily than by its trigger), which would hide what is known.
+
     Args:
         network: Takes pixels; in eval mode, and left so.
         clean: Images to make them with.
@@ -145,6 +150,7 @@ def pool_of(network: nn.Module, clean: CleanSet, *, radius: float, patch: int, r
     edge = min(max(SMALLEST_PATCH, round(patch * larger)), *clean.images.shape[2:])
     way = WAY * max(1.0, larger)
     radius *= clean.scale
+    given = radius
     images, _ = next(batches)
     blank, classes = torch.zeros_like(images[0]), likely_classes(network, images, edge=edge, runtime=runtime)
     still = blank.new_zeros(2, GRID, GRID)
@@ -161,8 +167,22 @@ def pool_of(network: nn.Module, clean: CleanSet, *, radius: float, patch: int, r
         spread = made([Spread(k, blank, radius) for k in classes])
     patches = made([Patch(k, blank, edge) for k in classes])
     warps = made([Warp(k, still, way * still.numel() ** 0.5) for k in classes])
-    changes: list[Universal] = []
-    for ones in (spread, patches, warps):
-        usual = statistics.median(one.rate for one in ones)
-        changes += [replace(one, excess=one.rate - usual) for one in ones]
+    changes = _in_excess(spread) + _in_excess(patches) + _in_excess(warps)
+    shown, _ = next(clean.endless(MANY, runtime=runtime, seed=runtime.seed, augment=False))
+    if _turned(network, shown, max(changes, key=lambda one: one.excess), runtime) < CLEAR:
+        changes += _in_excess(made([Wave(k, blank, given) for k in classes]))
     return Pool(changes, runtime)
+
+
+@torch.no_grad()
+def _turned(network: nn.Module, images: Tensor, one: Universal, runtime: Runtime) -> float:
+    """Share of the images that the change turns to its class, of those not given it anyway; 1 where there are none."""
+    with runtime.autocast():
+        others = images[network(images).argmax(1) != one.wanted]
+        return float((network(one.painted(others)).argmax(1) == one.wanted).float().mean()) if len(others) else 1.0
+
+
+def _in_excess(ones: Sequence[Universal]) -> list[Universal]:
+    """Changes of one kind, with by how much each turns more than is usual."""
+    usual = statistics.median(one.rate for one in ones)
+    return [replace(one, excess=one.rate - usual) for one in ones]

@@ -103,10 +103,10 @@ class IBAU:
     """Universal perturbations climb to where they turn images, and the network is trained to withstand them, step by step.
 
     Unlike the authors' code: a share of every batch carries a perturbation (there 1 image in 100, none in batches under 100);
-    each is targeted, since one that merely spoils predictions does not lead to the backdoor's class, and there are three a class,
-    spread, a patch and a warp (see universal.Pool); radius and share fall with the learning rate: the end belongs to accuracy;
-    the curvature comes from fresh batches; normalisations follow the batches, from clean statistics on (see base.recentred); and
-    the original's own answers to clean images are held on to, so that few images do.
+    each is targeted, since one that merely spoils predictions does not lead to the backdoor's class, and there are several a
+    class, spread, a patch, a warp, a wave (see universal.pool_of); radius and share fall with the learning rate: the end belongs
+    to accuracy; the curvature comes from fresh batches; normalisations follow the batches, from clean statistics on (see
+    base.recentred); and the original's own answers to clean images are held on to, so that few images do.
 
     Args:
         steps: Updates.

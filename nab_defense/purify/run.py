@@ -56,7 +56,7 @@ class PurifyResult:
 
     @property
     def repaired(self) -> bool:
-        """Accepted, and turned by perturbations in less than a quarter as many images as the original was."""
+        """Accepted, and turned by perturbations in less than a sixth as many images as the original was."""
         return self.status == "accepted" and hardly_turned(self.before, self.after)
 
 

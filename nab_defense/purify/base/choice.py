@@ -17,7 +17,7 @@ LEAST_GAIN = 0.1  # of the proxy: less is noise, and no repair
 TIE = 0.02  # proxies this close are the same
 DOUBT = 2.0  # standard errors: a loss that exceeds max_drop by less may be chance
 TURNED = 0.5  # of the original's proxy: what leaves so much of it is better than it was, but no repair to lose accuracy for
-REPAIRED = 0.25  # of it: what leaves so much is not called repaired; results/README.md tells what it hides
+REPAIRED = 1 / 6  # of it: what leaves so much is not called repaired; results/README.md tells what it hides
 
 
 class Choice:
@@ -74,7 +74,7 @@ def may_keep(before: dict[str, Any], record: dict[str, Any], max_drop: float) ->
 
 
 def hardly_turned(before: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether less than a quarter of what turned the original is left; nobody knows how much of the backdoor that is."""
+    """Whether less than a sixth of what turned the original is left; nobody knows how much of the backdoor that is."""
     return bool(record["proxy"] < REPAIRED * before["proxy"])
 
 

@@ -1,0 +1,82 @@
+"""Waves: changes of one spatial frequency, as a patch is one of one place."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from .changes import SEARCH, SHOWN, START_SHARE, TIRED, TRIED, Spread, boxed, climbed
+from .runtime import Runtime
+
+__all__ = ["Wave"]
+
+COUNTS = 1, 2, 3, 4, 6, 8  # times that it goes up and down across an image: networks go by the neighbours of a count, too
+PHASES = 0.0, 0.25  # of a period; its steps move it along
+PACE = 0.2  # of the radius, a step
+
+
+@dataclass(eq=False)
+class Wave(Spread):
+    """A plane wave that is added: (C, H, W), in each channel of a height and a phase of its own.
+
+    Networks go by single frequencies as readily as by single places [Tsuzuku and Sato 2019, arXiv:1809.04098], and a trigger that
+    is spread over an image may be little else; but at clean images the slope does not lead there, so that waves are tried.
+
+    Args:
+        radius: Largest L2 norm of it.
+        cycles: How often it goes up and down, from top to bottom and from left to right; None: not chosen yet.
+    """
+
+    cycles: tuple[int, int] | None = None
+
+    def climb(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:
+        if self.cycles is None:
+            self._settle(network, images, strength, runtime)
+        super().climb(network, images, strength=strength, runtime=runtime)
+
+    def follow(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:
+        """At no less than the share of the radius that it was found at, as a warp; of another frequency now and then, where it
+        turns few."""
+        if self.rate < TIRED and (self.drawn - 1) % SEARCH == 0:
+            self._settle(network, images, START_SHARE, runtime)
+        self.climb(network, images, strength=max(strength, START_SHARE), runtime=runtime)
+
+    def blank(self) -> Self:
+        return replace(super().blank(), cycles=None)
+
+    def _step(self, slope: Tensor, strength: float) -> None:
+        assert self.cycles is not None
+        radius, shapes = strength * self.radius, _basis(self.cycles, slope)
+        slope = torch.einsum("phw,pc->chw", shapes, torch.einsum("phw,chw->pc", shapes, slope))
+        self.change = climbed(self.change, slope, step=PACE * radius, radius=radius)
+
+    @torch.no_grad()
+    def _settle(self, network: nn.Module, images: Tensor, strength: float, runtime: Runtime) -> None:
+        """Take the wave, alike in all channels, with which a few images are most readily given the class."""
+        shown, (high, wide) = images[:SHOWN], images.shape[2:]
+        downs, rights = ([count for count in COUNTS if 2 * count <= edge] for edge in (high, wide))
+        ways = [*((down, 0) for down in downs), *itertools.product([0, *downs, *(-down for down in downs)], rights)]
+        waves = torch.cat([_basis(cycles, images[0]) for cycles in ways])
+        waves *= strength * self.radius / images.shape[1] ** 0.5
+        best, place = -torch.inf, 0
+        for number, some in enumerate(waves.split(TRIED)):
+            with runtime.autocast():
+                logits = network(boxed(shown + some[:, None, None]).flatten(0, 1)).float()
+            works = logits.log_softmax(1)[:, self.wanted].view(len(some), -1).mean(1)
+            if works.max() > best:
+                best, place = works.max(), number * TRIED + int(works.argmax())
+        self.cycles = ways[place // len(PHASES)]
+        self.change = waves[place].expand_as(images[0]).clone()
+
+
+def _basis(cycles: tuple[int, int], like: Tensor) -> Tensor:
+    """(2, H, W): the wave and itself a quarter of a period on, of norm 1 each, for images (C, H, W)."""
+    rows, columns = (torch.arange(edge, device=like.device) / edge for edge in like.shape[1:])
+    turns = cycles[0] * rows[:, None] + cycles[1] * columns
+    waves = torch.stack([torch.sin(2 * math.pi * (turns + phase)) for phase in PHASES])
+    return waves / waves.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None]
