@@ -65,9 +65,7 @@ def test_accuracy_is_not_given_up_for_what_leaves_most_of_the_images_turned(
 
 
 @pytest.mark.parametrize("start", [1.0, 0.6])  # of less, a sixth is less
-def test_a_sixth_of_what_turned_is_better_but_not_repaired(
-    start: float, measured: dict[int, tuple[float, float, float]]
-) -> None:
+def test_a_sixth_of_what_turned_is_better_but_not_repaired(start: float, measured: dict[int, tuple[float, float, float]]) -> None:
     measured.update({START: (1.0, 0.0, start), KEEPS: (1.0, 0.0, 0.18 * start), CHANCE: (1.0, 0.0, 0.15 * start)})
     for label, whole in ((KEEPS, False), (CHANCE, True)):
         found = repaired(label, suspects=None)
