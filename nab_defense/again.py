@@ -142,7 +142,7 @@ def _rests(before: Finding, labels: NDArray[np.int64]) -> list[Part]:
 def _unasked(group: Group, size: int) -> Group:
     """A part that was found with the group, without what was asked of that."""
     asked = dict.fromkeys(("named", "sure", "spread", "source", "every", "carried", "same", "content"))
-    return dataclasses.replace(group, size=size, alike=0.0, **asked)  # type: ignore[arg-type]
+    return dataclasses.replace(group, size=size, alike=0.0, doubted=False, **asked)  # type: ignore[arg-type]
 
 
 def _standing(groups: tuple[Group, ...], now: Selection, labels: NDArray[np.int64], known: NDArray[np.bool_]) -> list[Group]:
@@ -195,6 +195,7 @@ def _sifted(
     found = foreign_parts(session, scan, selection.suspect & ~back, apart, without)
     news = {label: int(((part[1] > 0.5) & ~selection.suspect).sum()) for label, part in found.items()}
     worth = {label: [part] for label, part in found.items() if part[0].foreign and news[label] >= MIN_SEEDS}
+    worth = {k: [(dataclasses.replace(group, doubted=k in doubted), p) for group, p in queue] for k, queue in worth.items()}
     left = {label for label in doubted if label in worth or (label in queues and label not in found)}
     tried = partial(shows_trigger, session, trained, scan, selection.suspect)
     for label, queue in queues.items():
@@ -202,7 +203,8 @@ def _sifted(
             worth[label] = queue
         elif label not in worth:
             content = found[label][0].content
-            queue = [(dataclasses.replace(group, content=content), likely) for group, likely in queue]
+            unsure = label in doubted
+            queue = [(dataclasses.replace(group, content=content, doubted=unsure), likely) for group, likely in queue]
             others = queue[1:] if label in doubted else queue  # the rest of a class shares its content
             if kept := [part for part in others if tried(part[0], part[1] > 0.5)]:
                 worth[label] = kept
@@ -237,7 +239,6 @@ def _named(
         kin_named = float((unseen.scan.logits.argmax(1) == scan.labels)[np.any(kin, axis=0)].mean()) if kin else None
         for (group, likely), queue in zip(parts, queues, strict=True):
             members = (scan.labels == group.label) & ~selection.suspect
-            group = dataclasses.replace(group, doubted=group.label in doubted)
             group = examined(session, trained, unseen, selection.suspect & ~back, group, likely > 0.5)
             if group.alike:
                 group = dataclasses.replace(group, named=kin_named)

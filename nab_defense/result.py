@@ -114,7 +114,8 @@ def _evidence(group: Group) -> str:
 def save_suspects(path: Path, finding: Finding, source: Source) -> None:
     """suspects.csv: a row for each suspected or changed sample, suspects first, the most suspicious on top."""
     plan, scores = finding.plan, finding.report.scores
-    evidence = {group.label: _evidence(group) for group in finding.selection.groups}
+    groups = sorted(finding.selection.groups, key=lambda group: not (group.cleared or group.acquitted))  # the accused last
+    evidence = {group.label: _evidence(group) for group in groups}
     chosen = np.flatnonzero(plan.suspect | plan.changed)
     rows = []
     for i in chosen[np.lexsort((-scores[chosen], ~plan.suspect[chosen]))]:

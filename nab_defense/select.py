@@ -81,8 +81,8 @@ class Group:
         content: How surely a network that never saw its class names it, or a part of the class that is more foreign, times how
             variously, less what is typical of classes (see outside.foreign_parts), in [-1, 1]; None: not tried, and by what one
             that never saw the group makes of it (`strange`) instead.
-        doubted: Of its class others are accused, for a trigger that is not beyond doubt: the two may be the halves of a class
-            with clean-label poison, and the clean one resembles few classes.
+        doubted: Of its class others are accused, for a trigger in doubt or as clean-label poison: the two may be the halves of
+            a class of which the clean one resembles few others.
     """
 
     label: int

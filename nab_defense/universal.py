@@ -81,7 +81,8 @@ class Pool:
         self.generator, self.device = torch.Generator().manual_seed(runtime.seed), runtime.torch_device
         self.changes = sorted(changes, key=lambda one: -one.excess)
         first = self.changes[0]
-        least = [first.excess * (EASY if one.wanted == first.wanted else RIVAL) for one in self.changes]
+        known = next((one for one in self.changes if not isinstance(one, Wave)), first)  # which no wave is to push out
+        least = [first.excess * (EASY if one is known or one.wanted == first.wanted else RIVAL) for one in self.changes]
         self.suspicious = [one for one, bar in zip(self.changes, least, strict=True) if one.excess >= bar]
 
     def draw(self) -> Universal:
@@ -133,10 +134,10 @@ def likely_classes(network: nn.Module, images: Tensor, *, edge: int, runtime: Ru
 
 
 def pool_of(network: nn.Module, clean: CleanSet, *, radius: float, patch: int, runtime: Runtime) -> Pool:
-    """A change of each kind toward each likely class, made on a network that may hold a backdoor.
+    """Changes of each kind toward each likely class, made on a network that may hold a backdoor.
 
-    Waves only where the change that stands out most turns less than most images: networks go by some frequencies without any
-    backdoor (those of CIFAR-10 toward "frog", one of them more readily than by its trigger), which would hide what is known.
+    Waves only where the change that stands out most turns less than CLEAR of the images: networks go by some frequencies without
+    any backdoor (those of CIFAR-10 toward "frog", one of them more readily than by its trigger).
 
     Args:
         network: Takes pixels; in eval mode, and left so.
@@ -169,7 +170,7 @@ def pool_of(network: nn.Module, clean: CleanSet, *, radius: float, patch: int, r
     warps = made([Warp(k, still, way * still.numel() ** 0.5) for k in classes])
     changes = _in_excess(spread) + _in_excess(patches) + _in_excess(warps)
     shown, _ = next(clean.endless(MANY, runtime=runtime, seed=runtime.seed, augment=False))
-    if _turned(network, shown, max(changes, key=lambda one: one.excess), runtime) < CLEAR:
+    if min(shown.shape[2:]) > 2 and _turned(network, shown, max(changes, key=lambda one: one.excess), runtime) < CLEAR:
         changes += _in_excess(made([Wave(k, blank, given) for k in classes]))
     return Pool(changes, runtime)
 

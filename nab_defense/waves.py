@@ -15,7 +15,7 @@ from .runtime import Runtime
 
 __all__ = ["Wave"]
 
-COUNTS = 1, 2, 3, 4, 6, 8  # times that it goes up and down across an image: networks go by the neighbours of a count, too
+MOST = 8  # times that it goes up and down across an image; more are not tried
 PHASES = 0.0, 0.25  # of a period; its steps move it along
 PACE = 0.2  # of the radius, a step
 
@@ -58,9 +58,9 @@ class Wave(Spread):
     @torch.no_grad()
     def _settle(self, network: nn.Module, images: Tensor, strength: float, runtime: Runtime) -> None:
         """Take the wave, alike in all channels, with which a few images are most readily given the class."""
-        shown, (high, wide) = images[:SHOWN], images.shape[2:]
-        downs, rights = ([count for count in COUNTS if 2 * count <= edge] for edge in (high, wide))
-        ways = [*((down, 0) for down in downs), *itertools.product([0, *downs, *(-down for down in downs)], rights)]
+        shown = images[:SHOWN]
+        down, right = (min(MOST, (edge - 1) // 2) for edge in images.shape[2:])  # of more there is no sine in so few pixels
+        ways = [*((count, 0) for count in range(1, down + 1)), *itertools.product(range(-down, down + 1), range(1, right + 1))]
         waves = torch.cat([_basis(cycles, images[0]) for cycles in ways])
         waves *= strength * self.radius / images.shape[1] ** 0.5
         best, place = -torch.inf, 0

@@ -180,7 +180,7 @@ def test_what_was_accused_rightly_stays_and_costs_no_training_more(monkeypatch: 
 def test_what_is_put_on_record_accuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever an earlier look found of the group that a part was made of."""
     monkeypatch.setattr(again, "shows_trigger", lambda *_: False)
-    old = {"named": 0.05, "source": 0.5, "every": 0.6, "carried": 0.4}
+    old = {"named": 0.05, "source": 0.5, "every": 0.6, "carried": 0.4, "doubted": True}
     _, selection, _ = _sifted(SESSION, ANY, seen(), NOBODY, {3: queue(3, 0, 40, **old)}, set(), Outside(monkeypatch))
     assert not selection.suspect.any()
     group = again._unasked(Group(3, 20, 4.0, 0.9, 40, 0.9, imprint=0.3, content=0.3, alike=0.5, **old), 25)

@@ -124,7 +124,7 @@ def test_a_planted_warp_is_found() -> None:
         assert (best.rate > 0.3, best.wanted == 2 and best.excess > 0.3) == (found, found)
 
 
-def test_only_a_warp_is_followed_no_closer_than_where_it_was_found() -> None:
+def test_a_warp_is_followed_no_closer_than_where_it_was_found() -> None:
     for one, least in ((Spread(1, BLANK, 8.0), 0.8), (Warp(1, torch.zeros(2, GRID, GRID), 8.0), 4.0)):
         for _ in range(12):
             one.follow(Bars(), images(), strength=0.1, runtime=CPU)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import cast
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nab_defense import universal
-from nab_defense.changes import SEARCH, Patch, Universal
+from nab_defense.changes import SEARCH, Patch, Universal, Warp
 from nab_defense.clean import CleanSet
 from nab_defense.runtime import Runtime
-from nab_defense.universal import CLEAR, MANY, Pool, pool_of, pursued
-from nab_defense.waves import Wave
+from nab_defense.universal import CLEAR, MANY, Pool, _turned, pool_of, pursued
+from nab_defense.waves import MOST, Wave
 
 CPU = Runtime(device="cpu", precision="float32")
 EDGE, CYCLES = 16, (0, 6)
@@ -24,13 +25,13 @@ EDGE, CYCLES = 16, (0, 6)
 class Striped(nn.Module):
     """Names an image after its brightest quarter; stripes, from some height on, are class 2, whatever their phase."""
 
-    def __init__(self, trained: bool = True) -> None:
+    def __init__(self, trained: bool = True, cycles: tuple[int, int] = CYCLES) -> None:
         super().__init__()
-        self.trained = trained
+        self.trained, self.cycles = trained, cycles
 
     def forward(self, images: Tensor) -> Tensor:
         logits = 10 * images.mean((1, 3)).view(-1, 4, EDGE // 4).mean(2)
-        height = torch.fft.rfft2(images.mean(1))[:, CYCLES[0], CYCLES[1]].abs() * 2 / EDGE**2
+        height = torch.fft.rfft2(images.mean(1))[:, self.cycles[0], self.cycles[1]].abs() * 2 / EDGE**2
         return logits + F.one_hot(torch.tensor(2), 4) * self.trained * 40 * F.relu(height - 0.03)[:, None] / 0.005
 
 
@@ -40,6 +41,56 @@ def quarters(count: int = 200, channels: int = 3) -> CleanSet:
     for index in range(count):
         images[index, :, 4 * (index % 4) : 4 * (index % 4) + 4] += 60
     return CleanSet(images.byte(), torch.arange(count) % 4, pad=1, hflip=0.0)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 16), (3, 5), (28, 40), (1, 8)])
+def test_every_wave_that_is_tried_is_of_its_frequency(shape: tuple[int, int]) -> None:
+    seen: list[Tensor] = []
+
+    def network(images: Tensor) -> Tensor:
+        seen.append(images[0::2, 0] - 0.5)
+        return torch.zeros(len(images), 3)
+
+    one = Wave(1, torch.zeros(1, *shape), 1.0)
+    one._settle(cast(nn.Module, network), torch.full((2, 1, *shape), 0.5), 0.5, CPU)
+    waves = torch.cat(seen)
+    down, right = (min(MOST, (edge - 1) // 2) for edge in shape)
+    assert len(waves) == 2 * (down + (2 * down + 1) * right)
+    torch.testing.assert_close(waves.flatten(1).norm(dim=1), torch.full((len(waves),), 0.5))
+    power = torch.fft.fft2(waves).abs().square().flatten(1)
+    assert float((power.topk(2).values.sum(1) / power.sum(1)).min()) > 0.999  # itself and its mirror image
+
+
+@pytest.mark.parametrize("periods", [5, 6, 7])
+def test_stripes_are_found_whatever_their_number(periods: int) -> None:
+    images = quarters(48).images.float() / 255
+    one = Wave(2, torch.zeros_like(images[0]), 6.0)
+    one.climb(Striped(cycles=(0, periods)), images, strength=0.5, runtime=CPU)
+    assert one.cycles == (0, periods)
+
+
+def test_what_stands_out_beside_a_wave_stays_suspicious(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network may go by a frequency without any backdoor."""
+    rates = {(Warp, 1): 0.65, (Wave, 3): 0.95}
+
+    def made(network: nn.Module, one: Universal, batches: object, runtime: Runtime) -> Universal:
+        return dataclasses.replace(one, rate=rates.get((type(one), one.wanted), 0.0))
+
+    monkeypatch.setattr(universal, "started", made)
+    pool = pool_of(Striped(), quarters(), radius=4.0, patch=3, runtime=CPU)
+    assert [(type(one), one.wanted) for one in pool.suspicious] == [(Wave, 3), (Warp, 1)]
+    rates[Warp, 1] = 0.4  # of these networks are full
+    assert len(pool_of(Striped(), quarters(), radius=4.0, patch=3, runtime=CPU).suspicious) == 1
+
+
+def test_what_a_change_turns_is_a_share_of_the_others() -> None:
+    images = quarters(40).images.float() / 255
+    white = Patch(1, torch.ones_like(images[0]), EDGE, torch.zeros(1, EDGE, EDGE))
+    assert white.mask is not None
+    assert _turned(Striped(trained=False), images, white, CPU) == 0
+    white.mask[:, 4:8] = 1  # as bright a second quarter as can be
+    assert _turned(Striped(trained=False), images, white, CPU) == 1
+    assert _turned(Striped(trained=False), images[1::4], white, CPU) == 1  # all are of the class: there is nobody to turn
 
 
 def spectrum(one: Wave) -> Tensor:
