@@ -1,13 +1,23 @@
-"""Which commit a result names."""
+"""Which commit a result names, and what suspects.csv says of the accused."""
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
 
 from nab_defense import result
+from nab_defense.data import Source
+from nab_defense.plan import Finding
+from nab_defense.result import save_suspects
+from nab_defense.select import Group
+from nab_defense.types import NABPlan
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -32,3 +42,26 @@ def test_a_commit_is_named_where_it_holds_the_package(tmp_path: Path, monkeypatc
     assert result.commit() == git(tmp_path, "rev-parse", "HEAD")
     file.write_text("second")
     assert result.commit() == git(tmp_path, "rev-parse", "HEAD") + "+"
+
+
+ACCUSED = Group(0, 9, 4.5, 0.84, 3, 0.9, imprint=0.63)
+REST = Group(0, 0, 1.5, 0.0, 3, 0.0, named=0.5, sure=0.4, spread=0.6, content=0.15, doubted=True)
+
+
+@pytest.mark.parametrize("groups", [(ACCUSED, REST), (REST, ACCUSED)])
+def test_the_accused_are_given_their_own_evidence(groups: tuple[Group, ...], tmp_path: Path) -> None:
+    assert REST.cleared and not ACCUSED.cleared and not ACCUSED.acquitted
+    labels = np.zeros(6, dtype=np.int64)
+    suspect = np.arange(6) < 3
+    plan = dataclasses.replace(NABPlan.empty(labels), suspect=suspect, keep=~suspect)
+    finding = SimpleNamespace(
+        plan=plan,
+        report=SimpleNamespace(scores=np.zeros(6), detector="lga"),
+        selection=SimpleNamespace(groups=groups),
+        confidence=np.ones(6),
+    )
+    source = SimpleNamespace(ids=[f"{i}.png" for i in range(6)], classes=("zero",))
+    save_suspects(tmp_path / "suspects.csv", cast(Finding, finding), cast(Source, source))
+    with (tmp_path / "suspects.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 3 and all("separation 4.5, valley 0.84, imprint 0.63" in row["evidence"] for row in rows)
