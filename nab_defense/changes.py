@@ -1,4 +1,4 @@
-"""Changes: what is done alike to every image to turn it to one class; spread over it, as a patch, or as a warp; see also waves."""
+"""Changes: what is done alike to every image to turn it to one class; spread over it, as a patch, or as a warp."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_what_is_called_repaired_left_little() -> None:
             left[hardly_turned(record["before"], record["after"])].append(record["models"]["purified"]["asr"]["value"])
     told = re.search(r"Of the (\d+) repairs whose\s+files are here, the (\d+) with", (ROOT / "results" / "README.md").read_text())
     assert told is not None and [len(left[True]) + len(left[False]), len(left[True])] == [int(count) for count in told.groups()]
-    assert max(left[True]) < 0.08 and max(left[False]) > 0.3  # so it is worth asking
+    assert max(left[True]) < 0.08 and max(left[False]) > 0.19  # so it is worth asking
 
 
 DIGITS = {
