@@ -10,14 +10,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from .changes import SEARCH, SHOWN, START_SHARE, TIRED, TRIED, Spread, boxed, climbed
+from .changes import SEARCH, SHOWN, START_SHARE, TIRED, TRIED, Spread, boxed
 from .runtime import Runtime
 
 __all__ = ["Wave"]
 
 MOST = 8  # times that it goes up and down across an image; more are not tried
 PHASES = 0.0, 0.25  # of a period; its steps move it along
-PACE = 0.2  # of the radius, a step
 
 
 @dataclass(eq=False)
@@ -34,6 +33,13 @@ class Wave(Spread):
 
     cycles: tuple[int, int] | None = None
 
+    def painted(self, images: Tensor, change: Tensor | None = None) -> Tensor:
+        """Of another change only what is of this frequency, so that slopes are, too."""
+        if change is not None and self.cycles is not None:
+            shapes = _basis(self.cycles, change)
+            change = torch.einsum("phw,pc->chw", shapes, torch.einsum("phw,chw->pc", shapes, change))
+        return super().painted(images, change)
+
     def climb(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:
         if self.cycles is None:
             self._settle(network, images, strength, runtime)
@@ -48,12 +54,6 @@ class Wave(Spread):
 
     def blank(self) -> Self:
         return replace(super().blank(), cycles=None)
-
-    def _step(self, slope: Tensor, strength: float) -> None:
-        assert self.cycles is not None
-        radius, shapes = strength * self.radius, _basis(self.cycles, slope)
-        slope = torch.einsum("phw,pc->chw", shapes, torch.einsum("phw,chw->pc", shapes, slope))
-        self.change = climbed(self.change, slope, step=PACE * radius, radius=radius)
 
     @torch.no_grad()
     def _settle(self, network: nn.Module, images: Tensor, strength: float, runtime: Runtime) -> None:

@@ -61,6 +61,19 @@ def test_every_wave_that_is_tried_is_of_its_frequency(shape: tuple[int, int]) ->
     assert float((power.topk(2).values.sum(1) / power.sum(1)).min()) > 0.999  # itself and its mirror image
 
 
+def test_slopes_and_changes_are_taken_at_its_frequency_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, change = (0.4 + 0.2 * torch.rand(n, 3, EDGE, EDGE, generator=generator) for n in (4, 1))  # of which none is clipped
+    one = Wave(2, torch.zeros(3, EDGE, EDGE), 6.0, cycles=CYCLES)
+    change = change[0].requires_grad_(True)
+    (slope,) = torch.autograd.grad((one.painted(images, change) * images).sum(), change)
+    for there in (slope, (one.painted(images, change) - images)[0].detach()):
+        seen = torch.fft.fft2(there).abs()
+        assert float(seen[:, CYCLES[0], CYCLES[1]].min()) > 0.1
+        seen[:, CYCLES[0], CYCLES[1]] = seen[:, -CYCLES[0] % EDGE, -CYCLES[1] % EDGE] = 0
+        assert float(seen.max()) < 1e-3
+
+
 @pytest.mark.parametrize("periods", [5, 6, 7])
 def test_stripes_are_found_whatever_their_number(periods: int) -> None:
     images = quarters(48).images.float() / 255
