@@ -36,8 +36,8 @@ class Wave(Spread):
     def painted(self, images: Tensor, change: Tensor | None = None) -> Tensor:
         """Of another change only what is of this frequency, so that slopes are, too."""
         if change is not None and self.cycles is not None:
-            shapes = _basis(self.cycles, change)
-            change = torch.einsum("phw,pc->chw", shapes, torch.einsum("phw,chw->pc", shapes, change))
+            shapes = _basis(self.cycles, change)[:, None]  # no matrix products: these would be rounded to bfloat16
+            change = (shapes * (shapes * change).sum((-2, -1), keepdim=True)).sum(0)
         return super().painted(images, change)
 
     def climb(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:

@@ -66,7 +66,8 @@ def test_slopes_and_changes_are_taken_at_its_frequency_alone() -> None:
     images, change = (0.4 + 0.2 * torch.rand(n, 3, EDGE, EDGE, generator=generator) for n in (4, 1))  # of which none is clipped
     one = Wave(2, torch.zeros(3, EDGE, EDGE), 6.0, cycles=CYCLES)
     change = change[0].requires_grad_(True)
-    (slope,) = torch.autograd.grad((one.painted(images, change) * images).sum(), change)
+    with torch.autocast("cpu", torch.bfloat16):
+        (slope,) = torch.autograd.grad((one.painted(images, change) * images).sum(), change)
     for there in (slope, (one.painted(images, change) - images)[0].detach()):
         seen = torch.fft.fft2(there).abs()
         assert float(seen[:, CYCLES[0], CYCLES[1]].min()) > 0.1
