@@ -194,8 +194,11 @@ def _sifted(
     apart = {label: queue[1:] if label in doubted else queue for label, queue in queues.items()}  # the rest does not by itself
     found = foreign_parts(session, scan, selection.suspect & ~back, apart, without)
     news = {label: int(((part[1] > 0.5) & ~selection.suspect).sum()) for label, part in found.items()}
-    worth = {label: [part] for label, part in found.items() if part[0].foreign and news[label] >= MIN_SEEDS}
-    worth = {k: [(dataclasses.replace(group, doubted=k in doubted), p) for group, p in queue] for k, queue in worth.items()}
+    worth = {
+        label: [(dataclasses.replace(group, doubted=label in doubted), likely)]
+        for label, (group, likely) in found.items()
+        if group.foreign and news[label] >= MIN_SEEDS
+    }
     left = {label for label in doubted if label in worth or (label in queues and label not in found)}
     tried = partial(shows_trigger, session, trained, scan, selection.suspect)
     for label, queue in queues.items():

@@ -110,6 +110,17 @@ class Universal(ABC):
         """Of the steps of a search, after this part of them."""
         return START_SHARE
 
+    @property
+    def tired(self) -> bool:
+        """A search of it, over several draws, ended with few images turned: another place, or frequency, may turn more."""
+        return (self.drawn - 1) % SEARCH == 0 and self.rate < TIRED
+
+    def _works(self, network: nn.Module, shown: Tensor, runtime: Runtime) -> Tensor:
+        """(T,): how likely images (T, B, C, H, W) are given the class on average, by each of T ways to show the change."""
+        with runtime.autocast():
+            logits = network(shown.flatten(0, 1)).float()
+        return logits.log_softmax(1)[:, self.wanted].view(len(shown), -1).mean(1)
+
     def blank(self) -> Self:
         """One like it that is still to be made."""
         return replace(self, change=torch.zeros_like(self.change), rate=0.0, drawn=0)
@@ -192,9 +203,9 @@ class Patch(Universal):
     def follow(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:
         """Some of a search's steps. One that ends with few images turned is followed by one at the place that now promises the
         most: there what the training left of a backdoor is found again."""
-        turn = (self.drawn - 1) % SEARCH
-        if turn == 0 and self.rate < TIRED:
+        if self.tired:
             self._settle(network, images, runtime)
+        turn = (self.drawn - 1) % SEARCH
         for step in range(CLIMBS):
             self.climb(network, images[:CLIMB_IMAGES], strength=self.strength((turn + step / CLIMBS) / SEARCH), runtime=runtime)
 
@@ -219,11 +230,9 @@ class Patch(Universal):
         masks = torch.stack([self._mask(slope, top, left) for top, left in places])
         for pattern in ((slope > 0).to(slope.dtype), torch.ones_like(slope), torch.zeros_like(slope)):
             for some in masks.split(TRIED):
-                with runtime.autocast():
-                    logits = network(_shown(shown, some[:, None], pattern).flatten(0, 1)).float()
-                works = logits.log_softmax(1)[:, self.wanted].view(len(some), -1).mean(1)
-                if works.max() > best:
-                    best, self.mask, self.change = works.max(), some[works.argmax()], pattern
+                works = self._works(network, _shown(shown, some[:, None], pattern), runtime)
+                if (most := float(works.max())) > best:
+                    best, self.mask, self.change = most, some[works.argmax()], pattern
 
     def _mask(self, like: Tensor, top: int, left: int) -> Tensor:
         mask = torch.zeros_like(like[:1])

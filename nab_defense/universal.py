@@ -34,8 +34,7 @@ def started(network: nn.Module, one: Universal, batches: Iterator[tuple[Tensor, 
     fresh = one.blank()
     _search(network, fresh, batches, runtime, steps=START, count=START_IMAGES)
     images = _others(network, batches, one.wanted, runtime)
-    with torch.no_grad(), runtime.autocast():
-        fresh.rate = float((network(fresh.painted(images)).argmax(1) == one.wanted).float().mean())
+    fresh.rate = _rate(network, images, fresh, runtime)
     return fresh
 
 
@@ -180,7 +179,14 @@ def _turned(network: nn.Module, images: Tensor, one: Universal, runtime: Runtime
     """Share of the images that the change turns to its class, of those not given it anyway; 1 where there are none."""
     with runtime.autocast():
         others = images[network(images).argmax(1) != one.wanted]
-        return float((network(one.painted(others)).argmax(1) == one.wanted).float().mean()) if len(others) else 1.0
+    return _rate(network, others, one, runtime) if len(others) else 1.0
+
+
+@torch.no_grad()
+def _rate(network: nn.Module, images: Tensor, one: Universal, runtime: Runtime) -> float:
+    """Share of the images that are given the class of the change with it."""
+    with runtime.autocast():
+        return float((network(one.painted(images)).argmax(1) == one.wanted).float().mean())
 
 
 def _in_excess(ones: Sequence[Universal]) -> list[Universal]:

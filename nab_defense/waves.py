@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from .changes import SEARCH, SHOWN, START_SHARE, TIRED, TRIED, Spread, boxed
+from .changes import SHOWN, START_SHARE, TRIED, Spread, boxed
 from .runtime import Runtime
 
 __all__ = ["Wave"]
@@ -48,7 +48,7 @@ class Wave(Spread):
     def follow(self, network: nn.Module, images: Tensor, *, strength: float, runtime: Runtime) -> None:
         """At no less than the share of the radius that it was found at, as a warp; of another frequency now and then, where it
         turns few."""
-        if self.rate < TIRED and (self.drawn - 1) % SEARCH == 0:
+        if self.tired:
             self._settle(network, images, START_SHARE, runtime)
         self.climb(network, images, strength=max(strength, START_SHARE), runtime=runtime)
 
@@ -65,11 +65,9 @@ class Wave(Spread):
         waves *= strength * self.radius / images.shape[1] ** 0.5
         best, place = -torch.inf, 0
         for number, some in enumerate(waves.split(TRIED)):
-            with runtime.autocast():
-                logits = network(boxed(shown + some[:, None, None]).flatten(0, 1)).float()
-            works = logits.log_softmax(1)[:, self.wanted].view(len(some), -1).mean(1)
-            if works.max() > best:
-                best, place = works.max(), number * TRIED + int(works.argmax())
+            works = self._works(network, boxed(shown + some[:, None, None]), runtime)
+            if (most := float(works.max())) > best:
+                best, place = most, number * TRIED + int(works.argmax())
         self.cycles = ways[place // len(PHASES)]
         self.change = waves[place].expand_as(images[0]).clone()
 

@@ -83,14 +83,19 @@ def test_stripes_are_found_whatever_their_number(periods: int) -> None:
     assert one.cycles == (0, periods)
 
 
-def test_what_stands_out_beside_a_wave_stays_suspicious(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network may go by a frequency without any backdoor."""
-    rates = {(Warp, 1): 0.65, (Wave, 3): 0.95}
+def rated(monkeypatch: pytest.MonkeyPatch, rates: dict[tuple[type[Universal], int], float]) -> None:
+    """Changes turn so many, by kind and class, and the others none; nothing is climbed."""
 
     def made(network: nn.Module, one: Universal, batches: object, runtime: Runtime) -> Universal:
         return dataclasses.replace(one, rate=rates.get((type(one), one.wanted), 0.0))
 
     monkeypatch.setattr(universal, "started", made)
+
+
+def test_what_stands_out_beside_a_wave_stays_suspicious(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network may go by a frequency without any backdoor."""
+    rates: dict[tuple[type[Universal], int], float] = {(Warp, 1): 0.65, (Wave, 3): 0.95}
+    rated(monkeypatch, rates)
     pool = pool_of(Striped(), quarters(), radius=4.0, patch=3, runtime=CPU)
     assert [(type(one), one.wanted) for one in pool.suspicious] == [(Wave, 3), (Warp, 1)]
     rates[Warp, 1] = 0.4  # of these networks are full
@@ -139,14 +144,11 @@ def test_where_a_network_goes_by_stripes_the_pool_suspects_the_wave() -> None:
 def test_waves_are_tried_only_where_what_stands_out_turns_few(monkeypatch: pytest.MonkeyPatch, turned: float, count: int) -> None:
     """However many it turned of the few that it was made on."""
 
-    def made(network: nn.Module, one: Universal, batches: object, runtime: Runtime) -> Universal:
-        return dataclasses.replace(one, rate=float((type(one), one.wanted) == (Patch, 1)))
-
     def share(network: nn.Module, images: Tensor, one: Universal, runtime: Runtime) -> float:
         assert (type(one), one.wanted, len(images)) == (Patch, 1, MANY)
         return turned
 
-    monkeypatch.setattr(universal, "started", made)
+    rated(monkeypatch, {(Patch, 1): 1.0})
     monkeypatch.setattr(universal, "_turned", share)
     assert len(pool_of(Striped(), quarters(MANY), radius=1.0, patch=3, runtime=CPU).changes) == count
 
