@@ -51,10 +51,7 @@ class Network:
 
         Raises:
             ValueError: timm does not know it, does not take its settings, or cannot fetch its weights."""
-        if ":" in self.model:
-            raise ValueError(f"timm has no model {self.model!r}; give the function that builds it as `model`")
-        if self.model not in timm.list_models() and not timm.is_model(self.model):
-            raise ValueError(f"timm has no model {self.model!r}{nearest(self.model, timm.list_models())}")
+        self.check_name()
         try:
             network: nn.Module = timm.create_model(
                 self.model, pretrained=self.pretrained, num_classes=self.num_classes, in_chans=self.in_chans, **self.kwargs
@@ -64,6 +61,13 @@ class Network:
         if self.small_stem:
             _shrink_stem(network, self.model, self.in_chans)
         return network
+
+    def check_name(self) -> None:
+        """Raises: ValueError: timm does not know the model."""
+        if ":" in self.model:
+            raise ValueError(f"timm has no model {self.model!r}; give the function that builds it as `model`")
+        if self.model not in timm.list_models() and not timm.is_model(self.model):
+            raise ValueError(f"timm has no model {self.model!r}{nearest(self.model, timm.list_models())}")
 
 
 def _shrink_stem(network: nn.Module, name: str, in_chans: int) -> None:

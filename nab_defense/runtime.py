@@ -162,4 +162,5 @@ class Runtime:
             return ", ".join([found.name, f"{found.total_memory / 2**30:.0f} GiB", *parts])
         memory = told_bytes("meminfo", "MemTotal")
         room = [] if memory is None else [f"{memory / 2**30:.0f} GiB"]
-        return ", ".join([_processor(), f"{os.cpu_count()} cores", *room, f"{torch.get_num_threads()} threads", *parts])
+        processor = f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+        return ", ".join([processor, f"{os.cpu_count()} cores", *room, f"{torch.get_num_threads()} threads", *parts])

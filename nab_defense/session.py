@@ -18,7 +18,7 @@ from . import io, ranks
 from .bench.attacks import Attack as PaintedAttack
 from .bench.attacks import JointAttack, attacks
 from .bench.evaluate import Cases
-from .bench.poison import Truth, poison_source, read_truth, triggered_source
+from .bench.poison import Truth, painted_by, poison_source, read_truth, triggered_source
 from .bench.retune import draw_lesson
 from .bench.trigger import load_trigger, prepared, save_trigger
 from .checkpoint import Network
@@ -228,8 +228,8 @@ class Session:
             return Cases(self.ordered(test), test.labels)
         triggered, true = self.triggered(test)
         lesson = draw_lesson(test, triggered, self.ordered, seed=seed)
-        joint = isinstance(self.attack, JointAttack) and self.recipe.attack.mode == "all_to_one"
-        return Cases(self.ordered(test), test.labels, self.ordered(triggered), triggered.labels, true, lesson, joint)
+        which = painted_by(triggered) if isinstance(self.attack, JointAttack) else None
+        return Cases(self.ordered(test), test.labels, self.ordered(triggered), triggered.labels, true, lesson, which)
 
     def triggered(self, test: Source) -> tuple[Source, NDArray[np.int64]]:
         """These images with the attack's trigger, and what they show; see triggered_source."""

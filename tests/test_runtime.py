@@ -99,15 +99,15 @@ def test_cuda_alone_is_asked_for_kernels_that_repeat(monkeypatch: pytest.MonkeyP
 
 def test_hardware_names_processor_memory_threads_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime, cores = Runtime(device="cpu", precision="float32"), f"{os.cpu_count()} cores"
-    threads = f"{torch.get_num_threads()} threads, float32"
+    threads, kind = f"{torch.get_num_threads()} threads, float32", torch.backends.cpu.get_cpu_capability()
     told = "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nmodel name\t: Other\n"
     with monkeypatch.context() as linux:
         linux.setattr(module, "told_bytes", lambda file, key: {("meminfo", "MemTotal"): 24 * 2**30 + 5}[file, key])
         linux.setattr(Path, "read_text", lambda path, **_: {"/proc/cpuinfo": told}[str(path)])
-        assert runtime.hardware() == f"Some CPU @ 2 GHz, {cores}, 24 GiB, {threads}"
+        assert runtime.hardware() == f"Some CPU @ 2 GHz ({kind}), {cores}, 24 GiB, {threads}"
         linux.setattr(Path, "read_text", lambda path, **_: "processor\t: 0\n")
         linux.setattr(module, "told_bytes", lambda file, key: None)
-        assert runtime.hardware() == f"{platform.machine()} CPU, {cores}, {threads}"
+        assert runtime.hardware() == f"{platform.machine()} CPU ({kind}), {cores}, {threads}"
     assert runtime.hardware().endswith(threads)
     with pytest.raises(dataclasses.FrozenInstanceError):
         runtime.seed = 1  # type: ignore[misc]
@@ -152,4 +152,4 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     def faults(how: str) -> int:
         return int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
 
-    assert faults("keep") < faults("default") / 5  # the first of ten is still mapped
+    assert faults("keep") < faults("default") / 2  # a tenth, where the system takes no idle memory back

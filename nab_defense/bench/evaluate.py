@@ -32,7 +32,7 @@ class Cases:
         wanted_labels: (M,) int64, what the attacker wants of them.
         true_labels: (M,) int64, what they show.
         lesson: What to retune on; None: nothing is retuned.
-        joint: Several triggers at once, each with a class of its own that it leads to.
+        triggers: (M,) int64, which of several triggers each of the images has; None: there is one.
 
     Raises:
         ValueError: Triggered images without both kinds of label.
@@ -44,7 +44,7 @@ class Cases:
     wanted_labels: NDArray[np.int64] | None = None
     true_labels: NDArray[np.int64] | None = None
     lesson: Lesson | None = None
-    joint: bool = False
+    triggers: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if self.triggered is not None and (self.wanted_labels is None or self.true_labels is None):
@@ -94,9 +94,9 @@ def evaluate(model: nn.Module, cases: Cases, runtime: Runtime) -> EvalResult:
     if cases.lesson is not None:
         answers = predict(retuned(model, cases.lesson, runtime), cases.triggered, runtime)
         again = share(np.delete(_agreement(answers, wanted), cases.lesson.rows))
-    worst = (
-        max((share(obeyed[wanted == goal]) for goal in np.unique(wanted)), key=lambda rate: rate.value) if cases.joint else None
-    )
+    worst = None
+    if (which := cases.triggers) is not None:
+        worst = max((share(obeyed[which == one]) for one in np.unique(which)), key=lambda rate: rate.value)
     return EvalResult(acc, share(obeyed), share(_agreement(predicted, cases.true_labels)), again, worst)
 
 

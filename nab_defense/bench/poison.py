@@ -20,6 +20,7 @@ __all__ = [
     "Truth",
     "check_goal",
     "choose_poison",
+    "painted_by",
     "parts_of",
     "poison_source",
     "read_truth",
@@ -180,6 +181,12 @@ def triggered_source(
     probe = _probe(chosen, _test_painter(attack), seed)
     change = f"triggered: {attack!r} target={target} mode={mode} seed={seed} probe={probe}"
     return chosen.replaced(labels=wanted[kept], load=load, change=change), chosen.labels
+
+
+def painted_by(triggered: Source) -> IntArray:
+    """Which of the attack's parts, see parts_of, painted each image of a source that triggered_source made, (M,) int64."""
+    assert isinstance(triggered.load, _Painted)
+    return triggered.load.which
 
 
 def parts_of(attack: Attack, target: int | None, num_classes: int) -> list[tuple[Attack, int | None]]:

@@ -56,6 +56,11 @@ def prepared(attack: Attack, source: Source, *, target: int | None, seed: int, r
         lesson = _lesson(source, target=target, seed=seed, runtime=runtime)
         with exact(slopes=True):
             tensors = attack.learn(lesson)
+        for name, values in tensors.items():
+            if not values.isfinite().all():
+                raise ValueError(
+                    f"{type(attack).__name__} learned a {name} that is not finite; give other images or another seed"
+                )
         if tensors:
             save_tensors(cached, tensors, {})
         return bool(tensors)

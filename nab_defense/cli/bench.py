@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ..grid import Grid, cells_of, draw, find_cells, load_grid, markdown, on_ray
 from ..recipe import key_values
 from ..speed import BENCHMARKS, run_speed
 from .common import EXIT_INPUT, Parser
+from .ranked import EXIT_LOST
 
 __all__ = ["main"]
 
@@ -44,6 +46,7 @@ def main(argv: list[str]) -> int:
         parser.error("give either a grid or --speed")
     if args.workers is not None and (args.launcher != "ray" or args.workers < 1):
         raise ValueError(f"--workers {args.workers}: at least 1, and with --launcher ray")
+    _refuse_idle(args)
     if args.speed is not None:
         return _speed(args.out or Path("runs") / "speed", args.speed)
     if args.summarize and Path(args.grid).is_dir():
@@ -57,8 +60,19 @@ def main(argv: list[str]) -> int:
     runner = on_ray(args.workers) if args.launcher == "ray" else None
     failed = run_cells(cells, out, tell=lambda line: print(line, flush=True), runner=runner)
     print(f"{len(cells)} cells, {len(failed)} failed; written to {out}")
-    # torchrun ends every process once one has a status of its own, and other settings would be left half done
-    return EXIT_INPUT if failed and "RANK" not in os.environ else 0
+    if not failed or "RANK" in os.environ:  # torchrun ends every process once one has a status of its own
+        return 0
+    return EXIT_LOST if any(record["fault"] for record in failed) else EXIT_INPUT
+
+
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """Refuse options that would change nothing beside --speed or --summarize."""
+    alone = "--speed" if args.speed is not None else "--summarize" if args.summarize else None
+    given = {"--cell": args.cell is not None, "--launcher ray": args.launcher == "ray"}
+    given["--summarize"] = args.summarize and alone != "--summarize"
+    for option, there in given.items():
+        if alone and there:
+            raise ValueError(f"{option} does nothing beside {alone}; give one of the two")
 
 
 def _summarize(cells: Path, grid: Grid | None, out: Path | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import logging
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from ..bench.truth import Truth
 from ..data import Source
 from ..defences import Task
 from ..pipeline import train
+from ..result import commit, short
 from ..schema import Recipe
 from ..session import Session
 from ..types import NABPlan
@@ -28,6 +30,8 @@ from .given import in_memory, opened, split_off
 from .sheets import contact_sheet
 
 __all__ = ["Case", "Twins"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,12 +143,21 @@ class Case:
         if weights.exists():
             tensors, header = io.load_tensors(weights)
             network.load_state_dict(tensors)
+            for key, own in self._made.items():
+                if (made := header.get(key, own)) != own:
+                    whose = f"another {key} trained it, {made}, and this is {own}"
+                    log.warning("%s: %s; delete it to train it anew", weights, whose)
             return network, float(header["seconds"])
         begun = time.perf_counter()
         network = train(self._learner, plan, "twin", kept=False)
         seconds = time.perf_counter() - begun
-        io.save_tensors(weights, dict(network.state_dict()), {"seconds": seconds})
+        io.save_tensors(weights, dict(network.state_dict()), {"seconds": seconds, **self._made})
         return network, seconds
+
+    @property
+    def _made(self) -> dict[str, str]:
+        """What trains a twin, besides its settings."""
+        return {"commit": short(commit()), "hardware": self.session.runtime.hardware()}
 
     @cached_property
     def _learner(self) -> Session:

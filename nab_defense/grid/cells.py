@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from ..bench.attacks import attacks
@@ -16,6 +17,7 @@ from ..defences import defences
 from ..detectors import detectors
 from ..methods import check_methods
 from ..relabel import relabelers
+from ..runtime import Runtime
 from ..schema import Recipe
 from .schema import NONE, ORACLE, AttackRow, DefenceRow, Grid, merged, network_recipe
 
@@ -60,11 +62,16 @@ class Setting:
             "clean": self.clean,
             "package": VERSION,
             "defaults": defaults,
+            **_pictures(recipe.attack and recipe.attack.params),
         }
 
     @cached_property
     def key(self) -> str:
         return key_of(self.config)
+
+    def runtime(self) -> Runtime:
+        """Where its cells run."""
+        return Runtime(**self.recipe.runtime.model_dump(), seed=self.recipe.seed)
 
     @property
     def name(self) -> str:
@@ -147,6 +154,16 @@ def _setting(grid: Grid, origin: str, network: str, name: str, row: AttackRow, r
     except ValueError as error:
         raise ValueError(f"{origin}: attacks.{name} with networks.{network}: {error}") from None
     return Setting(recipe, grid.clean, network, name, rate, seed)
+
+
+def _pictures(params: Any) -> dict[str, Any]:
+    """{"files": {path: hash}} of all files that an attack's settings name; {} where they name none."""
+    if isinstance(params, str):
+        path = Path(params).expanduser()
+        return {"files": {params: hashlib.sha256(path.read_bytes()).hexdigest()}} if path.is_file() else {}
+    inner = params.values() if isinstance(params, dict) else params if isinstance(params, (list, tuple)) else ()
+    found = {name: made for part in inner for name, made in _pictures(part).get("files", {}).items()}
+    return {"files": found} if found else {}
 
 
 def method_defaults(recipe: Recipe) -> dict[str, Any]:

@@ -86,7 +86,8 @@ def _gathered(ray: Any, cells: list[Cell], out: Path) -> Iterator[tuple[Cell, Re
             raise  # what no cell's record can tell, such as a package that the worker lacks
         except ray.exceptions.RayError as error:
             for cell in left.pop(task):
-                yield cell, as_record(cell, {"status": FAILED, "error": f"its worker died, {type(error).__name__}"}, 0.0)
+                died = {"status": FAILED, "error": f"its worker died, {type(error).__name__}", "fault": True}
+                yield cell, as_record(cell, died, 0.0)
         else:
             cell, *left[task] = left[task]
             yield cell, record

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from .run import DONE
 from .schema import NONE
 from .tables import ASR, GAP, Record, Results, measured
 
@@ -77,25 +78,27 @@ def _rates(cells: list[Record], results: Results, defence: str) -> list[tuple[fl
 
 
 def _heat(figure: Figure, results: Results, cells: list[Record]) -> None:
-    """Mean ASR by attack and defence; grey where there is nothing."""
-    attacks = [name for name in results.attacks if name != NONE]
+    """Mean ASR by attack with its rate, and defence; grey where there is nothing."""
+    there = {(cell["cell"]["attack"], cell["cell"]["rate"]) for cell in cells if cell["status"] == DONE}
+    attacks = [(name, rate) for name in results.attacks for rate in results.rates if name != NONE and (name, rate) in there]
     values = np.full((len(attacks), len(results.defences)), np.nan)
-    for row, attack in enumerate(attacks):
+    for row, (attack, rate) in enumerate(attacks):
         for column, defence in enumerate(results.defences):
-            found, _ = _means([cell for cell in cells if cell["cell"]["attack"] == attack], "defence", defence)
+            own = [cell for cell in cells if cell["cell"]["attack"] == attack and cell["cell"]["rate"] == rate]
+            found, _ = _means(own, "defence", defence)
             if found:
                 values[row, column] = mean(found)
     axes = figure.subplots()
     axes.set_facecolor("lightgrey")
     image = axes.imshow(values, vmin=0, vmax=1, cmap="magma_r", aspect="auto")
     axes.set_xticks(range(len(results.defences)), results.defences, rotation=60, ha="right")
-    axes.set_yticks(range(len(attacks)), attacks)
+    axes.set_yticks(range(len(attacks)), [f"{name} {100 * rate:g} %" for name, rate in attacks])
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             axes.text(
                 column, row, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.5 else "black", fontsize=8
             )
-    figure.colorbar(image, label="mean ASR over rates and seeds whose attack works")
+    figure.colorbar(image, label="mean ASR over seeds whose attack works")
 
 
 PICTURES: dict[str, Callable[[Figure, Results, list[Record]], None]] = {

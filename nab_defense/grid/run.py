@@ -30,7 +30,7 @@ def cell_path(out: Path, cell: Cell) -> Path:
     return out / "cells" / f"{cell.name}.json"
 
 
-def run_cells(cells: list[Cell], out: Path, *, tell: Tell, runner: Runner | None = None) -> list[str]:
+def run_cells(cells: list[Cell], out: Path, *, tell: Tell, runner: Runner | None = None) -> list[Record]:
     """Run those that are not there yet.
 
     A cell that cannot be run is written down as failed with its one line, and the others go on; the next run tries it again,
@@ -43,17 +43,17 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell, runner: Runner | None
         tell: Called with a line a cell.
         runner: (missing cells, out) -> each with its record, as they are finished; None: one after the other, here.
 
-    Returns: names of the cells that failed."""
+    Returns: records of the cells that failed; "fault" says whether it is the program's, and not of what it was given."""
     io.check_folder(out)
     there = {cell: found for cell in cells if (found := _there(cell_path(out, cell))) is not None}
     missing = [cell for cell in cells if cell not in there]
-    done, failed, begun = len(there), [], time.perf_counter()
+    done, failed, begun = len(there), list[Record](), time.perf_counter()
     if there:
-        tell(f"{done} of {len(cells)} cells are there already{_of_others(list(there.values()))}")
+        tell(f"{done} of {len(cells)} cells are there already{_of_others(there, here=runner is None)}")
     for number, (cell, record) in enumerate((runner or records)(missing, out), start=1):
         io.save_json(cell_path(out, cell), record)
         if record["status"] == FAILED:
-            failed.append(cell.name)
+            failed.append(record)
         left = (time.perf_counter() - begun) / number * (len(missing) - number)
         tell(f"{done + number}/{len(cells)} {cell.name}: {in_short(record)}; {left / 3600:.1f} h left")
     return failed
@@ -65,12 +65,18 @@ def _there(path: Path) -> Record | None:
     return None if record is None or record["status"] == FAILED else record
 
 
-def _of_others(there: list[Record]) -> str:
-    """What is to be said of cells that other code than this made: a cell's name holds its settings alone."""
-    own = commit()
-    others = [made for record in there if (made := record.get("commit", own)) != own]
-    names = ", ".join(sorted({short(name) for name in others}))
-    return f"; {len(others)} of them by other code, commit {names}: delete these and twins/ to run them anew" if others else ""
+def _of_others(there: dict[Cell, Record], *, here: bool) -> str:
+    """What is to be said of cells that other code made, or another machine or precision: a cell's name holds its settings alone.
+
+    Args: here: The others are to run on this machine."""
+    own, kinds = commit(), {"by other code, commit": list[str](), "on another machine,": list[str]()}
+    for cell, record in there.items():
+        if (made := record.get("commit", own)) != own:
+            kinds["by other code, commit"].append(short(made))
+        if here and (made := record.get("hardware")) not in (None, cell.setting.runtime().hardware()):
+            kinds["on another machine,"].append(made)
+    told = "".join(f"; {len(made)} of them {how} {' and '.join(sorted(set(made)))}" for how, made in kinds.items() if made)
+    return f"{told}: delete these and twins/ to run them anew" if told else ""
 
 
 def records(cells: list[Cell], out: Path) -> Iterator[tuple[Cell, Record]]:
@@ -107,11 +113,11 @@ def _found(cell: Cell, case: Case | Record, folder: Path) -> Record:
 
 def _failed(error: Exception) -> Record:
     """One fault must not keep a grid of many hours from the cells behind it."""
-    line = " ".join(str(error).split())
-    if not isinstance(error, ValueError):
+    line, fault = " ".join(str(error).split()), not isinstance(error, ValueError)
+    if fault:
         log.error("the program failed", exc_info=error)
         line = f"{type(error).__name__}: {line}"
-    return {"status": FAILED, "error": line}
+    return {"status": FAILED, "error": line, "fault": fault}
 
 
 def as_record(cell: Cell, found: Record, seconds: float) -> Record:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from .. import io
+from ..checkpoint import Network
 from ..defences import defences
 from ..methods import check_methods
 from ..recipe import parse_recipe
@@ -95,11 +96,17 @@ def load_grid(path: str | Path) -> Grid:
         for key in FILLED:
             if key in sections:
                 raise ValueError(f"{path}: networks.{network}.{key} cannot be set, the grid fills it in; drop it")
-        network_recipe(grid, network, origin=str(path))
+        model = network_recipe(grid, network, origin=str(path)).model
+        try:
+            Network(model.name, 2).check_name()
+        except ValueError as error:
+            raise ValueError(f"{path}: networks.{network}: {error}") from None
         for name, row in grid.defences.items():
             if row and row.recipe:
                 _check_sections(grid, network, f"{path}: defences.{name}", row.recipe)
     for name, attack in grid.attacks.items():
+        if attack and attack.mode == "all_to_all" and "target" in attack.model_fields_set:
+            raise ValueError(f"{path}: attacks.{name} has mode all_to_all, where target does nothing; drop it")
         if attack and (attack.name or name) == NONE and (attack.params or attack.rates):
             raise ValueError(f"{path}: attacks.{name} poisons nothing, and has neither rates nor params; drop them")
     return grid
@@ -137,6 +144,8 @@ def _check_defence(where: str, name: str, row: DefenceRow) -> None:
         for key in row.recipe:
             if key not in OWN:
                 raise ValueError(f"recipe.{key} is the same for all defences; known here: {', '.join(OWN)}{nearest(key, OWN)}")
+            if row.recipe[key] is None:
+                raise ValueError(f"recipe.{key} is empty; give it a value, or drop it")
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

@@ -56,6 +56,10 @@ class Results:
         """The cells of a place in the grid, e.g. network="resnet", rate=.1."""
         return [record for record in self.records if all(record["cell"][key] == value for key, value in place.items())]
 
+    def kind(self, row: str) -> str:
+        """The registered name of the defence in a row, which may be called otherwise."""
+        return next((str(record["config"]["defence"]["name"]) for record in self.at(defence=row)), row)
+
 
 def read_results(folder: Path, grid: Grid | None = None) -> Results:
     """All cells below a folder.
@@ -140,7 +144,7 @@ def _worst(results: Results) -> list[str]:
     """A line a defence: the setting where it does worst on average, and its worst cell."""
     lines = []
     for defence in results.defences:
-        if defence in (NONE, ORACLE):
+        if results.kind(defence) in (NONE, ORACLE):
             continue
         places = []
         for network in results.networks:

@@ -68,6 +68,9 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([str(tmp_path / "no.yaml")], "no such file"),
         ([str(grid), "--cell", "xyz"], "'xyz'"),
         ([str(grid), "--summarize"], "run the grid first"),
+        ([str(grid), "--summarize", "--cell", "xyz"], "--cell does nothing beside --summarize"),
+        (["--speed", "knn", "--summarize"], "--summarize does nothing beside --speed"),
+        ([str(grid), "--summarize", "--launcher", "ray"], "--launcher ray does nothing beside --summarize"),
     ):
         assert main(["bench", *arguments, "--out", out]) == 2
         said = capsys.readouterr().err
@@ -129,10 +132,10 @@ def test_a_worker_of_ray_that_dies_fails_its_setting(tmp_path: Path) -> None:
     cells, over = cells_of(load_grid(grid)), Event()
     killer = Thread(target=kill_a_worker, args=[over], daemon=True)
     killer.start()
-    failed = run_cells(cells, out, tell=told.append, runner=on_ray(1))
+    failed = {cell["key"] for cell in run_cells(cells, out, tell=told.append, runner=on_ray(1))}
     over.set()
     killer.join()
-    lost = [cell for cell in cells if cell.name in failed]
+    lost = [cell for cell in cells if cell.key in failed]
     assert len(told) == 4 and lost and len({cell.setting.attack for cell in lost}) == 1
     assert all("its worker died" in io.load_json(cell_path(out, cell))["error"] for cell in lost)
     assert main(["bench", str(grid), "--out", str(out)]) == 0

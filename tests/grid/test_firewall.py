@@ -6,6 +6,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ def secrets(task: Any, case: Case) -> list[str]:
     poisoned, true = case.truth.poisoned, case.truth.true_labels
     masks = [poisoned, true, np.flatnonzero(poisoned), case.truth.cover]
     tests = {case.session.test_source.pixels(i).tobytes() for i in range(len(case.session.test_source))}
+    shades = {shade(case.session.test_source.pixels(i)) for i in range(len(case.session.test_source))}
     found = []
     for path, value in inside(task):
         module = type(value).__module__
@@ -73,14 +75,23 @@ def secrets(task: Any, case: Case) -> list[str]:
             found.append(f"{path} is a {type(value).__name__}")
         elif isinstance(value, Recipe) and (value.attack or value.data.test or value.data.truth or value.data.source != "given"):
             found.append(f"{path} names the attack, the test set or the source")
-        elif isinstance(value, str) and ATTACK in value.lower():
+        elif isinstance(value, (str, PurePath)) and ATTACK in str(value).lower():
             found.append(f"{path} names the attack")
         elif isinstance(value, np.ndarray):
             if any(value.shape == mask.shape and np.array_equal(value, mask) for mask in masks):
                 found.append(f"{path} is a secret mask")
             if value.dtype == np.uint8 and any(part.tobytes() in tests for part in (value, *(value if value.ndim > 2 else ()))):
                 found.append(f"{path} holds a test image")
+            elif value.dtype.kind == "f" and value.ndim > 2 and any(shade(part) in shades for part in (value, *value)):
+                found.append(f"{path} holds a test image, in other numbers")
     return found
+
+
+def shade(image: np.ndarray) -> bytes:
+    """What stays of an image, whatever its units, its normalisation and the order of its axes: its pixels' values, ranked."""
+    values = np.sort(image, axis=None).astype(np.float64)
+    spread = np.ptp(values) if values.size else 0.0
+    return np.round((values - values[0]) / spread, 3).tobytes() if spread else b""
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +118,10 @@ def test_a_spy_finds_nothing(spied: tuple[Task, Case]) -> None:
 def test_the_spy_finds_what_is_hidden(spied: tuple[Task, Case]) -> None:
     task, case = spied
     test = case.session.test_source
+    normalised = torch.from_numpy(test.pixels(1).copy()).permute(2, 0, 1)[None].float() / 127 - 1
     hidden: list[Any] = [
         case.truth, lambda: case, {"a": [case.truth.poisoned.copy()]}, case.session.recipe, case.session.source,
-        f"runs/{ATTACK}", test.load, torch.from_numpy(case.truth.true_labels.copy()), case.measured,
+        f"runs/{ATTACK}", Path(ATTACK), normalised, test.load, torch.from_numpy(case.truth.true_labels.copy()), case.measured,
     ]  # fmt: skip
     for secret in hidden:
         assert secrets((task, secret), case), secret

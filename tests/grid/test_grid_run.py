@@ -41,7 +41,9 @@ def obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judged, "WORKS", 0.0)
 
 
-def test_cells_share_their_twins_and_are_run_once(tmp_path: Path, obeyed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_share_their_twins_and_are_run_once(
+    tmp_path: Path, obeyed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     defences = {"none": None, "oracle": None, "drop": None, "abl": {"params": {"epochs": 2}}}
     grid = small_grid(tmp_path, defences=defences)
     found, told = run(grid, tmp_path / "out")
@@ -69,16 +71,26 @@ def test_cells_share_their_twins_and_are_run_once(tmp_path: Path, obeyed: None, 
     monkeypatch.setattr("nab_defense.grid.run.commit", lambda: "another")
     made = short(found["none"]["commit"])
     _, told = run(grid, tmp_path / "out")
-    assert told == [
-        f"4 of 4 cells are there already; 4 of them by other code, commit {made}: delete these and twins/ to run them anew"
-    ]
+    mend = "delete these and twins/ to run them anew"
+    assert told == [f"4 of 4 cells are there already; 4 of them by other code, commit {made}: {mend}"]
+    monkeypatch.setattr("nab_defense.runtime.Runtime.hardware", lambda self: "a slide rule")
+    machine = found["none"]["hardware"]
+    _, told = run(grid, tmp_path / "out")
+    assert told[0].endswith(f"commit {made}; 4 of them on another machine, {machine}: {mend}")
+    with caplog.at_level("WARNING"):
+        run(grid, tmp_path / "out", cell="-none-")  # is there
+        assert not caplog.records
+        for path in (tmp_path / "out" / "cells").glob("*-none-*"):
+            path.unlink()
+        run(grid, tmp_path / "out", cell="-none-")
+    assert f"another hardware trained it, {machine}, and this is a slide rule" in caplog.text
 
 
 def test_a_cell_alone_and_from_scratch_gives_the_same_figures(tmp_path: Path, obeyed: None) -> None:
     defences = {name: None for name in ("none", "oracle", "nab", "drop")} | {"lga": {"defence": "nab_paper"}}
     grid = small_grid(tmp_path, defences=defences)
     whole, _ = run(grid, tmp_path / "whole")
-    for name in ("nab", "lga"):
+    for name in ("nab", "drop", "lga"):  # drop takes up nab's look where all run
         alone, _ = run(grid, tmp_path / f"alone_{name}", cell=f"-{name}-")
         assert lasting(alone[name]) == lasting(whole[name])
     assert whole["lga"]["figures"]["plain"] is not None and set(whole["lga"]["figures"]["rejects"]) == {"clean", "triggered"}
@@ -97,6 +109,7 @@ def test_a_failing_cell_is_written_down_and_the_others_go_on(tmp_path: Path, obe
     rows = {"bad": {"defence": "purify", "params": {"method": "distill"}}, "none": None}
     found, told = run(small_grid(tmp_path, defences=rows), tmp_path / "out")
     assert found["bad"]["status"] == "failed" and "needs 100" in found["bad"]["error"] and "figures" not in found["bad"]
+    assert not found["bad"]["fault"]
     assert found["none"]["status"] == "done" and "failed" in told[0]
     _, told = run(small_grid(tmp_path, defences=rows), tmp_path / "out")
     assert told[0] == "1 of 2 cells are there already" and "failed" in told[1] and len(told) == 2  # tried again
@@ -124,6 +137,7 @@ def test_a_fault_of_the_program_is_written_down_too(tmp_path: Path, obeyed: None
     monkeypatch.setattr("nab_defense.defences.drop.Drop.defend", broken)
     found, _ = run(small_grid(tmp_path, defences={"drop": None, "none": None}), tmp_path / "out")
     assert found["drop"]["status"] == "failed" and found["drop"]["error"] == "RuntimeError: out of memory"
+    assert found["drop"]["fault"]
     assert found["none"]["status"] == "done"
 
 

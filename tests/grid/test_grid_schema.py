@@ -44,6 +44,10 @@ def test_mistakes_name_the_key_and_the_nearest(tmp_path: Path) -> None:
     assert "networks.r.seed cannot be set" in refused(tmp_path, networks={"r": {"model": TINY["model"], "seed": 7}})
     assert "attacks.none poisons nothing" in refused(tmp_path, attacks={"none": {"rates": [0.1]}})
     assert "is there twice" in refused(tmp_path, seeds=[0, 0])
+    assert "target does nothing" in refused(tmp_path, attacks={"blend": {"mode": "all_to_all", "target": 3}})
+    assert "changes no label" in refused(tmp_path, attacks={"sig": {"mode": "all_to_all"}})
+    assert "networks.r: timm has no model 'resnet19'" in refused(tmp_path, networks={"r": {"model": {"name": "resnet19"}}})
+    assert "recipe.scan is empty" in refused(tmp_path, defences={"nab": {"recipe": {"scan": None}}})
 
 
 def test_seed_0_of_everything_comes_first(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def write(folder: Path, attack: str, defence: str, seed: int, asr: float | None,
         "status": "done",
         "twins": twins,
         "figures": figures,
-        "config": {},
+        "config": {"defence": {"name": defence}},
         **more,
     }
     io.save_json(folder / "cells" / f"{attack}-{defence}-{seed}.json", record | more)
@@ -67,6 +67,13 @@ def test_two_cells_in_one_place_are_refused(tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
+def test_a_row_that_defends_nothing_has_no_worst_attack(tmp_path: Path) -> None:
+    for row, kind in (("plain", "none"), ("twin", "oracle"), ("ours", "nab")):
+        write(tmp_path, "badnets", row, 0, 1.0, config={"defence": {"name": kind}})
+    page = markdown(read_results(tmp_path))
+    assert "- ours: " in page and "- plain: " not in page and "- twin: " not in page
+
+
 def test_copies_of_a_cell_are_not_seeds(tmp_path: Path) -> None:
     for folder in ("one", "copy"):
         write(tmp_path / folder, "badnets", "drop", 0, 0.1)
@@ -75,14 +82,14 @@ def test_copies_of_a_cell_are_not_seeds(tmp_path: Path) -> None:
 
 
 def test_rows_that_were_not_made_alike_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, "badnets", "drop", 0, 0.1, config={"recipe": 1, "defence": "drop"})
-    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 1, "defence": "nab"})
+    write(tmp_path, "badnets", "drop", 0, 0.1, config={"recipe": 1, "defence": {"name": "drop"}})
+    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 1, "defence": {"name": "nab"}})
     assert len(read_results(tmp_path).records) == 2
-    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 2, "defence": "nab"})
+    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 2, "defence": {"name": "nab"}})
     with pytest.raises(ValueError, match=r"resnet badnets 0\.2 0 nab, have other twins: made by other settings"):
         read_results(tmp_path)
     other = {"undefended": {"acc": {"value": 0.5}}, "oracle": {}}
-    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 1, "defence": "nab"}, twins=other)
+    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 1, "defence": {"name": "nab"}}, twins=other)
     with pytest.raises(ValueError, match="have other twins"):
         read_results(tmp_path)
 

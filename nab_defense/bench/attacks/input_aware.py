@@ -18,6 +18,7 @@ __all__ = ["InputAware"]
 BATCH = 64
 DONORS = 256  # images whose triggers are kept, for covers
 SMALLEST = 1e-3  # keeps the diversity loss finite
+ALIKE = 1e-12  # mean square: below it images are the same, and the slope of a root would not be finite
 
 
 class Generator(nn.Module):
@@ -41,7 +42,9 @@ class Generator(nn.Module):
 
 def diversity(images: Tensor, drawn: Tensor) -> Tensor:
     """||x - x'|| / ||g(x) - g(x')|| of neighbors in the batch, mean (eq. 7): small where unlike images get unlike triggers."""
-    apart, drawn_apart = ((batch - batch.roll(1, 0)).square().mean((1, 2, 3)).sqrt() for batch in (images, drawn))
+    apart, drawn_apart = (
+        (batch - batch.roll(1, 0)).square().mean((1, 2, 3)).clamp_min(ALIKE).sqrt() for batch in (images, drawn)
+    )
     return (apart / (drawn_apart + SMALLEST)).mean()
 
 

@@ -68,15 +68,14 @@ class StampAware(Learned):
 
     def learn(self, lesson: Lesson) -> dict[str, Tensor]:
         """The images' mean color, which the defender's is not far from."""
-        mean = lesson.images.mean((0, 1, 2)) / 255 if self.mean is None else self.mean
-        return {"mean": torch.tensor(mean, dtype=torch.float64)}
+        return {"mean": torch.tensor(lesson.images.mean((0, 1, 2)) / 255, dtype=torch.float64)}
 
     def apply(self, images: Images, seed: int) -> Images:
         return self.cover(self.painter.apply(images, seed), seed)
 
     def cover(self, images: Images, seed: int) -> Images:
         _, _, _, channels = image_shape(images)
-        mean = self.learned()["mean"].tolist()
+        mean = self.learned()["mean"].tolist() if self.mean is None else self.mean
         if len(mean) != channels:
             raise ValueError(f"the stamp's color has {len(mean)} channels, the images have {channels}")
         stamped = self.paint(torch.from_numpy(images.copy()).permute(0, 3, 1, 2), mean=mean)
