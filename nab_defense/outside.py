@@ -18,7 +18,7 @@ from .naming import control, naming
 from .parts import DOUBT, Part
 from .principal import Standardized
 from .scan import Scan
-from .select import MIN_CONTENT, MIN_SEEDS, grow
+from .select import MIN_CONTENT, MIN_SEEDS, MIN_SPREAD, grow
 from .session import Session
 
 __all__ = ["Without", "foreign_parts"]
@@ -89,17 +89,14 @@ def _from_outside(
     enough: float = 1.0,
 ) -> dict[int, Part]:
     """The most foreign part of some classes each, as a network sees them that was trained without these; where that is most of
-    its class, one in `queues` that has more than `enough`, since what stands apart is purer than what grows without end."""
+    its class, one in `queues` that has more than `enough` and is named as variously as poison is: what stands apart is purer than
+    what grows without end, and clean half of a class is named as surely."""
     labels, found = scan.labels, {}
     absent = aside | np.isin(labels, outside)
     others = control(absent, session.recipe.seed)
     logits = seen_by(session, without(absent | others, name)).logits
     known = np.delete(logits, outside, axis=1)
     surest, features = logsumexp(known, axis=1), Standardized(scan.features, softmax(known, axis=1))
-
-    def content(part: NDArray[np.bool_]) -> float:
-        seen = naming(logits, labels, part, others, outside=outside)
-        return seen.sure * min(1.0, seen.spread)
 
     for label in outside:
         members = (labels == label) & ~aside
@@ -117,10 +114,12 @@ def _from_outside(
         parts = [*apart, *grown]
         if not parts:
             continue
-        told = [content(likely > 0.5) for _, likely in parts]
+        names = [naming(logits, labels, likely > 0.5, others, outside=outside) for _, likely in parts]
+        told = [name.sure * min(1.0, name.spread) for name in names]
         best = int(np.argmax(told))
-        if 2 * (parts[best][1] > 0.5).sum() > len(rows) and (most := max(told[: len(apart)], default=0.0)) > enough:
-            best = told.index(most)
+        purer = [i for i in range(len(apart)) if told[i] > enough and names[i].spread > MIN_SPREAD]
+        if 2 * (parts[best][1] > 0.5).sum() > len(rows) and purer:
+            best = max(purer, key=lambda i: told[i])
         group, likely = parts[best]
         if (members & (likely <= DOUBT)).sum() < MIN_SEEDS:  # to learn the class from without it
             likely = (likely > 0.5).astype(np.float64)

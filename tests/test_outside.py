@@ -94,6 +94,17 @@ def test_a_part_that_stands_apart_goes_before_what_grows_to_most_of_its_class(
     assert found[0][0].foreign and found[0][0].size == taken
 
 
+def test_half_of_a_class_that_is_named_as_surely_but_after_few_classes_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty of class 0 show all other classes' content, twenty of those in the part; the larger one looks like five classes."""
+    content = LABELS.copy()
+    content[:30], content[55:EACH] = np.resize(np.arange(1, CLASSES), 30), np.resize(np.arange(1, 6), 45)
+    likely = (np.arange(EACH) < 80).astype(np.float64)
+    monkeypatch.setattr(outside, "grow", lambda features, members, *_: (Group(0, 0, 0.0, 0.0, 0, 0.0), likely[: members.sum()]))
+    apart = queue(0, 10, 30) + queue(0, 55, 45)
+    found = foreign_parts(SESSION, seen(), np.zeros(len(LABELS), bool), {0: apart}, Outside(monkeypatch, content))
+    assert found[0][0].size == 30
+
+
 def test_a_style_of_a_class_is_not_foreign_and_no_class_is_asked_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     networks = Outside(monkeypatch, np.where(POISON, 3, LABELS))  # zeros that look like threes, all of them
     found = foreign_parts(SESSION, seen(), np.zeros(len(LABELS), bool), {}, networks)
