@@ -185,7 +185,7 @@ def _sentence(plan: NABPlan, survival: Survival, classes: tuple[str, ...], evide
     return not _survives(survival), f"{_start(survival)}: {found}; {done}; {facts}."
 
 
-def judge_again(first: Verdict, plan: NABPlan, survival: Survival, *, repair: str) -> Verdict:
+def judge_again(first: Verdict, plan: NABPlan, survival: Survival, *, repair: str, believed: bool) -> Verdict:
     """The verdict on a model that was repaired after its check: what is now, what was done, and what was before.
 
     Args:
@@ -193,13 +193,17 @@ def judge_again(first: Verdict, plan: NABPlan, survival: Survival, *, repair: st
         plan: What training changed.
         survival: What was measured on the repaired model.
         repair: What was done, in a sentence.
+        believed: Hardly anything turns the model still. Else what was not protected before is not now.
     """
     protected, facts = first.protected, "; ".join(_facts(survival))
-    start = "Repaired" if protected else "Not protected, though repaired"
+    done = "repaired" if believed else "improved"
+    start = done.capitalize() if protected else f"Not protected, though {done}"
     if _learned_nothing(plan, survival):
         protected, start, facts = False, "Not protected, the repaired network learned nothing", _right(survival)
     elif facts:
         protected, start = not _survives(survival), f"{_start(survival)}, after a repair"
+        if protected and not (believed or first.protected):
+            protected, start = False, "Not protected, as the repair is not believed"
     evidence = {**first.evidence, "after_repair": asdict(survival)}
     now = f"{start}: {facts or 'there are no suspects to check the repair on'}."
     return Verdict(protected, first.found, f"{now} {repair} Before the repair: {first.text}", evidence)

@@ -59,7 +59,7 @@ class CleanSet:
         groups = [order]
         if self.labels is not None and self.labels.unique(return_counts=True)[1].min() > 1:
             groups = [order[self.labels[order] == k] for k in self.labels.unique()]
-        counts = [max(1, round(fraction * len(group))) for group in groups]
+        counts = [max(1, min(round(fraction * len(group)), len(group) - 1)) for group in groups]
         second = torch.cat([group[:count] for group, count in zip(groups, counts, strict=True)]).sort().values
         first = torch.cat([group[count:] for group, count in zip(groups, counts, strict=True)]).sort().values
         return self.take(first), self.take(second)

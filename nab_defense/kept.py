@@ -50,7 +50,7 @@ class Kept:
         elif io.load_json(folder / KEY) != key:
             raise Foreign(
                 f"{folder} was left by a run with another model, other images, settings or versions, or on another machine; give"
-                " what that had, use another --out, or leave out --resume to start over (what was done there is lost)"
+                " what that had, use another --out, or delete it to start over"
             )
         else:
             self.found = {path.stem: io.load_state(path) for path in sorted(folder.glob("*.state"))}

@@ -21,7 +21,7 @@ from .check import Verdict, judge, judge_again, measure
 from .defended import DefendedModel
 from .look import look
 from .plan import Finding, load_finding, save_finding
-from .repair import Trusted, repair, trusted_images
+from .repair import Repair, Trusted, repair, trusted_images
 from .result import describe, save_suspects
 from .schema import Recipe
 from .select import small_classes
@@ -171,7 +171,7 @@ def _repaired(
     made = clock("purify", lambda: repair(session, trusted, shipped, plan))
     if not made.accepted:
         return shipped, dataclasses.replace(verdict, text=f"{verdict.text} {made.record['text']}"), made.record
-    again = clock("check", lambda: check_again(session, made.model, plan, verdict, made.record["text"]))
+    again = clock("check", lambda: check_again(session, made, plan, verdict))
     return made.model, again, made.record
 
 
@@ -236,8 +236,9 @@ def check(session: Session, shipped: nn.Module, network: nn.Module, finding: Fin
     return judge(plan, survival, classes, groups=groups, small=small, looked_again=again)
 
 
-def check_again(session: Session, repaired: nn.Module, plan: NABPlan, first: Verdict, repair: str) -> Verdict:
+def check_again(session: Session, made: Repair, plan: NABPlan, first: Verdict) -> Verdict:
     """The verdict on a repaired model, after that on the original; no truth is read."""
+    repaired = made.model
     network = repaired.model if isinstance(repaired, DefendedModel) else repaired
     survival = measure(repaired, network, session.ordered(session.source), plan, runtime=session.runtime)
-    return judge_again(first, plan, survival, repair=repair)
+    return judge_again(first, plan, survival, repair=made.record["text"], believed=made.record["repaired"])

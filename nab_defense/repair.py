@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .types import NABPlan
 
 __all__ = ["Repair", "Trusted", "in_words", "outcome", "ranking", "read_clean", "repair", "trusted_images"]
 
+log = logging.getLogger(__name__)
 RANKED_AT_ONCE = 4096  # images in memory
 MAX_SUSPECTS = 500  # accused images that help to judge
 ACCEPTED = "accepted"
@@ -152,9 +154,14 @@ def _repaired(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABP
     record = {**stage.model_dump(exclude={"clean"}), "params": dataclasses.asdict(method), "data": data}
     given: dict[str, Any] = {**_settings(session, stage), "suspects": _accused(session, plan), "state": unfinished}
     try:
-        found = purify(shipped, images, method, **given, resume=session.resume)
-    except Foreign:  # of other images, say; what was trained before stands
-        found = purify(shipped, images, method, **given)
+        try:
+            found = purify(shipped, images, method, **given, resume=session.resume)
+        except Foreign:  # of other images, say; what was trained before stands
+            found = purify(shipped, images, method, **given)
+    except (RuntimeError, ValueError) as error:  # out of memory, say: the model that was trained is shipped all the same
+        log.error("the repair failed", exc_info=error)
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        found = PurifyResult(shipped, "rejected", None, [], {}, {}, stopped=why)
     text = in_words(found, stage.method, stage.max_drop, instead="the model is shipped as it was")
     return Repair(found.model, {**outcome(found), **record, "text": text})
 
@@ -171,7 +178,7 @@ def _accused(session: Session, plan: NABPlan) -> CleanSet | None:
 def outcome(found: PurifyResult) -> dict[str, Any]:
     """Everything in it but the networks, for result.json."""
     names = [field.name for field in dataclasses.fields(found) if field.name not in ("model", "unlearned")]
-    return {name: getattr(found, name) for name in names}
+    return {**{name: getattr(found, name) for name in names}, "repaired": found.repaired}
 
 
 def ranking(original: nn.Module, unlearned: nn.Module, source: Source, *, size: int, runtime: Runtime) -> NDArray[np.float32]:
@@ -199,7 +206,7 @@ def in_words(found: PurifyResult, method: str, max_drop: float, *, instead: str)
         doubt = f"; that is above max_drop={max_drop}, but by no more than so few images leave to chance" if lost else ""
         start = "Repaired" if found.repaired else "Not repaired, though improved,"
         return (
-            f"{start} by {method}, {found.chosen}: on held-out images {_change(found.before, found.after)}{doubt}. "
+            f"{start} by {method}, {found.chosen}: {_change(found.before, found.after)}{doubt}. "
             f"What the attacker's own trigger does cannot be told without it.{ended}"
         )
     if not found.candidates:
@@ -208,15 +215,13 @@ def in_words(found: PurifyResult, method: str, max_drop: float, *, instead: str)
     best = min(kept, key=lambda row: row["proxy"]) if kept else max(found.candidates, key=lambda row: row["accuracy"])
     hardly = kept and found.before["proxy"] - best["proxy"] < LEAST_GAIN
     why = "is turned hardly less" if hardly else f"loses more than max_drop={max_drop} of accuracy"
-    return (
-        f"Not repaired, {instead}: even the best candidate, {best['name']}, {why}; "
-        f"on held-out images {_change(found.before, best)}.{ended}"
-    )
+    return f"Not repaired, {instead}: even the best candidate, {best['name']}, {why}; {_change(found.before, best)}.{ended}"
 
 
 def _change(before: dict[str, float], after: dict[str, float]) -> str:
     others = ", or of suspects that are given their old label," if "obeyed" in before else ""
+    accuracy = f"on {before['n']} held-out images accuracy goes from {before['accuracy']:.3f} to {after['accuracy']:.3f}"
     return (
-        f"accuracy goes from {before['accuracy']:.3f} to {after['accuracy']:.3f}, and the share of images that a universal "
-        f"perturbation turns{others} from {before['proxy']:.3f} to {after['proxy']:.3f}"
+        f"{accuracy}, and the share of images that a universal perturbation turns{others} from {before['proxy']:.3f} to "
+        f"{after['proxy']:.3f}"
     )

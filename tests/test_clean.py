@@ -43,6 +43,14 @@ def test_augmented_batches_are_crops_and_flips_of_their_images_and_follow_the_se
     assert not torch.equal(again, next(iter(clean.batches(6, runtime=CPU, seed=2, augment=True)))[0])
 
 
+def test_split_leaves_one_of_a_rare_class_in_the_first_part() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 52 + [2] * 2)
+    clean = CleanSet(torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8), labels)
+    for share in (0.2, 0.8, 0.99):
+        for part in clean.split(share, seed=0):
+            assert part.labels is not None and part.labels.bincount(minlength=3).min() >= 1
+
+
 def test_split_is_disjoint_and_keeps_the_classes_in_proportion() -> None:
     first, second = numbered(100, classes=4).split(0.2, seed=0)
     assert sorted([*first.images[:, 0, 0, 0].tolist(), *second.images[:, 0, 0, 0].tolist()]) == list(range(100))

@@ -101,6 +101,17 @@ def test_when(when: str, protected: bool, runs: bool, tmp_path: Path, monkeypatc
         assert result["purify"] == {"status": "skipped", "when": when} and result["verdict"]["text"] == "As it was."
 
 
+def test_a_repair_that_breaks_costs_the_training_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: Path) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr("nab_defense.repair.purify", broken)
+    result = run_with(tmp_path)
+    assert result["purify"]["status"] == "rejected" and result["purify"]["stopped"] == "RuntimeError: out of memory"
+    assert result["verdict"]["text"].endswith("Not repaired, the model is shipped as it was: RuntimeError: out of memory.")
+    assert same(weights(tmp_path / "run" / "model.safetensors"), weights(plain / "model.safetensors"))
+
+
 def test_rejected(tmp_path: Path, gain: Any, plain: Path) -> None:
     gain(2.0)
     result, before = run_with(tmp_path), result_of(plain)
@@ -235,7 +246,7 @@ def test_defaults_are_those_of_purify() -> None:
         ("purify.labelled=false", ("purify.method=ibau needs labels", "drop purify.labelled=false")),
         ("purify.clean=nowhere", ("no such folder or data set: nowhere",)),
         ("purify.clean=FOLDER", ("has other classes than the training data", "2 and not 10")),
-        ("purify.clean_limit=23", ("purify: 13 clean images are left to fit on", "IBAU needs 20")),
+        ("purify.clean_limit=23", ("purify: 13 clean images are left to fit on", "ibau needs 20")),
         ("purify.clean_limit=12", ("purify: class", "has 1 clean images; each of the 10 needs two")),
         ("model={name: vit_tiny_patch16_224, in_chans: 1, kwargs: {img_size: 8, patch_size: 2, depth: 1}}",
          ("purify: ", "batch normalisation")),

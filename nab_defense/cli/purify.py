@@ -41,13 +41,14 @@ LIMITS = ("max_drop", "holdout")
 # What every method takes beside its own settings, `seed` and `runtime.*`.
 SHARED: dict[str, Any] = {name: inspect.signature(purify).parameters[name].default for name in LIMITS}
 SHARED |= {"clean_limit": None, "hflip": 0.5}
+TAKEN = ("seed", "runtime.threads", "runtime.device", "runtime.precision", "runtime.channels_last")  # of a recipe
 SETTINGS = (
     "the method's settings",
     f"max_drop: largest loss of held-out accuracy, {SHARED['max_drop']}",
     f"holdout: share of the clean images that only selects, {SHARED['holdout']}",
     "clean_limit: draw so many of the clean images, as many of each class",
     "hflip: share of flipped images in augmentation, 0.5",
-    "seed, runtime.threads, runtime.device, runtime.precision",
+    ", ".join(TAKEN),
     "attack.*: settings of --attack",
     "data.strict, data.options.*, data.test_split: how images are read",
 )
@@ -60,6 +61,8 @@ def main(argv: list[str]) -> int:
     unfinished = out / "unfinished"
     if not args.resume:
         check_out(out)
+        if left(unfinished):
+            raise ValueError(f"{unfinished} holds an interrupted repair; go on with --resume, delete it, or name another --out")
     reading, args.settings = data_settings(args.settings, READING)
     knobs, shared, attack, recipe = _settings(args, reading)
     method: Any = purifiers.create(args.method, **knobs)
@@ -84,6 +87,8 @@ def main(argv: list[str]) -> int:
         if done is not None:
             return close(done, suspect.classes, f"it was finished already, in {out}")
         check_out(out)
+    if not left(unfinished) and (out / "suspects.csv").exists():
+        raise ValueError(f"{out} holds the suspects.csv of an earlier run; delete it, or name another --out")
     limits = {name: shared[name] for name in LIMITS}
     check_known(suspect.model, clean, mean=suspect.mean, std=suspect.std, runtime=runtime)
     found = purify(
@@ -106,17 +111,21 @@ def main(argv: list[str]) -> int:
         **provenance(runtime),
         "models": {},
     }
+    io.save_json(out / "result.json", result)
+    last = [f"written to {out}"]
     if training is not None and found.unlearned is not None:
-        result["ranked"] = ranked
         original = runtime.place(Pixels(suspect.model, suspect.mean, suspect.std))
         scores = ranking(original, found.unlearned, training, size=suspect.input_size, runtime=runtime)
         save_ranking(out / "suspects.csv", training, scores, args.method)
-    io.save_json(out / "result.json", result)
+        result["ranked"] = ranked
+        io.save_json(out / "result.json", result)
+    elif training is not None:
+        last.insert(0, f"nothing to rank {args.rank} by: the network did not forget the clean images")
     if cases is not None:
         result["models"] = {name: to_dict(evaluate(model, cases, runtime)) for name, model in models.items()}
         io.save_json(out / "result.json", {**result, "test": test})
     forget(unfinished)
-    return close(result, suspect.classes, f"written to {out}")
+    return close(result, suspect.classes, *last)
 
 
 def _parser() -> Parser:
@@ -169,10 +178,10 @@ def _settings(
             shared[key] = _number(key, value)
         elif key.startswith("attack."):
             trigger[key.removeprefix("attack.")] = value
-        elif key == "seed" or key.startswith("runtime."):
+        elif key in TAKEN:
             rest.append(item)
         else:
-            known = [*own, *SHARED, "seed", "runtime.threads", "runtime.device", "runtime.precision"]
+            known = [*own, *SHARED, *TAKEN]
             raise ValueError(f"no setting {key!r}; {args.method} has: {', '.join(known)}{nearest(key, known)}")
     recipe = parse_recipe({"name": "purify", "data": {"source": args.clean}}, [*rest, *reading], "purify settings")
     if args.attack is None:

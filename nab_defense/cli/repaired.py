@@ -55,10 +55,11 @@ def close(result: dict[str, Any], classes: Sequence[str] | None, *last: str) -> 
 
 def _table(result: dict[str, Any]) -> list[str]:
     rows = [{"name": "original", **result["before"]}, *result["candidates"]]
-    lines = [f"{'candidate':20} {'accuracy':>8} {'turned':>8}"]
+    wide = max(20, *(len(row["name"]) for row in rows))
+    lines = [f"{'candidate':{wide}} {'accuracy':>8} {'turned':>8}"]
     for row in rows:
         mark = " <- taken" if row["name"] == result["chosen"] else ""
-        lines.append(f"{row['name']:20} {row['accuracy']:8.4f} {row['proxy']:8.4f}{mark}")
+        lines.append(f"{row['name']:{wide}} {row['accuracy']:8.4f} {row['proxy']:8.4f}{mark}")
     return lines
 
 

@@ -116,7 +116,7 @@ class IBAU:
             proportion to their number.
         fraction: Part of a batch that carries a perturbation, at first, in (0, 1).
         hold: Weight of the divergence from the original's answers, beside the cross-entropy with the labels.
-        form, terms, rate: See hypergradient; the default is what was measured.
+        form, terms, rate: See hypergradient; the default, "none", is what was measured, and takes no terms and no rate.
         augment: Random crops and flips.
     """
 
@@ -143,7 +143,16 @@ class IBAU:
         in_range(self, "hold", low=0)
 
     def check(self, network: Pixels, images: Tensor) -> None:
-        """It serves every network that runs."""
+        """It serves every network that runs; with form=exact, one whose layers have a second derivative."""
+        if self.form != "exact":
+            return
+        change = torch.zeros_like(images[0]).requires_grad_(True)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                (slope,) = torch.autograd.grad(network(images + change).logsumexp(1).sum(), change, create_graph=True)
+            torch.autograd.grad(slope.square().sum(), change)
+        except RuntimeError as error:
+            raise ValueError(f"ibau: form=exact needs a second derivative, and there is none ({error}); use form=fd") from None
 
     def candidates(
         self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept

@@ -40,7 +40,7 @@ __all__ = ["RNP", "likely_target", "suspicion"]
 log = logging.getLogger(__name__)
 MOMENTUM, CLIP = 0.9, 5.0
 WIDER = 2  # batches of forgetting and recovery
-ASIDE = 0.15  # of the images: judge when to stop, and how deep to cut
+ASIDE, MOST_ASIDE = 0.15, 500  # share of the images, and at most so many: judge when to stop, and how deep to cut
 MOST_STEPS = 400  # of unlearning
 OVERBOARD = 4.0  # times the loss of a guess: too far gone to be won back
 RECOVERED = 0.5  # of the way from a guess to the original accuracy
@@ -119,7 +119,7 @@ class RNP:
         self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept
     ) -> Candidates:
         recentred(network, clean, runtime=runtime, augment=False)  # as the forgetful network is asked
-        images, aside = clean.split(ASIDE, runtime.seed + 1)
+        images, aside = clean.split(min(ASIDE, MOST_ASIDE / len(clean)), runtime.seed + 1)
         before = _accuracy(logits_of(network, aside, runtime), aside)
         unlearned = frozen(copy.deepcopy(network))
         unlearned.load_state_dict(kept.once("unlearned", lambda: self.unlearned(network, images, aside, runtime).state_dict()))

@@ -17,12 +17,13 @@ from ..clean import CleanSet, Pixels, logits_of
 from ..kept import Kept, hashed
 from ..runtime import Runtime, fixed_seed
 from ..universal import Pool, pool_of
-from .base import Candidates, Choice, Judge, Notes, Purifier, answers, count_outputs, frozen, hardly_turned
+from .base import Candidates, Choice, Judge, Notes, Purifier, answers, count_outputs, frozen, hardly_turned, purifiers
 
 __all__ = ["PurifyResult", "check_known", "prepared", "purify"]
 
 VERSION = version("nab_defense")
 Judged = Callable[[nn.Module], dict[str, Any]]
+LEAST_HELD = 10  # images that judge
 CHANCE = 2.0  # standard errors above chance: what a model exceeds that knows the labels
 RADIUS, PATCH = 6.0, 5  # of the perturbations at 32 px, see universal.Pool
 
@@ -36,8 +37,9 @@ class PurifyResult:
         status: "accepted" or "rejected".
         chosen: Name of the candidate that was taken.
         candidates: name, accuracy, standard error of its change, proxy, seconds of each.
-        before, after: accuracy, proxy and its class, of the original and of what was taken; with suspects "obeyed", the share of
-            these that are given their old label.
+        before, after: accuracy on n images, proxy and its class, and by_class, the largest share of the images that is turned to
+            each class that a perturbation was tried toward; of the original and of what was taken; with suspects "obeyed",
+            the share of these that are given their old label.
         seconds: "method" and "selection".
         stopped: Why the method ended early: its loss was not finite, it did not recover; None where it went to its end.
         evidence, unlearned: What the method learned about the backdoor, see base.Notes.
@@ -96,7 +98,7 @@ def purify(
     Raises:
         ValueError: The method cannot serve this network or these images, or `state` is another run's; nothing was trained."""
     limits = {"max_drop": max_drop, "holdout": holdout}
-    original, fit, held = prepared(model, clean, method, mean=mean, std=std, runtime=runtime, **limits)
+    original, fit, held = prepared(model, clean, method, mean=mean, std=std, runtime=runtime, **limits, suspects=suspects)
     answers(original, clean, runtime)
     told = None if state is None else _told(original, clean, suspects, runtime, method=method, **limits)
     kept = Kept(state, told, resume=resume)
@@ -173,6 +175,7 @@ def prepared(
     runtime: Runtime,
     max_drop: float,
     holdout: float,
+    suspects: CleanSet | None = None,
 ) -> tuple[Pixels, CleanSet, CleanSet]:
     """A copy of the model that takes pixels, the images to fit on, and those to judge by; arguments as in purify.
 
@@ -187,6 +190,10 @@ def prepared(
         raise ValueError(
             f"{len(fit)} clean images are left to fit on, {len(held)} being held out; {_name(method)} needs {method.least}"
         )
+    if len(held) < LEAST_HELD:
+        raise ValueError(f"{len(held)} clean images are left to judge by; give more, or raise holdout: at least {LEAST_HELD}")
+    if suspects is not None:
+        _check_suspects(suspects, clean)
     method.check(original, runtime.put(clean.images[:2].float() / 255))
     return original, fit, held
 
@@ -201,9 +208,8 @@ def _with_suspects(judge: Judged, suspects: CleanSet | None, runtime: Runtime) -
     """The judge, with a proxy of at least the share of the suspects that a network gives the labels they came with."""
     if suspects is None:
         return judge
-    if suspects.labels is None or not len(suspects):
-        raise ValueError("suspects must be images with the labels they were given, at least one")
     given = suspects.labels
+    assert given is not None  # see prepared
 
     def judged(network: nn.Module) -> dict[str, Any]:
         record = judge(network)
@@ -212,6 +218,14 @@ def _with_suspects(judge: Judged, suspects: CleanSet | None, runtime: Runtime) -
         return {**record, **worse, "obeyed": obeyed}
 
     return judged
+
+
+def _check_suspects(suspects: CleanSet, clean: CleanSet) -> None:
+    if suspects.labels is None or not len(suspects):
+        raise ValueError("suspects must be images with the labels they were given, at least one")
+    theirs, ours = ((images.dtype, tuple(images.shape[1:])) for images in (suspects.images, clean.images))
+    if theirs != ours:
+        raise ValueError(f"suspects are {theirs[0]} images of {theirs[1]}, the clean images {ours[0]} of {ours[1]}")
 
 
 def check_known(model: nn.Module, clean: CleanSet, *, mean: Sequence[float], std: Sequence[float], runtime: Runtime) -> None:
@@ -257,4 +271,4 @@ def _check_images(clean: CleanSet, classes: int, method: Purifier) -> None:
 
 
 def _name(method: Purifier) -> str:
-    return type(method).__name__
+    return next((name for name in purifiers.names() if purifiers.get(name) is type(method)), type(method).__name__)

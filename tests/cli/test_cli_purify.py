@@ -193,7 +193,7 @@ def test_what_can_still_be_turned_is_written_but_not_called_repaired(
     assert foreign(*WEAK, "lr=1e-8", "--out", "out") == 3
     found = measured(place / "out")
     assert found["status"] == "accepted" and not found["verdict"]["protected"] and (place / "out" / "model.safetensors").exists()
-    assert found["verdict"]["text"].startswith("Not repaired, though improved, by ibau, step 1: on held-out images")
+    assert found["verdict"]["text"].startswith("Not repaired, though improved, by ibau, step 1: on 120 held-out images")
 
 
 LIGHT = [*QUICK, "steps=40", "lr=0.1", "max_drop=0.9", "clean_limit=100"]

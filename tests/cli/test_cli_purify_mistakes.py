@@ -47,7 +47,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def mistakes(place: Path, capsys: pytest.CaptureFixture[str]) -> Mistakes:
-    return Mistakes(place, capsys)
+    made = Mistakes(place, capsys)
+    (made.out / "suspects.csv").unlink()  # which would be refused itself
+    return made
 
 
 RUN = ("purify", "--model", "mistaken_nets:linear", "--checkpoint", "bad.pth", *OPEN, "--clean", "clean", *QUICK)
@@ -63,11 +65,11 @@ RUN = ("purify", "--model", "mistaken_nets:linear", "--checkpoint", "bad.pth", *
         (["clean_limit=0"], ("clean_limit must be a whole number of at least 1, got 0",)),
         (["holdout=1.5"], ("holdout must be in (0, 1)",)),
         (["max_drop=x"], ("max_drop must be a number of at least 0, got 'x'",)),
-        (["runtime.thread=1"], ("no key 'runtime.thread'", "did you mean 'threads'?")),
+        (["runtime.thread=1"], ("no setting 'runtime.thread'", "did you mean 'runtime.threads'?")),
         (["seed=-1"], ("seed=-1",)),
-        (["clean_limit=23"], ("13 clean images are left to fit on", "IBAU needs 20")),
+        (["clean_limit=23"], ("13 clean images are left to fit on", "ibau needs 20")),
         (["clean_limit=12"], ("has 1 clean images; each of the 10 needs two",)),
-        (["--unlabeled"], ("IBAU needs the labels of the clean images",)),
+        (["--unlabeled"], ("ibau needs the labels of the clean images",)),
         (["--clean", "IMAGES"], ("has 2 classes, 'c0' to 'c1'; the model tells 10 apart; add the 8 missing, each with images",)),
         (["--clean", "IMAGES"], ("folder of its own, or use --unlabeled with --method clp or distill",)),
         (["--clean", "FLAT"], ("flat has no sub-folders; expected one for each class",)),
@@ -110,6 +112,9 @@ RUN = ("purify", "--model", "mistaken_nets:linear", "--checkpoint", "bad.pth", *
         (["--test", "clean", "--attack", "badnet"], ("no attack 'badnet'", "did you mean 'badnets'?")),
         (["--test", "clean", "--attack", "badnets", "attack.sise=3"], ("no setting 'sise'", "did you mean 'size'?")),
         (["--out", "held"], ("held holds a trained model and its results",)),
+        (["--out", "begun"], ("holds an interrupted repair; go on with --resume",)),
+        (["--out", "ranked"], ("ranked holds the suspects.csv of an earlier run",)),
+        (["runtime.compile=true"], ("no setting 'runtime.compile'",)),
     ],
 )
 def test_mistake(extra: list[str], says: tuple[str, ...], place: Path, mistakes: Mistakes) -> None:
@@ -120,8 +125,9 @@ def test_mistake(extra: list[str], says: tuple[str, ...], place: Path, mistakes:
     write_images(place / "images", each=20, mode="L")
     (place / "flat").mkdir()
     (place / "images" / "c0" / "0.png").rename(place / "flat" / "0.png")
-    (place / "held").mkdir()
-    (place / "held" / "model.safetensors").write_bytes(b"")
+    for earlier in ("held/model.safetensors", "begun/unfinished/key.json", "ranked/suspects.csv"):
+        (place / earlier).parent.mkdir(parents=True)
+        (place / earlier).write_bytes(b"{}")
     places = {"IMAGES": "images", "FLAT": "flat"}
     mistakes(*RUN, "--out", "out", *(places.get(word, word) for word in extra), says=says)
     assert not (place / "out" / "unfinished").exists()  # nothing was begun

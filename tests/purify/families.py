@@ -33,8 +33,9 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "mixer": lambda **k: MlpMixer(img_size=32, patch_size=4, embed_dim=64, num_blocks=4, **k),
 }
 
-# Method and family that are refused at the start: clp where no convolution is followed by batch normalisation.
-REFUSED = {("clp", name) for name in ("convnext", "nfnet", "vit", "swin", "mixer")}
+# Method and family that are refused at the start: clp where no convolution is followed by batch normalisation, and exact second
+# derivatives of hard sigmoids.
+REFUSED = {*(("clp", name) for name in ("convnext", "nfnet", "vit", "swin", "mixer")), ("ibau exact", "mobilenet")}
 
 
 def family(name: str, classes: int) -> nn.Module:

@@ -25,7 +25,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[float, float, f
 
     def judge(network: Any) -> dict[str, Any]:
         accuracy, error, proxy = figures[network.get_submodule("model").label]
-        return {"accuracy": accuracy, "error": error, "proxy": proxy, "class": 2}
+        return {"accuracy": accuracy, "error": error, "n": 20, "proxy": proxy, "class": 2}
 
     monkeypatch.setattr(run, "_pool", lambda *_, **__: None)
     monkeypatch.setattr(run, "Judge", lambda *_: judge)

@@ -139,8 +139,8 @@ def test_no_gradient_goes_around_the_site() -> None:
 
 
 def noise() -> CleanSet:
-    pixels = torch.randint(0, 256, (30, 1, 32, 32), generator=torch.Generator().manual_seed(0))
-    return CleanSet(pixels.to(torch.uint8), torch.arange(30) % 3)
+    pixels = torch.randint(0, 256, (60, 1, 32, 32), generator=torch.Generator().manual_seed(0))
+    return CleanSet(pixels.to(torch.uint8), torch.arange(60) % 3)
 
 
 def test_only_the_polarizer_changes() -> None:

@@ -30,7 +30,9 @@ def run(model: nn.Module | None = None, images: Tensor = IMAGES, labels: Tensor 
 
 
 def test_the_others_are_taken() -> None:
-    assert run().status in ("accepted", "rejected")
+    found = run()
+    assert found.before["n"] == 12 and [row["name"] for row in found.candidates] == ["step 1"]
+    assert set(found.before["by_class"]) <= set("0123") and max(found.before["by_class"].values()) == found.before["proxy"]
 
 
 class Spoiled(nn.Module):
@@ -64,13 +66,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model": Spoiled()}, r"the model gives \(2, 3, 8, 8\) for 2 images, expected \(images, classes\)"),
     ({"model": nan()}, r"the model's 1.bias holds values that are not finite \(1 such tensors\)"),
     ({"model": Blind()}, r"the model's logits of \d\d of the 60 clean images are not finite; check mean and std"),
-    ({"labels": None}, "IBAU needs the labels of the clean images"),
+    ({"labels": None}, "ibau needs the labels of the clean images"),
     ({"labels": LABELS[:50]}, r"labels must be \(N,\) and not negative, got \(50,\) for 60 images"),
     ({"labels": LABELS - 1}, "not negative"),
     ({"model": network(3)}, "labels up to 3, the model 3 classes from 0"),
     ({"model": network(5)}, "class 4 has 0 clean images; each of the 5 needs two"),
     ({"images": IMAGES[:7], "labels": LABELS[:7]}, "class 3 has 1 clean images"),
-    ({"images": IMAGES[:22], "labels": LABELS[:22]}, "18 clean images are left to fit on, 4 being held out; IBAU needs 20"),
+    ({"images": IMAGES[:22], "labels": LABELS[:22]}, "18 clean images are left to fit on, 4 being held out; ibau needs 20"),
+    (
+        {"images": IMAGES[:32], "labels": LABELS[:32]},
+        "8 clean images are left to judge by; give more, or raise holdout: at least 10",
+    ),
     ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
     ({"holdout": 0.0}, r"holdout must be in \(0, 1\)"),

@@ -118,7 +118,9 @@ def test_only_its_own_state_is_taken_up(trained: nn.Module, tmp_path: Path) -> N
     assert set(kept) == {"key.json", *(f"{name}.state" for name in ("before", "judged", "pool", "training"))}
     flipped = replace(bars(240), hflip=0.0)
     for given in ({"knobs": {"steps": 6}}, {"holdout": 0.3}, {"suspects": bars(4)}, {"clean": flipped}):
-        with pytest.raises(Foreign, match=r"state was left by a run with another model, other images, .*--resume"):
+        with pytest.raises(
+            Foreign, match=r"state was left by a run with another model, other images, .* or delete it to start over"
+        ):
             repaired(trained, "distill", state=state, resume=True, **given)
     shifted, smooth = (nn.Sequential(*copy.deepcopy(trained)) for _ in range(2))
     shifted[0].bias.data += 1e-3

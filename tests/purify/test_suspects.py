@@ -17,7 +17,7 @@ from nab_defense.runtime import Runtime
 from nab_defense.universal import Pool
 
 CPU = Runtime(device="cpu", precision="float32")
-IMAGES = torch.zeros(20, 1, 4, 4, dtype=torch.uint8)
+IMAGES = torch.zeros(60, 1, 4, 4, dtype=torch.uint8)
 ACCUSED = CleanSet(IMAGES[:4], torch.tensor([1, 1, 1, 0]))
 
 
@@ -54,7 +54,9 @@ class Offers:
 def judge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a network in itself all are as good, and none has a slope to make perturbations by."""
     monkeypatch.setattr(run, "_pool", lambda *_, **__: None)
-    monkeypatch.setattr(run, "Judge", lambda *_: lambda network: {"accuracy": 1.0, "error": 0.0, "proxy": 0.3, "class": 2})
+    monkeypatch.setattr(
+        run, "Judge", lambda *_: lambda network: {"accuracy": 1.0, "error": 0.0, "n": 20, "proxy": 0.3, "class": 2}
+    )
 
 
 def repaired(*labels: int, suspects: CleanSet | None = ACCUSED, start: int = 1) -> Any:
@@ -64,7 +66,7 @@ def repaired(*labels: int, suspects: CleanSet | None = ACCUSED, start: int = 1) 
 
 def test_the_proxy_is_the_larger_of_the_two() -> None:
     found = repaired(1, 0, 2)
-    assert found.before == {"accuracy": 1.0, "error": 0.0, "proxy": 0.75, "class": 1, "obeyed": 0.75}
+    assert found.before == {"accuracy": 1.0, "error": 0.0, "n": 20, "proxy": 0.75, "class": 1, "obeyed": 0.75}
     assert [(row["obeyed"], row["proxy"], row["class"]) for row in found.candidates] == [
         (0.75, 0.75, 1),
         (0.25, 0.3, 2),
@@ -85,10 +87,18 @@ def test_who_still_obeys_is_no_repair() -> None:
 
 def test_without_suspects_nothing_changes() -> None:
     found = repaired(0, 2, suspects=None)
-    assert found.status == "rejected" and found.before == {"accuracy": 1.0, "error": 0.0, "proxy": 0.3, "class": 2}
+    assert found.status == "rejected" and found.before == {"accuracy": 1.0, "error": 0.0, "n": 20, "proxy": 0.3, "class": 2}
 
 
 @pytest.mark.parametrize("suspects", [CleanSet(IMAGES[:4]), CleanSet(IMAGES[:0], torch.zeros(0, dtype=torch.long))])
 def test_suspects_that_tell_nothing(suspects: CleanSet) -> None:
     with pytest.raises(ValueError, match="suspects must be images with the labels they were given"):
         repaired(0, suspects=suspects)
+
+
+def test_suspects_unlike_the_clean_images_are_refused_before_anything_is_made() -> None:
+    for images in (IMAGES[:4].float(), IMAGES[:4, :, :2], IMAGES[:4].expand(4, 3, 4, 4)):
+        with pytest.raises(
+            ValueError, match=r"suspects are torch\..* images of \(.*\), the clean images torch.uint8 of \(1, 4, 4\)"
+        ):
+            repaired(0, suspects=CleanSet(images, ACCUSED.labels))

@@ -21,10 +21,10 @@ BATCHES = PROBE_BATCH, PROBE_BATCH // 2  # for perturbations that are made anew,
 class Judge:
     """Held-out accuracy, and a proxy of ASR that needs no truth: how far universal perturbations still turn images.
 
-    A backdoor is a change that turns images more easily than others do. So the perturbations are those that stand out on the
-    original network: as they were made there, after some steps more on the candidate, and made anew on it, patches at the place
-    that then promises the most. A network can learn to withstand a few given ones and keep its backdoor. Without labels, accuracy
-    is what the original network expects it to be: the mean probability that it gives to the predictions."""
+    A backdoor is a change that turns images more easily than others do. So the perturbations are those six that stand out most on
+    the original network: as they were made there, after some steps more on the candidate, and made anew on it, patches at the
+    place that then promises the most. A network can learn to withstand a few given ones and keep its backdoor. Without labels,
+    accuracy is what the original network expects it to be: the mean probability that it gives to the predictions."""
 
     def __init__(self, network: Pixels, fit: CleanSet, held: CleanSet, pool: Pool, runtime: Runtime) -> None:
         self.original, self.fit, self.held, self.runtime = network, fit, held, runtime
@@ -37,7 +37,8 @@ class Judge:
     def __call__(self, network: nn.Module) -> dict[str, Any]:
         logits = logits_of(network, self.held, self.runtime)
         if not torch.isfinite(logits).all():
-            return {"accuracy": 0.0, "error": 0.0, "proxy": 1.0, "class": 0}  # of no use, and without a slope to climb on
+            # of no use, and without a slope to climb on
+            return {"accuracy": 0.0, "error": 0.0, "n": len(self.held), "proxy": 1.0, "class": 0, "by_class": {}}
         predicted = logits.argmax(1)
         right = self.trust.gather(1, predicted[:, None])
         error = float((right - self.right).std(correction=0)) / len(right) ** 0.5
@@ -47,9 +48,11 @@ class Judge:
             for one in self.easiest:
                 probes.append(started(network, one, many, self.runtime))
                 probes.append(pursued(network, one, few, self.runtime))
-        rates = [self._turned(network, predicted, one) for one in probes]
-        worst = max(rates)
-        return {"accuracy": float(right.mean()), "error": error, "proxy": worst, "class": probes[rates.index(worst)].wanted}
+        rates = [(self._turned(network, predicted, one), one.wanted) for one in probes]
+        worst, label = max(rates, key=lambda rate: rate[0])
+        by_class = {str(k): max(rate for rate, wanted in rates if wanted == k) for _, k in rates}
+        found = {"accuracy": float(right.mean()), "error": error, "n": len(right)}
+        return {**found, "proxy": worst, "class": label, "by_class": by_class}
 
     def _turned(self, network: nn.Module, plain: Tensor, one: Universal) -> float:
         """Share of held-out images that the perturbation turns to its class, of a random few of those not given it anyway."""
