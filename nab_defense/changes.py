@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
@@ -250,15 +251,16 @@ def _spaced(last: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def noisy_slopes(network: nn.Module, images: Tensor, classes: list[int], runtime: Runtime) -> Tensor:
-    """(K, C, H, W): how the mean logit of each class rises with a change of noisy images (B, C, H, W).
+def noisy_slopes(network: nn.Module, images: Tensor, classes: list[int], runtime: Runtime) -> Iterator[Tensor]:
+    """(C, H, W) for each class: how its mean logit rises with a change of noisy images (B, C, H, W).
 
     At clean images the slope follows their content: there it misses backdoors that it always shows under noise."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(runtime.seed)).to(images.device)
     added = torch.zeros_like(images[0]).requires_grad_(True)
     with runtime.autocast():
         logits = network(boxed(images + NOISE * noise) + added).float().mean(0)
-    return torch.stack([torch.autograd.grad(logits[k], added, retain_graph=True)[0] for k in classes])
+    for place, label in enumerate(classes, start=1):
+        yield torch.autograd.grad(logits[label], added, retain_graph=place < len(classes))[0]
 
 
 def promise(slope: Tensor, images: Tensor, edge: int) -> Tensor:

@@ -17,10 +17,11 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 __all__ = [
     "beside", "check_batch", "count", "deal", "in_order", "joined", "leads", "local", "lost", "on_first", "part", "rank",
-    "restarted", "same", "share", "speaks", "total", "wait",
+    "restarted", "same", "share", "speaks", "total", "wait", "watched",
 ]  # fmt: skip
 
 PATIENCE = timedelta(days=1)  # others wait while one works alone; a rank that dies is noticed by its connection, not by this
@@ -110,6 +111,14 @@ def speaks() -> bool:
         return bool(_here.store.add("spoken", 1) == 1)
     except RuntimeError:  # the store is gone with the process that held it
         return True
+
+
+def watched(items: Iterable[T], title: str, total: int | None = None, *, done: int = 0, unit: str = "it") -> Iterable[T]:
+    """The items, with a progress bar where someone watches; of several ranks the first shows it.
+
+    Args: total: How many there are, where they cannot tell. done: How many went before."""
+    disable = None if leads() else True
+    return tqdm(items, title, total, initial=done, unit=unit, leave=False, disable=disable)
 
 
 def lost(error: BaseException) -> bool:

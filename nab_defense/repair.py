@@ -27,7 +27,7 @@ from .schema import PurifyStage
 from .session import Session
 from .types import NABPlan
 
-__all__ = ["Repair", "Trusted", "in_words", "outcome", "ranking", "read_clean", "repair", "trusted_images"]
+__all__ = ["Repair", "Trusted", "in_words", "outcome", "ranking", "read_clean", "read_suspects", "repair", "trusted_images"]
 
 log = logging.getLogger(__name__)
 RANKED_AT_ONCE = 4096  # images in memory
@@ -169,10 +169,32 @@ def _repaired(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABP
 def _accused(session: Session, plan: NABPlan) -> CleanSet | None:
     """Suspects that were given another label, with the labels they came with; None where there are none."""
     rows = np.flatnonzero(relabelled(plan))
-    if not len(rows):
-        return None
-    drawn = session.source.subset(rows).limited(MAX_SUSPECTS, session.recipe.seed)
-    return CleanSet.read(drawn.view(build_transform("none", session.size)))
+    return _some(session.source, rows, size=session.size, seed=session.recipe.seed) if len(rows) else None
+
+
+def read_suspects(path: Path, source: Source, *, size: int, seed: int) -> CleanSet:
+    """The images that a scan gave another label than they came with, some hundreds at most, with the label they came with.
+
+    Args:
+        path: suspects.csv, as `nab scan` and `nab train` leave it.
+        source: The training images it names.
+        size: Edge in pixels.
+        seed: Of the draw, where there are more.
+
+    Raises:
+        ValueError: It names none, or images that the source does not have."""
+    places = {name: index for index, name in enumerate(source.ids)}
+    listed = [row["id"] for row in io.load_csv(path, ("id", "label", "proposed")) if row["proposed"] != row["label"]]
+    if not listed:
+        raise ValueError(f"{path} gives no image another label, so that there is nothing to judge by; leave it out")
+    unknown = [name for name in listed if name not in places]
+    if unknown:
+        raise ValueError(f"{path} names {len(unknown)} images that {source.name} lacks, first {min(unknown)!r}")
+    return _some(source, np.array(sorted(places[name] for name in listed)), size=size, seed=seed)
+
+
+def _some(source: Source, rows: NDArray[np.int64], *, size: int, seed: int) -> CleanSet:
+    return CleanSet.read(source.subset(rows).limited(MAX_SUSPECTS, seed).view(build_transform("none", size)))
 
 
 def outcome(found: PurifyResult) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .changes import GRID, START, START_IMAGES, Patch, Spread, Universal, Warp, noisy_slopes, promise
 from .clean import CleanSet
+from .ranks import watched
 from .runtime import Runtime
 from .waves import Wave
 
@@ -22,6 +23,7 @@ EASY, RIVAL = 0.5, 0.75  # of the largest excess: changes with less, toward its 
 CLEAR, MANY = 0.7, 240  # share of so many images that the change which stands out most must turn, or waves are tried, too
 FLOOR, SHARPNESS = 0.05, 4.0  # a change is drawn in proportion to this power of how many images it turns, times its excess
 PROBE_BATCH, PROBE_CLASSES = 48, 10
+PROBE_IMAGES = 16  # that choose among more classes, each of which costs a backward pass
 KINDS: dict[str, type[Universal]] = {kind.__name__: kind for kind in (Spread, Patch, Warp, Wave)}
 SMALLEST_PATCH = 3  # pixels
 WAY = 1.0  # pixels that the points of a warp move up to 32 px, a root mean square of either direction; more in larger images
@@ -126,8 +128,10 @@ def likely_classes(network: nn.Module, images: Tensor, *, edge: int, runtime: Ru
         count = network(images[:1]).shape[1]
     if count <= PROBE_CLASSES:
         return list(range(count))
-    slopes = noisy_slopes(network, images, list(range(count)), runtime)
-    spread, patched = slopes.flatten(1).norm(dim=1), torch.stack([promise(slope, images, edge).max() for slope in slopes])
+    few = images[:PROBE_IMAGES]
+    slopes = watched(noisy_slopes(network, few, list(range(count)), runtime), "likely classes", count, unit="class")
+    found = [(slope.norm(), promise(slope, few, edge).max()) for slope in slopes]
+    spread, patched = torch.tensor(found).T
     first = torch.stack([order.argsort(descending=True) for order in (spread, patched)], dim=1).flatten().tolist()
     return list(dict.fromkeys(first))[:PROBE_CLASSES]
 
@@ -156,7 +160,7 @@ def pool_of(network: nn.Module, clean: CleanSet, *, radius: float, patch: int, r
     still = blank.new_zeros(2, GRID, GRID)
 
     def made(ones: Sequence[Universal]) -> list[Universal]:
-        return [started(network, one, batches, runtime) for one in ones]
+        return [started(network, one, batches, runtime) for one in watched(ones, "perturbations")]
 
     spread = made([Spread(k, blank, radius) for k in classes])
     for factor in FACTORS:
@@ -168,8 +172,8 @@ def pool_of(network: nn.Module, clean: CleanSet, *, radius: float, patch: int, r
     patches = made([Patch(k, blank, edge) for k in classes])
     warps = made([Warp(k, still, way * still.numel() ** 0.5) for k in classes])
     changes = _in_excess(spread) + _in_excess(patches) + _in_excess(warps)
-    shown, _ = next(clean.endless(MANY, runtime=runtime, seed=runtime.seed, augment=False))
-    if min(shown.shape[2:]) > 2 and _turned(network, shown, max(changes, key=lambda one: one.excess), runtime) < CLEAR:
+    many, _ = next(clean.endless(MANY, runtime=runtime, seed=runtime.seed, augment=False))
+    if min(many.shape[2:]) > 2 and _turned(network, many, max(changes, key=lambda one: one.excess), runtime) < CLEAR:
         changes += _in_excess(made([Wave(k, blank, given) for k in classes]))
     return Pool(changes, runtime)
 

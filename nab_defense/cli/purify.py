@@ -20,7 +20,7 @@ from ..kept import forget, left
 from ..purify import check_known, purifiers, purify
 from ..recipe import key_values, parse_recipe
 from ..registry import nearest
-from ..repair import in_words, outcome, ranking, read_clean
+from ..repair import in_words, outcome, ranking, read_clean, read_suspects
 from ..result import provenance, save_ranking
 from ..runtime import Runtime
 from ..schema import Recipe
@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
     if clean.labels is not None:
         suspect = dataclasses.replace(suspect, classes=source.classes)
     training = None if args.rank is None else _opened(args.rank, suspect, recipe)
+    accused = _read_suspects(args, suspect, recipe)
     cases = None
     if args.test is not None:  # opened now, so that a mistake in it costs no repair; nothing reads them before that is done
         tests = {"attack": attack, "seed": recipe.seed, "runtime": recipe.runtime.model_dump()}
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> int:
     check_known(suspect.model, clean, mean=suspect.mean, std=suspect.std, runtime=runtime)
     found = purify(
         suspect.model, clean, method,
-        mean=suspect.mean, std=suspect.std, runtime=runtime, **limits, state=unfinished, resume=args.resume,
+        mean=suspect.mean, std=suspect.std, runtime=runtime, **limits, suspects=accused, state=unfinished, resume=args.resume,
     )  # fmt: skip
     verdict = {
         "protected": found.repaired,
@@ -143,6 +144,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--rank", metavar="SOURCE", help="with --method rnp: rank these training images by suspicion, in suspects.csv"
     )
+    accused = "suspects.csv of nab scan or nab train: candidates are judged by these, too; needs --training"
+    parser.add_argument("--suspects", type=Path, metavar="FILE", help=accused)
+    parser.add_argument("--training", metavar="SOURCE", help="the training images that --suspects names")
     parser.add_argument("--test", metavar="SOURCE", help="measure ACC before and after; these images select nothing")
     parser.add_argument("--attack", metavar="NAME", help=f"and ASR, with this trigger on them: {', '.join(attacks.names())}")
     parser.add_argument("--trigger", type=Path, metavar="FILE", help=TRIGGER)
@@ -212,6 +216,16 @@ def _read_clean(args: argparse.Namespace, suspect: Suspect, shared: dict[str, An
     return read_clean(source, size=suspect.input_size, limit=limit, labelled=labelled, hflip=hflip, seed=recipe.seed)
 
 
+def _read_suspects(args: argparse.Namespace, suspect: Suspect, recipe: Recipe) -> CleanSet | None:
+    """What a scan accused, to judge by."""
+    if (args.suspects is None) != (args.training is None):
+        raise ValueError("--suspects and --training go together: what a scan accused, and the images that it names")
+    if args.suspects is None:
+        return None
+    source = _opened(args.training, suspect, recipe)
+    return read_suspects(args.suspects, source, size=suspect.input_size, seed=recipe.seed)
+
+
 def _opened(name: str, suspect: Suspect, recipe: Recipe, *, labelled: bool = True, instead: str = "") -> Source:
     """Images for the model, of its classes where they are labelled, read as the settings of the data say."""
     data = recipe.data
@@ -234,6 +248,7 @@ def _asked(
     n_fit, n_held = (len(part) for part in clean.split(shared["holdout"], recipe.seed))
     data = {"source": args.clean, "fingerprint": source.fingerprint, "n_fit": n_fit, "n_held": n_held}
     digest = io.file_hash(checkpoint.weights_file(args.checkpoint))
+    accused = {"file": str(args.suspects), "sha256": io.file_hash(args.suspects)} if args.suspects else None
     return {
         "method": args.method,
         "knobs": dataclasses.asdict(method),
@@ -241,6 +256,7 @@ def _asked(
         "seed": recipe.seed,
         "runtime": recipe.runtime.model_dump(),
         "data": {**data, "labelled": clean.labels is not None},
+        "suspects": accused,
         "model": dataclasses.asdict(suspect.network),
         "input": {"mean": list(suspect.mean), "std": list(suspect.std), "size": suspect.input_size},
         "checkpoint": {"file": str(args.checkpoint), "key": suspect.key, "sha256": digest},

@@ -114,6 +114,13 @@ RUN = ("purify", "--model", "mistaken_nets:linear", "--checkpoint", "bad.pth", *
         (["--out", "held"], ("held holds a trained model and its results",)),
         (["--out", "begun"], ("holds an interrupted repair; go on with --resume",)),
         (["--out", "ranked"], ("ranked holds the suspects.csv of an earlier run",)),
+        (["--suspects", "accused.csv"], ("--suspects and --training go together",)),
+        (
+            ["--suspects", "accused.csv", "--training", "clean"],
+            ("accused.csv names 1 images that clean lacks, first 'c0/99.png'",),
+        ),
+        (["--suspects", "spared.csv", "--training", "clean"], ("spared.csv gives no image another label",)),
+        (["--suspects", "no.csv", "--training", "clean"], ("no such file: no.csv",)),
         (["runtime.compile=true"], ("no setting 'runtime.compile'",)),
     ],
 )
@@ -128,6 +135,9 @@ def test_mistake(extra: list[str], says: tuple[str, ...], place: Path, mistakes:
     for earlier in ("held/model.safetensors", "begun/unfinished/key.json", "ranked/suspects.csv"):
         (place / earlier).parent.mkdir(parents=True)
         (place / earlier).write_bytes(b"{}")
+    for name, proposed in (("accused", "c1"), ("spared", "c0")):
+        row = f"id,label,proposed,score,action,evidence\nc0/99.png,c0,{proposed},1,kept,x\n"
+        (place / f"{name}.csv").write_text(row)
     places = {"IMAGES": "images", "FLAT": "flat"}
     mistakes(*RUN, "--out", "out", *(places.get(word, word) for word in extra), says=says)
     assert not (place / "out" / "unfinished").exists()  # nothing was begun

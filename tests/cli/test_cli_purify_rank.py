@@ -61,6 +61,18 @@ def poisoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return {f"{TARGET}/{index:03d}.png" for index in bad.tolist()}
 
 
+def test_what_a_scan_accused_helps_to_judge(poisoned: set[str]) -> None:
+    listed = "".join(f"{name},{TARGET},{(TARGET + 1) % 10},1,kept,x\n" for name in sorted(poisoned))
+    Path("suspects.csv").write_text("id,label,proposed,score,action,evidence\n" + listed)
+    brief = ["steps=2", "augment=false", "runtime.threads=1", "max_drop=0.9"]
+    accused = ["--suspects", "suspects.csv", "--training", "train"]
+    main([*RUN, "--clean", "clean", "--method", "ibau", *brief, *accused, "--out", "out"])
+    found = json.loads(Path("out/result.json").read_text())
+    assert found["before"]["obeyed"] > 0.9 and found["before"]["class"] == TARGET
+    assert found["suspects"] == {"file": "suspects.csv", "sha256": io.file_hash(Path("suspects.csv"))}
+    assert "or of suspects that are given their old label," in found["verdict"]["text"]
+
+
 def test_target_and_ranking_also_where_nothing_is_repaired(poisoned: set[str], capsys: pytest.CaptureFixture[str]) -> None:
     brief = ["recover_steps=1", "mask_lr=1e-6", "runtime.threads=1"]
     assert main([*RUN, "--clean", "clean", "--method", "rnp", *brief, "--rank", "train", "--out", "out"]) == 3

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...changes import Universal
 from ...clean import CleanSet, Pixels, logits_of
+from ...ranks import watched
 from ...runtime import Runtime
 from ...universal import PROBE_BATCH, Pool, pursued, started
 
@@ -45,7 +46,7 @@ class Judge:
         probes = list(self.easiest)
         if network is not self.original:
             many, few = (self.fit.endless(n, runtime=self.runtime, seed=self.runtime.seed, augment=False) for n in BATCHES)
-            for one in self.easiest:
+            for one in watched(self.easiest, "judging"):
                 probes.append(started(network, one, many, self.runtime))
                 probes.append(pursued(network, one, few, self.runtime))
         rates = [(self._turned(network, predicted, one), one.wanted) for one in probes]

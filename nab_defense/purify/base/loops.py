@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ... import ranks
 from ...clean import CleanSet, Pixels
@@ -96,8 +95,7 @@ def keep(kept: Kept, step: int, steps: int, **parts: Any) -> None:
 
 def stepped(steps: int, title: str, done: int = 0) -> Iterable[int]:
     """done + 1 to `steps`, with a progress bar where someone watches."""
-    disable = None if ranks.leads() else True
-    return tqdm(range(done + 1, steps + 1), title, steps, initial=done, unit="step", leave=False, disable=disable)
+    return ranks.watched(range(done + 1, steps + 1), title, steps, done=done, unit="step")
 
 
 def due(step: int, steps: int, rounds: int, *, late: bool = False) -> bool:
