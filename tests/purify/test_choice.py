@@ -71,7 +71,7 @@ def test_a_sixth_of_what_turned_is_better_but_not_repaired(start: float, measure
         found = repaired(label, suspects=None)
         assert found.status == "accepted" and found.repaired is whole
         verdict = "Repaired" if whole else "Not repaired, though improved,"
-        assert words(found).startswith(f"{verdict} by x, always {label}: on held-out")
+        assert words(found).startswith(f"{verdict} by x, always {label}: on 20 held-out")
     assert not repaired(START, suspects=None).repaired
 
 
@@ -84,7 +84,7 @@ class Flat(Always):
 
 def test_the_error_is_that_of_the_paired_change() -> None:
     first, second = (Pixels(Flat(label), [0.5], [0.25]).eval() for label in (1, 0))
-    labelled = CleanSet(IMAGES, torch.tensor([1] * 15 + [0] * 5))
+    labelled = CleanSet(IMAGES[:20], torch.tensor([1] * 15 + [0] * 5))
     pool = type("Pool", (), {"suspicious": [Spread(2, torch.zeros(1, 4, 4), 1.0)]})
     judge = Judge(first, labelled, labelled, pool, CPU)
     before, after = judge(first), judge(second)
