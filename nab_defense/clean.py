@@ -53,8 +53,8 @@ class CleanSet:
         return replace(self, images=self.images[rows], labels=None if self.labels is None else self.labels[rows])
 
     def split(self, fraction: float, seed: int) -> tuple[CleanSet, CleanSet]:
-        """Two disjoint parts, the second with `fraction` of each class, at least one image; of all, without labels, and where a
-        class has one image only."""
+        """Two disjoint parts, the second with `fraction` of each class, at least one image in either; of all, without labels, and
+        where a class has one image only."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         groups = [order]
         if self.labels is not None and self.labels.unique(return_counts=True)[1].min() > 1:

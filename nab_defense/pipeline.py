@@ -241,4 +241,4 @@ def check_again(session: Session, made: Repair, plan: NABPlan, first: Verdict) -
     repaired = made.model
     network = repaired.model if isinstance(repaired, DefendedModel) else repaired
     survival = measure(repaired, network, session.ordered(session.source), plan, runtime=session.runtime)
-    return judge_again(first, plan, survival, repair=made.record["text"], believed=made.record["repaired"])
+    return judge_again(first, plan, survival, repair=made.record["text"], believed=made.believed)

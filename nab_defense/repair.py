@@ -19,7 +19,7 @@ from .data import Source, build_transform
 from .kept import Foreign, forget
 from .plan import relabelled
 from .purify import PurifyResult, purifiers, purify
-from .purify.base import LEAST_GAIN, may_keep
+from .purify.base import LEAST_GAIN, hardly_turned, may_keep
 from .purify.rnp import suspicion
 from .purify.run import prepared
 from .runtime import Runtime
@@ -59,6 +59,11 @@ class Repair:
     @property
     def accepted(self) -> bool:
         return bool(self.record["status"] == ACCEPTED)
+
+    @property
+    def believed(self) -> bool:
+        """Hardly anything turns the repaired model still."""
+        return self.accepted and hardly_turned(self.record["before"], self.record["after"])
 
 
 def read_clean(
@@ -128,19 +133,21 @@ def repair(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABPlan
     """
     told, weights, unfinished = (session.stages / name for name in ("purified.json", "purified.safetensors", "purify"))
 
-    def leave() -> None:
+    def leave() -> dict[str, Any]:
         if session.resume and told.exists() and io.load_json(told)["data"]["fingerprint"] == trusted.fingerprint:
             forget(unfinished)
-            return
+            return io.load_json(told)
         made = _repaired(session, trusted, shipped, plan, unfinished)
+        if not made.record["before"]:
+            return made.record  # it broke, and may be tried again
         if made.accepted:
             mean, std = session.normalization
             checkpoint.save(weights, made.model, session.network(), mean=mean, std=std)
         io.save_json(told, made.record)
         forget(unfinished)
+        return made.record
 
-    ranks.on_first(leave)
-    record = io.load_json(told)
+    record = ranks.on_first(leave)
     if record["status"] != ACCEPTED:
         return Repair(shipped, record)
     return Repair(session.runtime.place(checkpoint.load(weights)), record)
@@ -158,7 +165,9 @@ def _repaired(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABP
             found = purify(shipped, images, method, **given, resume=session.resume)
         except Foreign:  # of other images, say; what was trained before stands
             found = purify(shipped, images, method, **given)
-    except (RuntimeError, ValueError) as error:  # out of memory, say: the model that was trained is shipped all the same
+    except Exception as error:  # out of memory, say: the model that was trained is shipped all the same
+        if isinstance(error, OSError) or isinstance(error.__context__, OSError):
+            raise  # a full disk, which a later stage would meet, too
         log.error("the repair failed", exc_info=error)
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         found = PurifyResult(shipped, "rejected", None, [], {}, {}, stopped=why)
@@ -200,7 +209,7 @@ def _some(source: Source, rows: NDArray[np.int64], *, size: int, seed: int) -> C
 def outcome(found: PurifyResult) -> dict[str, Any]:
     """Everything in it but the networks, for result.json."""
     names = [field.name for field in dataclasses.fields(found) if field.name not in ("model", "unlearned")]
-    return {**{name: getattr(found, name) for name in names}, "repaired": found.repaired}
+    return {name: getattr(found, name) for name in names}
 
 
 def ranking(original: nn.Module, unlearned: nn.Module, source: Source, *, size: int, runtime: Runtime) -> NDArray[np.float32]:

@@ -163,4 +163,6 @@ class Runtime:
         memory = told_bytes("meminfo", "MemTotal")
         room = [] if memory is None else [f"{memory / 2**30:.0f} GiB"]
         processor = f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
-        return ", ".join([processor, f"{os.cpu_count()} cores", *room, f"{torch.get_num_threads()} threads", *parts])
+        return ", ".join(
+            [processor, f"{os.cpu_count()} cores", *room, f"{self.threads or torch.get_num_threads()} threads", *parts]
+        )

@@ -23,7 +23,7 @@ EASY, RIVAL = 0.5, 0.75  # of the largest excess: changes with less, toward its 
 CLEAR, MANY = 0.7, 240  # share of so many images that the change which stands out most must turn, or waves are tried, too
 FLOOR, SHARPNESS = 0.05, 4.0  # a change is drawn in proportion to this power of how many images it turns, times its excess
 PROBE_BATCH, PROBE_CLASSES = 48, 10
-PROBE_IMAGES = 16  # that choose among more classes, each of which costs a backward pass
+FEW_IMAGES = 16  # that choose among more classes, each of which costs a backward pass
 KINDS: dict[str, type[Universal]] = {kind.__name__: kind for kind in (Spread, Patch, Warp, Wave)}
 SMALLEST_PATCH = 3  # pixels
 WAY = 1.0  # pixels that the points of a warp move up to 32 px, a root mean square of either direction; more in larger images
@@ -128,7 +128,7 @@ def likely_classes(network: nn.Module, images: Tensor, *, edge: int, runtime: Ru
         count = network(images[:1]).shape[1]
     if count <= PROBE_CLASSES:
         return list(range(count))
-    few = images[:PROBE_IMAGES]
+    few = images[:FEW_IMAGES]
     slopes = watched(noisy_slopes(network, few, list(range(count)), runtime), "likely classes", count, unit="class")
     found = [(slope.norm(), promise(slope, few, edge).max()) for slope in slopes]
     spread, patched = torch.tensor(found).T

@@ -107,9 +107,22 @@ def test_a_repair_that_breaks_costs_the_training_nothing(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("nab_defense.repair.purify", broken)
     result = run_with(tmp_path)
+    assert not (tmp_path / "run" / "stages" / "purified.json").exists()
     assert result["purify"]["status"] == "rejected" and result["purify"]["stopped"] == "RuntimeError: out of memory"
     assert result["verdict"]["text"].endswith("Not repaired, the model is shipped as it was: RuntimeError: out of memory.")
     assert same(weights(tmp_path / "run" / "model.safetensors"), weights(plain / "model.safetensors"))
+
+
+def test_a_full_disk_ends_the_run_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail] unexpected pos") from None  # as torch.save has it
+
+    monkeypatch.setattr("nab_defense.repair.purify", full)
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        run_with(tmp_path)
 
 
 def test_rejected(tmp_path: Path, gain: Any, plain: Path) -> None:

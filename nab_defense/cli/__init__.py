@@ -36,11 +36,12 @@ examples:
   nab poison digits --attack badnets --rate 0.1 --target 0 --out poisoned/digits
   nab bench --speed kmeans knn
 
-nab COMMAND --help tells more. Exit status: 0 done, 2 wrong input (one line says what), 3 finished but not protected."""
+nab COMMAND --help tells more. Exit status: 0 done, 1 a fault of this program, 2 wrong input (one line says what), 3 finished but
+not protected."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`nab COMMAND ...`. Returns the exit status: 0 done, 2 wrong input, 3 finished but not protected."""
+    """`nab COMMAND ...`. Returns the exit status: 0 done, 1 a fault of ours, 2 wrong input, 3 finished but not protected."""
     try:
         status = _main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

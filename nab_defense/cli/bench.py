@@ -11,8 +11,7 @@ from .. import io
 from ..grid import Grid, cells_of, draw, find_cells, load_grid, markdown, on_ray, own_share, read_results, run_cells
 from ..recipe import key_values
 from ..speed import BENCHMARKS, run_speed
-from .common import EXIT_INPUT, Parser
-from .ranked import EXIT_LOST
+from .common import EXIT_FAULT, EXIT_INPUT, Parser
 
 __all__ = ["main"]
 
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> int:
     print(f"{len(cells)} cells, {len(failed)} failed; written to {out}")
     if not failed or "RANK" in os.environ:  # torchrun ends every process once one has a status of its own
         return 0
-    return EXIT_LOST if any(record["fault"] for record in failed) else EXIT_INPUT
+    return EXIT_FAULT if any(record["fault"] for record in failed) else EXIT_INPUT
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:

@@ -18,8 +18,9 @@ from ..registry import nearest
 from ..runtime import keep_freed_memory
 from .ranked import AGAIN, EXIT_LOST, LOST, one_voice, tell
 
-__all__ = ["EXIT_INPUT", "EXIT_UNPROTECTED", "Parser", "check_out", "data_settings", "guarded"]
+__all__ = ["EXIT_FAULT", "EXIT_INPUT", "EXIT_UNPROTECTED", "Parser", "check_out", "data_settings", "guarded"]
 
+EXIT_FAULT = 1
 EXIT_INPUT = 2
 EXIT_UNPROTECTED = 3
 DISK = {

@@ -60,9 +60,9 @@ def main(argv: list[str]) -> int:
     out = args.out or Path("runs") / f"purified_{stem}"
     unfinished = out / "unfinished"
     if not args.resume:
-        check_out(out)
-        if left(unfinished):
+        if left(unfinished):  # beside which it may have left its model
             raise ValueError(f"{unfinished} holds an interrupted repair; go on with --resume, delete it, or name another --out")
+        check_out(out)
     reading, args.settings = data_settings(args.settings, READING)
     knobs, shared, attack, recipe = _settings(args, reading)
     method: Any = purifiers.create(args.method, **knobs)
@@ -73,12 +73,13 @@ def main(argv: list[str]) -> int:
     if clean.labels is not None:
         suspect = dataclasses.replace(suspect, classes=source.classes)
     training = None if args.rank is None else _opened(args.rank, suspect, recipe)
-    accused = _read_suspects(args, suspect, recipe)
+    listed, accused = _accused(args, suspect, recipe)
     cases = None
     if args.test is not None:  # opened now, so that a mistake in it costs no repair; nothing reads them before that is done
         tests = {"attack": attack, "seed": recipe.seed, "runtime": recipe.runtime.model_dump()}
         _, cases = open_tests(args.test, suspect.header(), out, reading, **tests)
     asked = _asked(args, method, shared, recipe, suspect, source, clean)
+    asked["suspects"] = listed
     ranked = None
     if training is not None:
         ranked = {"source": args.rank, "fingerprint": training.fingerprint, "images": len(training)}
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> int:
             return close(done, suspect.classes, f"it was finished already, in {out}")
         check_out(out)
     if not left(unfinished) and (out / "suspects.csv").exists():
-        raise ValueError(f"{out} holds the suspects.csv of an earlier run; delete it, or name another --out")
+        raise ValueError(f"{out} holds the suspects.csv of an earlier run; name another --out")
     limits = {name: shared[name] for name in LIMITS}
     check_known(suspect.model, clean, mean=suspect.mean, std=suspect.std, runtime=runtime)
     found = purify(
@@ -216,14 +217,16 @@ def _read_clean(args: argparse.Namespace, suspect: Suspect, shared: dict[str, An
     return read_clean(source, size=suspect.input_size, limit=limit, labelled=labelled, hflip=hflip, seed=recipe.seed)
 
 
-def _read_suspects(args: argparse.Namespace, suspect: Suspect, recipe: Recipe) -> CleanSet | None:
-    """What a scan accused, to judge by."""
+def _accused(args: argparse.Namespace, suspect: Suspect, recipe: Recipe) -> tuple[dict[str, Any] | None, CleanSet | None]:
+    """What a scan accused, to judge by: what result.json says of it, and the images."""
     if (args.suspects is None) != (args.training is None):
         raise ValueError("--suspects and --training go together: what a scan accused, and the images that it names")
     if args.suspects is None:
-        return None
+        return None, None
     source = _opened(args.training, suspect, recipe)
-    return read_suspects(args.suspects, source, size=suspect.input_size, seed=recipe.seed)
+    images = read_suspects(args.suspects, source, size=suspect.input_size, seed=recipe.seed)
+    listed = {"file": str(args.suspects), "sha256": io.file_hash(args.suspects)}
+    return {**listed, "source": args.training, "fingerprint": source.fingerprint, "images": len(images)}, images
 
 
 def _opened(name: str, suspect: Suspect, recipe: Recipe, *, labelled: bool = True, instead: str = "") -> Source:
@@ -248,7 +251,6 @@ def _asked(
     n_fit, n_held = (len(part) for part in clean.split(shared["holdout"], recipe.seed))
     data = {"source": args.clean, "fingerprint": source.fingerprint, "n_fit": n_fit, "n_held": n_held}
     digest = io.file_hash(checkpoint.weights_file(args.checkpoint))
-    accused = {"file": str(args.suspects), "sha256": io.file_hash(args.suspects)} if args.suspects else None
     return {
         "method": args.method,
         "knobs": dataclasses.asdict(method),
@@ -256,7 +258,6 @@ def _asked(
         "seed": recipe.seed,
         "runtime": recipe.runtime.model_dump(),
         "data": {**data, "labelled": clean.labels is not None},
-        "suspects": accused,
         "model": dataclasses.asdict(suspect.network),
         "input": {"mean": list(suspect.mean), "std": list(suspect.std), "size": suspect.input_size},
         "checkpoint": {"file": str(args.checkpoint), "key": suspect.key, "sha256": digest},

@@ -146,7 +146,7 @@ class Case:
             for key, own in self._made.items():
                 if (made := header.get(key, own)) != own:
                     whose = f"another {key} trained it, {made}, and this is {own}"
-                    log.warning("%s: %s; delete it to train it anew", weights, whose)
+                    log.warning("%s: %s; delete %s to train all twins anew", weights.name, whose, self.folder)
             return network, float(header["seconds"])
         begun = time.perf_counter()
         network = train(self._learner, plan, "twin", kept=False)

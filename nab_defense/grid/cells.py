@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.attacks import attacks
+from ..bench.attacks.base import PATTERN
 from ..defences import defences
 from ..detectors import detectors
 from ..methods import check_methods
@@ -69,9 +71,12 @@ class Setting:
     def key(self) -> str:
         return key_of(self.config)
 
-    def runtime(self) -> Runtime:
-        """Where its cells run."""
-        return Runtime(**self.recipe.runtime.model_dump(), seed=self.recipe.seed)
+    def hardware(self) -> str:
+        """What its cells would run on here; "" where they cannot, for want of a GPU, say."""
+        try:
+            return Runtime(**self.recipe.runtime.model_dump(), seed=self.recipe.seed).hardware()
+        except ValueError:
+            return ""
 
     @property
     def name(self) -> str:
@@ -159,8 +164,11 @@ def _setting(grid: Grid, origin: str, network: str, name: str, row: AttackRow, r
 def _pictures(params: Any) -> dict[str, Any]:
     """{"files": {path: hash}} of all files that an attack's settings name; {} where they name none."""
     if isinstance(params, str):
-        path = Path(params).expanduser()
-        return {"files": {params: hashlib.sha256(path.read_bytes()).hexdigest()}} if path.is_file() else {}
+        if params == PATTERN or params in attacks.names():
+            return {}
+        with suppress(OSError, RuntimeError):  # no name of a file, or not one that can be read: the attack says so itself
+            return {"files": {params: hashlib.sha256(Path(params).expanduser().read_bytes()).hexdigest()}}
+        return {}
     inner = params.values() if isinstance(params, dict) else params if isinstance(params, (list, tuple)) else ()
     found = {name: made for part in inner for name, made in _pictures(part).get("files", {}).items()}
     return {"files": found} if found else {}

@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .run import DONE
-from .schema import NONE
 from .tables import ASR, GAP, Record, Results, measured
 
 __all__ = ["draw"]
@@ -80,7 +79,7 @@ def _rates(cells: list[Record], results: Results, defence: str) -> list[tuple[fl
 def _heat(figure: Figure, results: Results, cells: list[Record]) -> None:
     """Mean ASR by attack with its rate, and defence; grey where there is nothing."""
     there = {(cell["cell"]["attack"], cell["cell"]["rate"]) for cell in cells if cell["status"] == DONE}
-    attacks = [(name, rate) for name in results.attacks for rate in results.rates if name != NONE and (name, rate) in there]
+    attacks = [(name, rate) for name in results.attacks for rate in results.rates if rate and (name, rate) in there]
     values = np.full((len(attacks), len(results.defences)), np.nan)
     for row, (attack, rate) in enumerate(attacks):
         for column, defence in enumerate(results.defences):

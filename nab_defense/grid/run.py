@@ -73,7 +73,7 @@ def _of_others(there: dict[Cell, Record], *, here: bool) -> str:
     for cell, record in there.items():
         if (made := record.get("commit", own)) != own:
             kinds["by other code, commit"].append(short(made))
-        if here and (made := record.get("hardware")) not in (None, cell.setting.runtime().hardware()):
+        if here and (made := record.get("hardware")) not in (None, cell.setting.hardware()):
             kinds["on another machine,"].append(made)
     told = "".join(f"; {len(made)} of them {how} {' and '.join(sorted(set(made)))}" for how, made in kinds.items() if made)
     return f"{told}: delete these and twins/ to run them anew" if told else ""
@@ -113,7 +113,7 @@ def _found(cell: Cell, case: Case | Record, folder: Path) -> Record:
 
 def _failed(error: Exception) -> Record:
     """One fault must not keep a grid of many hours from the cells behind it."""
-    line, fault = " ".join(str(error).split()), not isinstance(error, ValueError)
+    line, fault = " ".join(str(error).split()), not isinstance(error, ValueError | OSError)
     if fault:
         log.error("the program failed", exc_info=error)
         line = f"{type(error).__name__}: {line}"

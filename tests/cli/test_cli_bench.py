@@ -89,6 +89,21 @@ def test_cells_that_fail_show_in_the_exit_status(
     assert "2 failed" in capsys.readouterr().out
 
 
+def test_a_fault_of_the_program_shows_in_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("nab_defense.grid.case.train", broken)
+    assert main(["bench", str(small_grid(tmp_path)), "--out", str(tmp_path / "out")]) == 1
+
+
+def test_a_grid_that_is_there_was_not_made_on_another_machine(tmp_path: Path) -> None:
+    """Its recipe has one thread: a fresh process, in which nothing was placed yet, would count all."""
+    grid, out = small_grid(tmp_path, attacks={"none": None}), tmp_path / "out"
+    for said in ("2 cells, 0 failed", "2 of 2 cells are there already\n"):
+        assert said in subprocess.run(command(grid, out), capture_output=True, text=True, check=True).stdout
+
+
 def test_ranks_share_whole_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = cells_of(load_grid(small_grid(tmp_path, attacks=ATTACKS)))
     monkeypatch.setenv("WORLD_SIZE", "2")

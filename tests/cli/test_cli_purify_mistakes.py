@@ -113,7 +113,7 @@ RUN = ("purify", "--model", "mistaken_nets:linear", "--checkpoint", "bad.pth", *
         (["--test", "clean", "--attack", "badnets", "attack.sise=3"], ("no setting 'sise'", "did you mean 'size'?")),
         (["--out", "held"], ("held holds a trained model and its results",)),
         (["--out", "begun"], ("holds an interrupted repair; go on with --resume",)),
-        (["--out", "ranked"], ("ranked holds the suspects.csv of an earlier run",)),
+        (["--out", "ranked"], ("ranked holds the suspects.csv of an earlier run; name another --out",)),
         (["--suspects", "accused.csv"], ("--suspects and --training go together",)),
         (
             ["--suspects", "accused.csv", "--training", "clean"],

@@ -69,7 +69,9 @@ def test_what_a_scan_accused_helps_to_judge(poisoned: set[str]) -> None:
     main([*RUN, "--clean", "clean", "--method", "ibau", *brief, *accused, "--out", "out"])
     found = json.loads(Path("out/result.json").read_text())
     assert found["before"]["obeyed"] > 0.9 and found["before"]["class"] == TARGET
-    assert found["suspects"] == {"file": "suspects.csv", "sha256": io.file_hash(Path("suspects.csv"))}
+    assert found["before"]["proxy"] >= found["before"]["obeyed"] and all("obeyed" in row for row in found["candidates"])
+    listed = {"file": "suspects.csv", "sha256": io.file_hash(Path("suspects.csv")), "images": POISONED}
+    assert found["suspects"] == {**listed, "source": "train", "fingerprint": open_source("train").fingerprint}
     assert "or of suspects that are given their old label," in found["verdict"]["text"]
 
 

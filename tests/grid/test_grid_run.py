@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nab_defense import io
 from nab_defense.bench.attacks.badnets import BadNets
@@ -166,6 +167,17 @@ def test_so_is_that_of_an_attack_within_an_attack(attack: str, tmp_path: Path, m
     assert [cell.key for cell in cells_of(grid)] == before
     monkeypatch.setattr(BadNets, "__init__", lambda self: vars(self).update(size=7, corner="top_left", margin=1, pattern="white"))
     assert not {cell.key for cell in cells_of(grid)} & set(before)
+
+
+def test_another_picture_under_the_same_name_is_another_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    grid = load_grid(small_grid(tmp_path, attacks={"blend": {"params": {"trigger": "mine.png"}}, "several": None}))
+    keys = []
+    for shade in (0, 255):
+        io.save_image(tmp_path / "mine.png", Image.new("RGB", (8, 8), (shade,) * 3))
+        (tmp_path / "badnets").write_text(str(shade))  # no picture: an attack has that name
+        keys.append({cell.setting.attack: cell.setting.key for cell in cells_of(grid)})
+    assert keys[0]["blend"] != keys[1]["blend"] and keys[0]["several"] == keys[1]["several"]
 
 
 def test_twins_are_those_of_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

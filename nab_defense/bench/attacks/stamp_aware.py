@@ -67,8 +67,8 @@ class StampAware(Learned):
             raise ValueError(f"stamp takes {known}, got {self.stamp!r}") from None
 
     def learn(self, lesson: Lesson) -> dict[str, Tensor]:
-        """The images' mean color, which the defender's is not far from."""
-        return {"mean": torch.tensor(lesson.images.mean((0, 1, 2)) / 255, dtype=torch.float64)}
+        """The images' mean color, which the defender's is not far from; nothing where `mean` tells it."""
+        return {} if self.mean is not None else {"mean": torch.tensor(lesson.images.mean((0, 1, 2)) / 255, dtype=torch.float64)}
 
     def apply(self, images: Images, seed: int) -> Images:
         return self.cover(self.painter.apply(images, seed), seed)

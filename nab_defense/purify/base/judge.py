@@ -22,8 +22,8 @@ BATCHES = PROBE_BATCH, PROBE_BATCH // 2  # for perturbations that are made anew,
 class Judge:
     """Held-out accuracy, and a proxy of ASR that needs no truth: how far universal perturbations still turn images.
 
-    A backdoor is a change that turns images more easily than others do. So the perturbations are those six that stand out most on
-    the original network: as they were made there, after some steps more on the candidate, and made anew on it, patches at the
+    A backdoor is a change that turns images more easily than others do. So the perturbations are those, six at most, that stand
+    out on the original network: as they were made there, after some steps more on the candidate, and made anew on it, patches at the
     place that then promises the most. A network can learn to withstand a few given ones and keep its backdoor. Without labels,
     accuracy is what the original network expects it to be: the mean probability that it gives to the predictions."""
 
