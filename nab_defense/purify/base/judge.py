@@ -23,9 +23,9 @@ class Judge:
     """Held-out accuracy, and a proxy of ASR that needs no truth: how far universal perturbations still turn images.
 
     A backdoor is a change that turns images more easily than others do. So the perturbations are those, six at most, that stand
-    out on the original network: as they were made there, after some steps more on the candidate, and made anew on it, patches at the
-    place that then promises the most. A network can learn to withstand a few given ones and keep its backdoor. Without labels,
-    accuracy is what the original network expects it to be: the mean probability that it gives to the predictions."""
+    out on the original network: as they were made there, after some steps more on the candidate, and made anew on it, patches at
+    the place that then promises the most. A network can learn to withstand a few given ones and keep its backdoor. Without
+    labels, accuracy is what the original network expects it to be: the mean probability that it gives to the predictions."""
 
     def __init__(self, network: Pixels, fit: CleanSet, held: CleanSet, pool: Pool, runtime: Runtime) -> None:
         self.original, self.fit, self.held, self.runtime = network, fit, held, runtime
