@@ -67,18 +67,29 @@ DIGITS = {
     "stamp_aware": "stamp_aware", "ssba": "ssba", "badnets and blend at once": "several", "tact (5 %)": "tact",
     "blend, all to all": "blend_all", "badnets, all to all": "badnets_all",
 }  # fmt: skip
+CIFAR = {
+    "badnets": "badnets", "blend": "blend", "lf": "lf", "sig (9 %)": "sig", "label_consistent (9 %)": "label_consistent",
+    "input_aware": "input_aware", "ssba": "ssba", "stamp_aware": "stamp_aware", "adap_blend": "adap_blend",
+}  # fmt: skip
 
 
-def test_the_table_of_digits_is_that_of_its_cells() -> None:
-    paths = (ROOT / "results" / "bench" / "digits_shuffled").glob("*-nab-*.json")
+@pytest.mark.parametrize(
+    ("title", "folder", "attacks"),
+    [
+        ("scikit-learn's digits with `recipes/bench/digits.yaml`", "digits_shuffled", DIGITS),
+        ("12,000 CIFAR-10 images with `recipes/bench/cpu.yaml`", "cpu_shuffled", CIFAR),
+    ],
+)
+def test_a_table_of_the_benchmark_is_that_of_its_cells(title: str, folder: str, attacks: dict[str, str]) -> None:
+    paths = (ROOT / "results" / "bench" / folder).glob("*-nab-*.json")
     cells = {(cell["cell"]["attack"], cell["cell"]["seed"]): cell for cell in map(json.loads, map(Path.read_text, paths))}
-    table = (ROOT / "README.md").read_text().split("scikit-learn's digits with `recipes/bench/digits.yaml`")[1].split("\n\n")[1]
+    table = (ROOT / "README.md").read_text().split(title)[1].split("\n\n")[1]
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    assert len(found) == len(DIGITS) + 1
+    assert len(found) == len(attacks) + 1
     for name, undefended, oracle, asr, gap, detected in found[:-1]:
-        attack = DIGITS[re.sub(r" \(not learned.*|; seeds [\d, ]*", "", name)]
+        attack = attacks[re.sub(r" \(not learned.*|; seeds [\d, ]*", "", name)]
         runs = [cells[place] for place in sorted(cells) if place[0] == attack]
-        assert len(runs) == 3
+        assert len(runs) == 3 or f"; seeds {', '.join(str(seed) for one, seed in sorted(cells) if one == attack)}" in name
         done = [run for run in runs if run["status"] == "done"]
         assert [cell.strip() == "-" for cell in asr.split(",")] == [run not in done for run in runs], name
         twins = [[run["twins"][twin]["asr"]["value"] for run in done] for twin in ("undefended", "oracle")]
@@ -94,4 +105,4 @@ def test_the_table_of_digits_is_that_of_its_cells() -> None:
             assert numbers == pytest.approx(values, abs=0.0051), (name, cell)
     name, *_, asr, gap, _ = found[-1]
     clean = [cells[place]["figures"] for place in cells if place[0] == "none"]
-    assert name == "none" and (asr == "nothing changed") == (not any(one["altered"]["value"] for one in clean))
+    assert name.startswith("none") and (asr == "nothing changed") == (not any(one["altered"]["value"] for one in clean))
