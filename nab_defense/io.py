@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -26,10 +27,28 @@ from torch import Tensor
 from . import ranks
 
 __all__ = [
-    "cache_folder", "check_folder", "file_hash", "load_array", "load_arrays", "load_csv", "load_json", "load_state",
-    "load_tensors", "load_weights", "load_yaml", "save_array", "save_arrays", "save_csv", "save_image", "save_json", "save_state",
-    "save_tensors", "save_text", "save_yaml",
+    "DISK", "cache_folder", "check_folder", "disk_error", "file_hash", "load_array", "load_arrays", "load_csv", "load_json",
+    "load_state", "load_tensors", "load_weights", "load_yaml", "save_array", "save_arrays", "save_csv", "save_image",
+    "save_json", "save_state", "save_tensors", "save_text", "save_yaml",
 ]  # fmt: skip
+
+DISK = {
+    errno.ENOSPC: "the disk is full; make room",
+    errno.EDQUOT: "the quota is used up; make room",
+    errno.EACCES: "no permission; name another folder",
+    errno.EPERM: "no permission; name another folder",
+    errno.EROFS: "it is on a read-only disk; name another folder",
+    errno.ENOTDIR: "a file is where a folder should be; name another folder",
+    errno.EISDIR: "a folder is where a file should be; name another one",
+    errno.EEXIST: "a file is where a folder should be; name another folder",
+}
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The trouble with the disk behind an error, one of DISK; torch.save wraps it in a RuntimeError of its own."""
+    while error is not None and not (isinstance(error, OSError) and error.errno in DISK):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -166,8 +166,8 @@ def _repaired(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABP
         except Foreign:  # of other images, say; what was trained before stands
             found = purify(shipped, images, method, **given)
     except Exception as error:  # out of memory, say: the model that was trained is shipped all the same
-        if isinstance(error, OSError) or isinstance(error.__context__, OSError):
-            raise  # a full disk, which a later stage would meet, too
+        if isinstance(error, OSError) or io.disk_error(error):
+            raise  # which a later stage would meet, too
         log.error("the repair failed", exc_info=error)
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         found = PurifyResult(shipped, "rejected", None, [], {}, {}, stopped=why)

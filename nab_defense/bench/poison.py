@@ -19,6 +19,7 @@ from .truth import Truth, read_truth, write_truth
 __all__ = [
     "Truth",
     "check_goal",
+    "check_rate",
     "choose_poison",
     "painted_by",
     "parts_of",
@@ -45,6 +46,12 @@ def check_goal(*, target: int | None, mode: str, clean_label: bool, num_classes:
         raise ValueError(f"all_to_all has no single target, got target {target}; leave it out")
     if mode == "all_to_all" and clean_label:
         raise ValueError("a clean-label attack changes no label, so it cannot be all_to_all; use mode all_to_one")
+
+
+def check_rate(rate: float) -> None:
+    """Refuse a share of the training set that is none."""
+    if not 0 < rate < 1:
+        raise ValueError(f"rate must be in (0, 1), got {rate}")
 
 
 def wanted_labels(labels: IntArray, *, target: int | None, mode: str, num_classes: int) -> IntArray:
@@ -82,8 +89,7 @@ def choose_poison(
         ValueError: A senseless goal, or fewer samples to draw from than `rate` asks for.
     """
     check_goal(target=target, mode=mode, clean_label=clean_label, num_classes=num_classes)
-    if not 0 < rate < 1:
-        raise ValueError(f"rate must be in (0, 1), got {rate}")
+    check_rate(rate)
     total, count = len(labels), round(rate * len(labels))
     if count == 0:
         raise ValueError(f"rate {rate} of {total} images poisons none; the smallest possible is {1 / total:.2g}")

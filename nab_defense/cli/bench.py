@@ -66,12 +66,11 @@ def main(argv: list[str]) -> int:
 
 def _refuse_idle(args: argparse.Namespace) -> None:
     """Refuse options that would change nothing beside --speed or --summarize."""
-    alone = "--speed" if args.speed is not None else "--summarize" if args.summarize else None
-    given = {"--cell": args.cell is not None, "--launcher ray": args.launcher == "ray"}
-    given["--summarize"] = args.summarize and alone != "--summarize"
-    for option, there in given.items():
-        if alone and there:
-            raise ValueError(f"{option} does nothing beside {alone}; give one of the two")
+    timed = args.speed is not None
+    idle = {"--cell": args.cell is not None, "--launcher ray": args.launcher == "ray", "--summarize": args.summarize and timed}
+    for option, given in idle.items():
+        if given and (timed or args.summarize):
+            raise ValueError(f"{option} does nothing beside {'--speed' if timed else '--summarize'}; give one of the two")
 
 
 def _summarize(cells: Path, grid: Grid | None, out: Path | None) -> int:

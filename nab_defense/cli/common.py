@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import sys
@@ -23,16 +22,6 @@ __all__ = ["EXIT_FAULT", "EXIT_INPUT", "EXIT_UNPROTECTED", "Parser", "check_out"
 EXIT_FAULT = 1
 EXIT_INPUT = 2
 EXIT_UNPROTECTED = 3
-DISK = {
-    errno.ENOSPC: "the disk is full; make room",
-    errno.EDQUOT: "the quota is used up; make room",
-    errno.EACCES: "no permission; name another folder",
-    errno.EPERM: "no permission; name another folder",
-    errno.EROFS: "it is on a read-only disk; name another folder",
-    errno.ENOTDIR: "a file is where a folder should be; name another folder",
-    errno.EISDIR: "a folder is where a file should be; name another one",
-    errno.EEXIST: "a file is where a folder should be; name another folder",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,14 +113,7 @@ def _in_words(error: Exception) -> tuple[str, int] | None:
         return message, EXIT_INPUT
     if ranks.lost(error):
         return LOST, EXIT_LOST
-    cause = _disk_error(error) if isinstance(error, OSError | RuntimeError) else None
+    cause = io.disk_error(error) if isinstance(error, OSError | RuntimeError) else None
     if cause is None:
         return None
-    return f"{cause.filename or 'the output'}: {DISK[cause.errno or 0]}. Finished files are intact", EXIT_INPUT
-
-
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """The trouble with the disk behind an error; torch.save wraps it in a RuntimeError of its own."""
-    while error is not None and not (isinstance(error, OSError) and error.errno in DISK):
-        error = error.__cause__ or error.__context__
-    return error
+    return f"{cause.filename or 'the output'}: {io.DISK[cause.errno or 0]}. Finished files are intact", EXIT_INPUT

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..bench.attacks import attacks, create
-from ..bench.poison import MODES, check_goal, poison_source, write_truth
+from ..bench.poison import MODES, check_goal, check_rate, poison_source, write_truth
 from ..bench.trigger import prepared, save_trigger
 from ..data.folder import timm_order
 from ..data.sources import Source, open_source
@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     opened = open_source(data.source, strict=data.strict, **data.options)
     source = _as_folder_order(opened).limited(arguments.limit, arguments.seed)
     target = None if arguments.target is None else _class_index(arguments.target, source)
-    if not 0 < arguments.rate < 1:
-        raise ValueError(f"--rate must be in (0, 1), got {arguments.rate}")
+    check_rate(arguments.rate)
     check_goal(target=target, mode=arguments.mode, clean_label=attack.clean_label, num_classes=len(source.classes))
     attack = prepared(attack, source, target=target, seed=arguments.seed)
     poisoned, truth = poison_source(source, attack, rate=arguments.rate, target=target, mode=arguments.mode, seed=arguments.seed)

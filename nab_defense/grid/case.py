@@ -154,7 +154,7 @@ class Case:
         io.save_tensors(weights, dict(network.state_dict()), {"seconds": seconds, **self._made})
         return network, seconds
 
-    @property
+    @cached_property
     def _made(self) -> dict[str, str]:
         """What trains a twin, besides its settings."""
         return {"commit": short(commit()), "hardware": self.session.runtime.hardware()}

@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from .. import io
 from ..bench.attacks import attacks
 from ..bench.attacks.base import PATTERN
 from ..defences import defences
@@ -64,13 +65,14 @@ class Setting:
             "clean": self.clean,
             "package": VERSION,
             "defaults": defaults,
-            **_pictures(recipe.attack and recipe.attack.params),
+            **({"files": files} if (files := _files(recipe.attack and recipe.attack.params)) else {}),
         }
 
     @cached_property
     def key(self) -> str:
         return key_of(self.config)
 
+    @cached_property
     def hardware(self) -> str:
         """What its cells would run on here; "" where they cannot, for want of a GPU, say."""
         try:
@@ -161,17 +163,16 @@ def _setting(grid: Grid, origin: str, network: str, name: str, row: AttackRow, r
     return Setting(recipe, grid.clean, network, name, rate, seed)
 
 
-def _pictures(params: Any) -> dict[str, Any]:
-    """{"files": {path: hash}} of all files that an attack's settings name; {} where they name none."""
+def _files(params: Any) -> dict[str, str]:
+    """Path -> hash of all files that an attack's settings name."""
     if isinstance(params, str):
         if params == PATTERN or params in attacks.names():
             return {}
         with suppress(OSError, RuntimeError):  # no name of a file, or not one that can be read: the attack says so itself
-            return {"files": {params: hashlib.sha256(Path(params).expanduser().read_bytes()).hexdigest()}}
+            return {params: io.file_hash(Path(params).expanduser())}
         return {}
     inner = params.values() if isinstance(params, dict) else params if isinstance(params, (list, tuple)) else ()
-    found = {name: made for part in inner for name, made in _pictures(part).get("files", {}).items()}
-    return {"files": found} if found else {}
+    return {name: made for part in inner for name, made in _files(part).items()}
 
 
 def method_defaults(recipe: Recipe) -> dict[str, Any]:

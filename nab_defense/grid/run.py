@@ -73,7 +73,7 @@ def _of_others(there: dict[Cell, Record], *, here: bool) -> str:
     for cell, record in there.items():
         if (made := record.get("commit", own)) != own:
             kinds["by other code, commit"].append(short(made))
-        if here and (made := record.get("hardware")) not in (None, cell.setting.hardware()):
+        if here and (made := record.get("hardware")) not in (None, cell.setting.hardware):
             kinds["on another machine,"].append(made)
     told = "".join(f"; {len(made)} of them {how} {' and '.join(sorted(set(made)))}" for how, made in kinds.items() if made)
     return f"{told}: delete these and twins/ to run them anew" if told else ""
