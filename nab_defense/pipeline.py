@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,13 +27,14 @@ from .result import describe, save_suspects
 from .schema import Recipe
 from .select import small_classes
 from .session import Session
-from .train import fit
+from .train import TrainConfig, fit
 from .types import EvalResult, NABPlan
 
 __all__ = ["Clock", "defend", "protect", "run", "train"]
 
 log = logging.getLogger(__name__)
 AGAIN = 3  # looks with a trained network; each that finds something costs a training
+BRIEF = 30, 3000  # epochs, or steps where that is more, of networks that only name content and are thrown away
 
 
 def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -58,9 +60,7 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     if done is not None:
         return done
     clock = Clock(session)
-    finding, network, untouched = protect(
-        session, clock, first=lambda: _first(session), fitted=lambda plan, arm: train(session, plan, arm)
-    )
+    finding, network, untouched = protect(session, clock, first=lambda: _first(session), fitted=partial(train, session))
     defended = defend(session, network, finding.plan)
     verdict = clock("check", lambda: check(session, defended, network, finding))
     shipped, verdict, purified = _repaired(session, clock, trusted, defended, verdict, finding.plan)
@@ -125,13 +125,13 @@ def protect(
     clock: Clock,
     *,
     first: Callable[[], tuple[Finding, nn.Module]],
-    fitted: Callable[[NABPlan, str], nn.Module],
+    fitted: Callable[..., nn.Module],
 ) -> tuple[Finding, nn.Module, nn.Module | None]:
     """Look and train; look again with the trained network, and train anew if that finds something more.
 
     Args:
         first: Gives the first look and the scan's network.
-        fitted: (plan, name of the arm) -> a network trained under the plan.
+        fitted: (plan, name of the arm, how=TrainConfig) -> a network trained under the plan; without `how` as it is shipped.
 
     Returns: what was found, the network to ship, and the one that ordinary training gave, where there is one."""
     finding, scanner = clock("scan", first)
@@ -141,7 +141,7 @@ def protect(
     if session.recipe.rule != "expand":
         return finding, network, untouched
     for turn in range(AGAIN):
-        without = partial(_without, fitted, finding.plan, f"again{turn}")
+        without = partial(_without, partial(fitted, how=_brief(session)), finding.plan, f"again{turn}")
         make = partial(look_again, session, network, scanner, finding, without=without)
         found = clock("scan", partial(_remembered, session, f"again{turn}", make))
         more = (found.plan.suspect & ~finding.plan.suspect).any()
@@ -150,6 +150,12 @@ def protect(
             break
         network = clock("train", partial(fitted, found.plan, f"retrained{turn}"))
     return finding, network, untouched
+
+
+def _brief(session: Session) -> TrainConfig:
+    """The recipe's schedule, in fewer epochs where it is long."""
+    epochs, steps = BRIEF
+    return session.schedule.shortened(max(epochs, math.ceil(steps * session.schedule.batch_size / len(session.source))))
 
 
 def _without(
@@ -199,10 +205,12 @@ def _remembered(session: Session, name: str, make: Callable[[], Finding]) -> Fin
     return finding
 
 
-def train(session: Session, plan: NABPlan, arm: str, *, kept: bool = True) -> nn.Module:
+def train(session: Session, plan: NABPlan, arm: str, *, how: TrainConfig | None = None, kept: bool = True) -> nn.Module:
     """Train one arm of the run: the same start, schedule and randomness, under a plan.
 
-    Args: kept: Leave the state after each epoch in the run's folder, for who may resume it."""
+    Args:
+        how: Another schedule than the recipe's.
+        kept: Leave the state after each epoch in the run's folder, for who may resume it."""
     network = session.build()
     loader = session.train_loader(session.source, plan)
     state = session.stages / f"{arm}.state" if kept else None
@@ -210,7 +218,7 @@ def train(session: Session, plan: NABPlan, arm: str, *, kept: bool = True) -> nn
         network,
         loader,
         runtime=session.runtime,
-        train=session.schedule,
+        train=how or session.schedule,
         state=state,
         resume=session.resume,
         split=True,

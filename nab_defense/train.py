@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,19 @@ class TrainConfig:
             raise ValueError(f"sched={self.sched} would first lower lr after epoch {first} of {self.epochs}: set {key}")
         if self.opt.lower() not in OPTIMIZERS:
             raise ValueError(f"timm has no optimizer {self.opt!r}{nearest(self.opt, OPTIMIZERS)}")
+
+    def shortened(self, epochs: int) -> TrainConfig:
+        """The same course of the learning rate in so many epochs; itself where it has no more."""
+        if self.epochs <= epochs:
+            return self
+        part = epochs / self.epochs
+        return replace(
+            self,
+            epochs=epochs,
+            warmup_epochs=round(part * self.warmup_epochs),
+            decay_epochs=part * self.decay_epochs,
+            decay_milestones=tuple(max(1, int(part * epoch)) for epoch in self.decay_milestones),
+        )
 
 
 def fit(

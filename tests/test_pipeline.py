@@ -22,8 +22,10 @@ from nab_defense.bench.truth import Truth
 from nab_defense.cli import main
 from nab_defense.defended import DefendedModel
 from nab_defense.pipeline import run
+from nab_defense.plan import Finding
 from nab_defense.recipe import load_recipe
 from nab_defense.session import Session
+from nab_defense.train import TrainConfig
 from nab_defense.types import NABPlan
 from tests.digits_runs import BLEND, ROOT, contents, write_recipe
 
@@ -172,6 +174,27 @@ def test_clean_data_is_trained_as_ever(tmp_path: Path, capsys: pytest.CaptureFix
     ordinary = pipeline.train(session, NABPlan.empty(session.source.labels), "ordinary")
     assert same_weights(weights(tmp_path / "run"), dict(ordinary.state_dict()))
     assert not isinstance(nab_defense.load(tmp_path / "run"), DefendedModel)
+
+
+@pytest.mark.parametrize(("brief", "epochs"), [((2, 0), 2), ((1, 8), 3), ((9, 9), 4)])
+def test_networks_that_only_name_content_are_trained_in_short(
+    brief: tuple[int, int], epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 images in batches of 64, four epochs: 8 steps are more than two epochs."""
+    trained: dict[str, int] = {}
+
+    def fit(network: Any, loader: Any, *, train: TrainConfig, title: str, **others: Any) -> None:
+        trained[title] = train.epochs
+
+    def look_again(session: Session, network: Any, scanner: Any, before: Finding, *, without: Any) -> Finding:
+        without(np.zeros(len(before.plan.labels), bool), "some")
+        return before
+
+    monkeypatch.setattr(pipeline, "BRIEF", brief)
+    monkeypatch.setattr(pipeline, "fit", fit)
+    monkeypatch.setattr(pipeline, "look_again", look_again)
+    run(load_recipe(write_recipe(tmp_path, train={"epochs": 4})), tmp_path / "run")
+    assert trained == {"defended": 4, "again0_without_some": epochs}
 
 
 def test_not_protected_is_said_and_returned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

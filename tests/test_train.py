@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 import os
 import signal
 import subprocess
@@ -97,29 +96,6 @@ def test_one_step_of_sgd_is_lr_times_the_gradient_of_the_given_loss() -> None:
     fit(model, toy, runtime=CPU, train=config(epochs=1, opt="momentum", weight_decay=0.0), loss=squared)
     for old, gradient, new in zip(before, gradients, model.parameters(), strict=True):
         torch.testing.assert_close(new, old - 0.05 * gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_cosine_runs_over_updates() -> None:
-    history = fit(network(), Toy(), runtime=CPU, train=config(lr=0.2))
-    steps = [5 * epoch + 4 for epoch in range(4)]  # the last of each epoch's five updates
-    assert [record["lr"] for record in history] == pytest.approx([0.1 * (1 + math.cos(math.pi * t / 20)) for t in steps])
-    flat = fit(network(), Toy(), runtime=CPU, train=config(sched="none"))
-    assert [record["lr"] for record in flat] == [0.05] * 4
-    warm = fit(network(), Toy(batch=40), runtime=CPU, train=config(warmup_epochs=2, warmup_lr=0.01, sched="cosine"))
-    assert [record["lr"] for record in warm[:2]] == pytest.approx([0.01, 0.03])
-
-
-@pytest.mark.parametrize(
-    ("changes", "factors"),
-    [
-        ({"sched": "step", "decay_epochs": 2, "decay_rate": 0.5}, [1, 1, 0.5, 0.5, 0.25]),
-        ({"sched": "multistep", "decay_milestones": (4, 1), "decay_rate": 0.2}, [0.2, 0.2, 0.2, 0.04, 0.04]),  # an update early
-        ({"sched": "poly", "decay_rate": 1.0}, [1, 0.8, 0.6, 0.4, 0.2]),
-    ],
-)
-def test_decays_come_when_they_are_told(changes: dict[str, Any], factors: list[float]) -> None:
-    history = fit(network(), Toy(batch=40), runtime=CPU, train=config(epochs=5, lr=0.05, **changes))
-    assert [record["lr"] for record in history] == pytest.approx([0.05 * factor for factor in factors])
 
 
 def test_the_seed_decides() -> None:

@@ -17,6 +17,7 @@ from ..pipeline import train
 from ..registry import Registry
 from ..schema import Recipe
 from ..session import Session
+from ..train import TrainConfig
 from ..types import NABPlan
 
 __all__ = ["Defence", "Outcome", "Task", "defences"]
@@ -69,13 +70,15 @@ class Task:
             self.shared[key] = make(), time.perf_counter() - begun
         return self.shared[key]
 
-    def fitted(self, session: Session, plan: NABPlan, arm: str) -> tuple[nn.Module, float]:
+    def fitted(self, session: Session, plan: NABPlan, arm: str, *, how: TrainConfig | None = None) -> tuple[nn.Module, float]:
         """A network trained under a plan for this task's source, and its seconds; where the plan changes nothing that is the
-        undefended one, weight by weight, and is not trained again."""
+        undefended one, weight by weight, and is not trained again.
+
+        Args: how: Another schedule than the recipe's."""
         if not plan.changed.any():
             return self.undefended, self.plain_seconds
         begun = time.perf_counter()
-        return train(session, plan, arm, kept=False), time.perf_counter() - begun
+        return train(session, plan, arm, how=how, kept=False), time.perf_counter() - begun
 
 
 @dataclass(frozen=True, eq=False)

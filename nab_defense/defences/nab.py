@@ -9,6 +9,7 @@ from torch import nn
 from ..detectors import detectors
 from ..look import accuse, look, scan_whole
 from ..pipeline import Clock, defend, protect
+from ..train import TrainConfig
 from ..types import NABPlan
 from .base import Outcome, Task, defences
 
@@ -26,9 +27,9 @@ class NAB:
         first, seconds = task.remember("look", lambda: look(session))
         clock.add("scan", seconds)
 
-        def fitted(plan: NABPlan, arm: str) -> nn.Module:
+        def fitted(plan: NABPlan, arm: str, *, how: TrainConfig | None = None) -> nn.Module:
             if plan.changed.any():
-                return task.fitted(session, plan, arm)[0]
+                return task.fitted(session, plan, arm, how=how)[0]
             clock.add("train", task.plain_seconds)
             return task.undefended
 

@@ -127,7 +127,9 @@ LEGEND = (
 
 def _counts(results: Results) -> str:
     kinds = {kind: sum(r["status"] == kind for r in results.records) for kind in (DONE, ATTACK_FAILED, FAILED)}
-    return f"{len(results.records)} cells: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) + "."
+    hours = sum(record["wall_seconds"] for record in results.records) / 3600
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    return f"{len(results.records)} cells: {counts}; {hours:.1f} h, added up."
 
 
 def _made(results: Results) -> str:

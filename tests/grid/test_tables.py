@@ -25,6 +25,7 @@ def write(folder: Path, attack: str, defence: str, seed: int, asr: float | None,
         "twins": twins,
         "figures": figures,
         "config": {"defence": {"name": defence}},
+        "wall_seconds": 1800,
         **more,
     }
     io.save_json(folder / "cells" / f"{attack}-{defence}-{seed}.json", record | more)
@@ -54,7 +55,7 @@ def test_means_marks_and_empty_cells(tmp_path: Path) -> None:
     assert table["wanet"][1] == "*attack failed* (1)" and table["sig"][1] == "*failed* (1)"
     assert "bpp" not in table  # nothing of it was run
     assert "- drop: badnets at 20 % on resnet, ASR 0.200 (2); its worst cell is of badnets at 20 % on resnet, 0.300; 2" in page
-    assert "8 cells: 6 done, 1 attack failed, 1 failed." in page
+    assert "8 cells: 6 done, 1 attack failed, 1 failed; 4.0 h, added up." in page
     pictures = draw(results, tmp_path / "summary")
     assert [path.name for path in pictures] == ["asr_against_gap_resnet.png", "asr_by_rate_resnet.png", "heat_resnet.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
