@@ -240,7 +240,15 @@ def _named(
         # One trigger, one verdict: what it makes of an image may look like one of the classes to a network that never saw it.
         kin = [likely > 0.5 for group, likely in parts if group.alike]
         kin_named = float((unseen.scan.logits.argmax(1) == scan.labels)[np.any(kin, axis=0)].mean()) if kin else None
+        learned = (unseen.scan.logits.argmax(1) == scan.labels)[others].mean() >= LEARNED
+        if not learned:
+            log.warning(
+                "a network trained without %d samples names less than half of the others right: its names tell nothing",
+                absent.sum(),
+            )
         for (group, likely), queue in zip(parts, queues, strict=True):
+            if not learned and group.content is None:
+                continue  # how foreign it is to a network that never saw its class is not known either
             members = (scan.labels == group.label) & ~selection.suspect
             group = examined(session, trained, unseen, selection.suspect & ~back, group, likely > 0.5)
             if group.alike:

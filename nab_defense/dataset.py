@@ -16,6 +16,8 @@ from .types import NABPlan
 
 __all__ = ["NABDataset"]
 
+BEYOND = 0.1  # [0, 1], by which resizing may go
+
 
 def _normalizes(transform: Any) -> bool:
     """Whether a transform pipeline (torchvision v1 or v2, timm, albumentations) holds a step that normalises."""
@@ -44,7 +46,8 @@ class NABDataset(Dataset[Any]):
         plan: Made for this data set.
         stamp: What to paint.
         mean, std: The normalisation of the model, in [0, 1] units.
-        normalized: Whether float images are normalised; None looks for a Normalize step in the transform.
+        normalized: Whether float images are normalised; None looks for a Normalize step in the transform, and refuses images
+            without one whose values say otherwise.
 
     Raises:
         ValueError: Plan and data set differ in length or fingerprint; while loading: a sample's label is not the one
@@ -69,7 +72,7 @@ class NABDataset(Dataset[Any]):
         self.normalized = normalized
         self._order = np.flatnonzero(plan.keep)
         self._stamped, self._touched = plan.stamped, plan.suspect | plan.stamped
-        self._patches: dict[tuple[torch.Size, torch.dtype], Patch] = {}
+        self._patches: dict[tuple[torch.Size, torch.dtype], tuple[Patch, bool]] = {}
 
     def __len__(self) -> int:
         return len(self._order)
@@ -111,8 +114,15 @@ class NABDataset(Dataset[Any]):
         key = (image.shape, image.dtype)
         if key not in self._patches:  # one serves all images of a kind
             normalized = self.normalized if self.normalized is not None else _normalizes(self.transform)
-            self._patches[key] = self.stamp.fitted(image, mean=self.mean, std=self.std, normalized=normalized)
-        return self._patches[key].paint(image)
+            patch = self.stamp.fitted(image, mean=self.mean, std=self.std, normalized=normalized)
+            self._patches[key] = patch, image.is_floating_point() and self.normalized is None and not normalized
+        patch, guessed = self._patches[key]
+        if guessed and not -BEYOND <= float(image.min()) <= float(image.max()) <= 1 + BEYOND:
+            raise ValueError(
+                f"an image has values from {image.min():.2f} to {image.max():.2f}, and there is no Normalize in the data set's "
+                "transform: give NABDataset normalized=True, or the stamp has another color than at inference"
+            )
+        return patch.paint(image)
 
     @property
     def transform(self) -> Callable[[Any], Any] | None:

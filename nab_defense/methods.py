@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 
 from .bench.attacks import attacks
-from .bench.poison import check_goal
+from .bench.poison import check_parts
 from .detectors import detectors
 from .purify import purifiers
 from .relabel import relabelers
@@ -50,8 +51,9 @@ def check_methods(recipe: Recipe) -> None:
                 f"purify.method={recipe.purify.method} needs labels; drop purify.labelled=false, or name another method"
             )
     if attack is not None:
-        painted, target = attacks.create(attack.name, **attack.params), 0 if attack.mode == "all_to_one" else None
-        check_goal(target=target, mode=attack.mode, clean_label=painted.clean_label, num_classes=1)
+        # How many classes there are the data will tell; that this is one of them is asked then.
+        target = attack.target if attack.mode == "all_to_one" else None
+        check_parts(attacks.create(attack.name, **attack.params), target=target, mode=attack.mode, num_classes=sys.maxsize)
         if attack.poison and recipe.data.truth is not None:
             raise ValueError(
                 "data.truth says what is poisoned already and attack would poison it again; drop one, or set "

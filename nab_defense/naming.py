@@ -19,6 +19,7 @@ from .select import MAX_NAMED, MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, split_in_t
 __all__ = ["CONTROL", "MANY", "Naming", "all_bearers", "bearers", "carried", "control", "naming", "second_choices"]
 
 CONTROL = 0.1  # share of the other samples that the network does not see, either
+BLOCK = 65536  # samples whose logits are copied at once
 SHOWN = 0.5  # of a pattern: more of it than not
 MANY = 10  # classes; of fewer a clean image has a second choice that is sure, and they are soon as various as content
 
@@ -98,10 +99,14 @@ def second_choices(
     Returns: for each group how often the network is surer of its second choice than of one of the other classes', and the
         entropy of its second choices over that of an even choice, both in [0, 1]; the latter 0 of two
         classes alone."""
-    rest, choices = logits.astype(np.float64), logits.shape[1] - 1
-    rest[np.arange(len(rest)), labels] = -np.inf
-    chances, names = softmax(rest, axis=1).max(1), rest.argmax(1)
-    found = []
+    if not groups:
+        return []
+    choices, chances, names, found = logits.shape[1] - 1, np.zeros(len(labels)), np.zeros(len(labels), dtype=np.int64), []
+    for start in range(0, len(labels), BLOCK):
+        block = slice(start, start + BLOCK)
+        rest = logits[block].astype(np.float64)
+        rest[np.arange(len(rest)), labels[block]] = -np.inf
+        chances[block], names[block] = softmax(rest, axis=1).max(1), rest.argmax(1)
     for group in groups:
         others = (labels != labels[group][0]) & ~aside
         spread = float(entropy(np.bincount(names[group])) / np.log(choices)) if choices > 1 else 0.0

@@ -205,13 +205,13 @@ def expand(
     Args:
         report: Any detector's.
         scan: What it looked at.
-        fraction: Share of samples taken as seeds, in (0, 1).
+        fraction: Share of samples taken as seeds, in (0, 1); MIN_SEEDS samples at least.
         previous: What an earlier pass of the same network showed; with `trained`, suspects that are known and left aside.
         trained: The network was trained to the end, where all losses are low: start from the more suspicious half of each class
             that falls in two by itself, not from seeds, and accuse it only if it is learned better than the other classes.
     """
     previous = previous or Selection(np.zeros(len(scan), dtype=bool), np.zeros(len(scan), dtype=np.float32))
-    seeds = report.select(fraction)
+    seeds = report.select(max(fraction, min(0.5, (MIN_SEEDS + 0.5) / len(scan))))  # of a small set the share is less than a group
     features = Standardized(scan.features)
     right = scan.logits.argmax(1) == scan.labels
     counts = np.bincount(scan.labels[seeds], minlength=scan.num_classes)
@@ -220,7 +220,8 @@ def expand(
         members = (scan.labels == label) & ~(previous.suspect & trained)
         start = _half(features, members, report.scores) if trained else seeds & members
         starts = [start, previous.suspect & members]
-        grown = [grow(features, members, start, scan.losses, right & ~members) for start in starts if start.sum() >= MIN_SEEDS]
+        rivals = right & ~members & trained  # else nobody asks for the lead
+        grown = [grow(features, members, start, scan.losses, rivals) for start in starts if start.sum() >= MIN_SEEDS]
         if not grown:
             continue
         group, likely = max(grown, key=lambda pair: (pair[0].distinct, pair[0].separation))

@@ -89,13 +89,12 @@ class TrainConfig:
         """The same course of the learning rate in so many epochs; itself where it has no more."""
         if self.epochs <= epochs:
             return self
-        part = epochs / self.epochs
         return replace(
             self,
             epochs=epochs,
-            warmup_epochs=round(part * self.warmup_epochs),
-            decay_epochs=part * self.decay_epochs,
-            decay_milestones=tuple(max(1, int(part * epoch)) for epoch in self.decay_milestones),
+            warmup_epochs=-(-self.warmup_epochs * epochs // self.epochs),  # one is not left out for being short
+            decay_epochs=self.decay_epochs * epochs / self.epochs,
+            decay_milestones=tuple(max(1, epoch * epochs // self.epochs) for epoch in self.decay_milestones),
         )
 
 
@@ -111,6 +110,7 @@ def fit(
     resume: bool = False,
     split: bool = False,
     title: str = "train",
+    about: str = "",
 ) -> list[dict[str, float]]:
     """Train a network in place.
 
@@ -129,12 +129,13 @@ def fit(
         split: Of several ranks, each gets its part of every batch from its loader, and the mean is over the whole batch; batches
             are of one size. Otherwise they train alike, on whole batches, and end with rank 0's weights.
         title: Names the progress bar.
+        about: What it is trained on; a state that says otherwise is refused.
 
     Returns:
         One record an epoch: epoch, loss, accuracy, lr, seconds.
 
     Raises:
-        ValueError: The loss is not finite, the loader is empty, or `state` belongs to other settings.
+        ValueError: The loss is not finite, the loader is empty, or `state` belongs to other settings or images.
     """
     steps = len(loader)
     if steps == 0:
@@ -151,7 +152,7 @@ def fit(
     updates = -(-steps // accum)  # per epoch; a shorter last group still counts
     scheduler = _scheduler(optimizer, train, updates)
     ema = ModelEmaV3(model, decay=train.model_ema_decay, use_warmup=True) if train.model_ema else None
-    settings = {"train": asdict(train), "seed": runtime.seed, "steps": steps}
+    settings = {"train": asdict(train), "seed": runtime.seed, "steps": steps, "about": about}
     found = ranks.same(bool(resume and state and state.exists()))
     history = _restore(state, settings, model, optimizer, ema) if state and found else []
     replica = Replica(model, runtime, split=split)
@@ -283,7 +284,9 @@ def _packed(
 def _restore(state: Path, settings: dict[str, Any], model: nn.Module, optimizer: Any, ema: Any) -> list[dict[str, float]]:
     saved = io.load_state(state)
     if saved["settings"] != settings:
-        raise ValueError(f"{state} was left by a run with other settings; use another --out, or start again without --resume")
+        raise ValueError(
+            f"{state} was left by a run with other settings or images; use another --out, or start again without --resume"
+        )
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     if ema is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +116,11 @@ class NABPlan:
     def changed(self) -> BoolArray:
         """(N,) bool: training sees this sample differently, or not at all."""
         return np.asarray(self.stamped | self.altered | ~self.keep)
+
+    def mark(self, images: str) -> str:
+        """What training under this plan sees of images with this fingerprint, as a short name."""
+        seen = (self.new_labels[self.keep], self.keep, self.stamped)
+        return hashlib.sha256(b"".join([images.encode(), *(array.tobytes() for array in seen)])).hexdigest()[:16]
 
     def check_matches(self, length: int, fingerprint: str) -> None:
         """Refuse a data set that the plan was not made for.

@@ -33,6 +33,7 @@ class Networks:
 
     def __init__(self, upper: int, monkeypatch: pytest.MonkeyPatch, **names: tuple[list[int], list[int]]) -> None:
         self.upper, self.names, self.absent, self.asked = upper, names, {}, []
+        self.others = LABELS[100:]  # what they name the other classes
         self.turned, self.carried = {"trained": np.zeros(4), "part1": np.zeros(4)}, 0.0
         monkeypatch.setattr(again, "seen_by", self.read)
         monkeypatch.setattr(examine, "imprint_by_class", self.imprint)
@@ -45,7 +46,7 @@ class Networks:
 
     def read(self, _: object, part: str) -> Scan:
         first, rest = self.names[part]
-        named = np.r_[np.resize(first, self.upper), np.resize(rest, 100 - self.upper), LABELS[100:]]
+        named = np.r_[np.resize(first, self.upper), np.resize(rest, 100 - self.upper), self.others]
         return scan(self.upper, 6 * np.eye(4, dtype=np.float32)[named])
 
     def shared(self, batches: Any, labels: np.ndarray, groups: list[np.ndarray]) -> Any:

@@ -41,6 +41,15 @@ def test_the_part_of_a_class_that_shows_what_others_show_is_accused(monkeypatch:
     assert absent[:30].all() and 20 < absent[30:].sum() < 60  # and some others, to compare it with
 
 
+def test_a_network_that_learned_little_accuses_nobody_by_its_names(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    networks = Networks(30, monkeypatch, part1=([1, 2, 3], [0]))
+    networks.others = np.resize([1, 2, 3], 300)  # a third of them right
+    found, namer = networks.look()
+    assert not found.suspect.any() and namer is None and "names less than half of the others right" in caplog.text
+
+
 def test_a_style_of_a_class_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> None:
     found, namer = Networks(30, monkeypatch, part1=([0, 0, 1], [0])).look()
     assert not found.suspect.any() and namer is None and not found.groups[0].foreign

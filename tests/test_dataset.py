@@ -199,7 +199,11 @@ def test_setting_the_transform_reaches_a_vision_dataset(given: Any, tmp_path: Pa
 
 def test_a_float_image_without_normalize_is_taken_as_0_to_1() -> None:
     plan, scaled = busy_plan(), lambda image: v1.functional.normalize(v1.functional.to_tensor(image), MEAN, STD)
-    assert torch.equal(wrap(Pictures(scaled), plan)[1][0][:, 0, 0], torch.tensor(MEAN))
+    assert torch.equal(wrap(Pictures(v1.functional.to_tensor), plan)[1][0][:, 0, 0], torch.tensor(MEAN))
+    with pytest.raises(ValueError, match=r"no Normalize in the data set's transform: give NABDataset normalized=True"):
+        wrap(Pictures(scaled), plan)[1]
+    with pytest.raises(ValueError, match="normalized=True"):
+        wrap(torch.utils.data.Subset(Pictures(TRANSFORMS["v1"]), range(len(plan))), plan)[1]
     assert not wrap(Pictures(scaled), plan, normalized=True)[1][0][:, 0, 0].any()
     forced = wrap(Pictures(TRANSFORMS["v1"]), plan, normalized=False)
     assert torch.equal(forced[1][0][:, 0, 0], torch.tensor(MEAN))

@@ -197,6 +197,17 @@ def test_networks_that_only_name_content_are_trained_in_short(
     assert trained == {"defended": 4, "again0_without_some": epochs}
 
 
+def test_states_of_networks_that_were_asked_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_again(session: Session, network: Any, scanner: Any, before: Finding, *, without: Any) -> Finding:
+        without(np.zeros(len(before.plan.labels), bool), "some")
+        assert (session.stages / "again0_without_some.state").exists()
+        return before
+
+    monkeypatch.setattr(pipeline, "look_again", look_again)
+    run(load_recipe(write_recipe(tmp_path)), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "stages").glob("*.state")] == ["scan.state", "defended.state"]
+
+
 def test_not_protected_is_said_and_returned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Clean-label poison keeps its label under the textbook rule, so nothing is stamped.
     sections: dict[str, Any] = {"attack": {"name": "sig", "rate": 0.08, "params": {"delta": 60}}, "scan": {"epochs": 6}}

@@ -46,5 +46,7 @@ def test_a_shortened_schedule_takes_the_same_course(changes: dict[str, Any]) -> 
     assert [record["lr"] for record in fast] == pytest.approx([record["lr"] for record in slow[1::2]])
 
 
-def test_a_decay_at_the_start_stays_behind_the_first_epoch() -> None:
-    assert TrainConfig(epochs=300, sched="multistep", decay_milestones=(5, 150)).shortened(30).decay_milestones == (1, 15)
+def test_short_phases_are_not_lost() -> None:
+    short = TrainConfig(epochs=300, warmup_epochs=5, sched="multistep", decay_milestones=(5, 150)).shortened(30)
+    assert short.decay_milestones == (1, 15) and short.warmup_epochs == 1
+    assert TrainConfig(epochs=44, sched="multistep", decay_milestones=(22,)).shortened(30).decay_milestones == (15,)

@@ -191,10 +191,11 @@ def test_in_a_trained_network_the_half_with_the_lower_losses_is_found_without_se
     assert not expand(lowest(clean), clean, fraction=0.05, trained=True).suspect.any()
 
 
-def test_too_few_seeds_accuse_nobody() -> None:
-    scan, _ = sample(targets=(2,), rate=0.1)
-    selection = expand(lowest(scan), scan, fraction=(MIN_SEEDS - 1) / len(scan))
-    assert not selection.suspect.any() and selection.groups == ()
+def test_of_a_small_set_there_are_seeds_enough() -> None:
+    scan, poisoned = sample(targets=(2,), rate=0.1)
+    selection = expand(lowest(scan), scan, fraction=1 / len(scan))
+    assert [group.seeds for group in selection.groups] == [MIN_SEEDS]
+    assert precision_and_recall(selection.suspect, poisoned) > (0.95, 0.95)
 
 
 def test_scaling_features_changes_nothing() -> None:

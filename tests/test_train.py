@@ -228,13 +228,14 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step() -> None:
 def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
     state = tmp_path / "state"
     fit(network(), Toy(), runtime=CPU, train=config(epochs=1), state=state)
-    for loader, runtime, train in (
-        (Toy(), CPU, config(epochs=2)),
-        (Toy(batch=4), CPU, config(epochs=1)),
-        (Toy(), Runtime(device="cpu", precision="float32", seed=4), config(epochs=1)),
+    for loader, runtime, train, about in (
+        (Toy(), CPU, config(epochs=2), ""),
+        (Toy(batch=4), CPU, config(epochs=1), ""),
+        (Toy(), Runtime(device="cpu", precision="float32", seed=4), config(epochs=1), ""),
+        (Toy(), CPU, config(epochs=1), "other images"),
     ):
         with pytest.raises(ValueError, match="was left by a run with other settings"):
-            fit(network(), loader, runtime=runtime, train=train, state=state, resume=True)
+            fit(network(), loader, runtime=runtime, train=train, state=state, resume=True, about=about)
 
 
 def test_after_epoch_stops() -> None:

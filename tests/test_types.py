@@ -73,6 +73,13 @@ def test_plan_arrays_are_checked_copied_and_read_only(name: str) -> None:
         plan(**{name: np.zeros((5, 1))})
 
 
+def test_the_mark_of_a_plan_is_what_training_sees() -> None:
+    example = plan()
+    assert example.mark("a") == plan(labels=[0, 1, 2, 0, 0], new_labels=[0, 2, 2, 0, 0]).mark("a")  # the last is dropped
+    others = [plan(cover=[True] + [False] * 4), plan(keep=[False] + [True] * 4), plan(new_labels=[0, 0, 2, 0, 1])]
+    assert len({example.mark("a"), example.mark("b"), *(other.mark("a") for other in others)}) == 5
+
+
 def test_plan_refuses_other_data() -> None:
     example = plan()
     example.check_matches(5, "a" * 40)

@@ -60,7 +60,7 @@ def difference(first: Rate, second: Rate) -> tuple[float, float, float]:
 
 def area(scores: NDArray[Any], poisoned: NDArray[np.bool_], z: float = 1.96) -> Rate | None:
     """AUROC of a ranking with its interval [Newcombe 2006, part 2, method 5], which has a width at 0 and at 1, too; n is the
-    number of poisoned samples.
+    number of poisoned samples. Where half of the poison is found and the rest ranked as clean it covers less: .85 of 300 draws.
 
     Args:
         scores: (N,), higher = more suspicious.

@@ -19,6 +19,7 @@ from .truth import Truth, read_truth, write_truth
 __all__ = [
     "Truth",
     "check_goal",
+    "check_parts",
     "check_rate",
     "choose_poison",
     "painted_by",
@@ -46,6 +47,17 @@ def check_goal(*, target: int | None, mode: str, clean_label: bool, num_classes:
         raise ValueError(f"all_to_all has no single target, got target {target}; leave it out")
     if mode == "all_to_all" and clean_label:
         raise ValueError("a clean-label attack changes no label, so it cannot be all_to_all; use mode all_to_one")
+
+
+def check_parts(attack: Attack, *, target: int | None, mode: str, num_classes: int) -> None:
+    """Refuse a goal that makes no sense for one of the attack's parts, see parts_of."""
+    for part, goal in parts_of(attack, target, num_classes):
+        check_goal(target=goal, mode=mode, clean_label=part.clean_label, num_classes=num_classes)
+        if isinstance(part, SourceAttack):
+            if goal in part.source_classes:
+                raise ValueError(f"class {goal} is both the target and a source of the attack; choose another target")
+            if max(part.source_classes) >= num_classes:
+                raise ValueError(f"sources must be classes in 0..{num_classes - 1}, got {max(part.source_classes)}")
 
 
 def check_rate(rate: float) -> None:
@@ -128,16 +140,17 @@ def poison_source(
         seed: Which samples, and whatever the attack draws for each of them.
 
     Raises:
-        ValueError: See choose_poison; or the trigger does not fit.
+        ValueError: See choose_poison; or the trigger does not fit on the first image. On a smaller one it says so when painted.
     """
     rng = np.random.default_rng(seed)
     classes, labels = len(source.classes), source.labels.copy()
     poisoned, cover = np.zeros((2, len(source)), dtype=bool)
     painters: list[Painter] = []
     which = np.full(len(source), -1)
+    check_parts(attack, target=target, mode=mode, num_classes=classes)
     parts = parts_of(attack, target, classes)
     for part, goal in parts:
-        allowed = _allowed(part, source.labels, goal) & (which < 0)
+        allowed = _allowed(part, source.labels) & (which < 0)
         clean_label = part.clean_label
         chosen = choose_poison(
             source.labels, rate=rate / len(parts), target=goal, mode=mode, clean_label=clean_label, num_classes=classes,
@@ -163,7 +176,7 @@ def triggered_source(
     """The test set for the attack's success: every image carries the trigger, labels are what the attacker wants.
 
     For all_to_one, images whose true class is the target are left out: predicting the target there proves nothing. An attack on
-    some classes is tested on these; several attacks take turns from image to image.
+    some classes is tested on these; several attacks have an equal part of the images each, drawn at random.
 
     Returns:
         The source, and the true labels of the same images, (M,) int64.
@@ -173,14 +186,15 @@ def triggered_source(
     """
     classes, parts = len(source.classes), parts_of(attack, target, len(source.classes))
     wanted, kept = source.labels.copy(), np.zeros(len(source), dtype=bool)
-    which = np.arange(len(source)) % len(parts)
+    check_parts(attack, target=target, mode=mode, num_classes=classes)
+    which = np.random.default_rng([seed, 6]).permutation(len(source)) % len(parts)  # no part gets some classes alone
     for number, (part, goal) in enumerate(parts):
-        check_goal(target=goal, mode=mode, clean_label=part.clean_label, num_classes=classes)
         own = which == number
         wanted[own] = wanted_labels(source.labels[own], target=goal, mode=mode, num_classes=classes)
-        kept |= own & (wanted != source.labels) & _allowed(part, source.labels, goal)
-    if not kept.any():
-        raise ValueError(f"{source.name} holds only images of the target class {target}; nothing is left to attack")
+        own &= (wanted != source.labels) & _allowed(part, source.labels)
+        if not own.any():
+            raise ValueError(f"{source.name} holds no image that {part!r} can be tested on, for target {goal}")
+        kept |= own
     chosen = source.subset(np.flatnonzero(kept))
     painters = tuple(_test_painter(part) for part, _ in parts)
     load = _Painted(chosen, painters, which[kept], seed)
@@ -200,13 +214,9 @@ def parts_of(attack: Attack, target: int | None, num_classes: int) -> list[tuple
     return attack.parts(target, num_classes) if isinstance(attack, JointAttack) else [(attack, target)]
 
 
-def _allowed(attack: Attack, labels: IntArray, target: int | None) -> BoolArray:
+def _allowed(attack: Attack, labels: IntArray) -> BoolArray:
     """Which samples the attack can be used on, (N,) bool."""
-    if not isinstance(attack, SourceAttack):
-        return np.ones(len(labels), dtype=bool)
-    if target in attack.source_classes:
-        raise ValueError(f"class {target} is both the target and a source of the attack; choose another target")
-    return np.isin(labels, attack.source_classes)
+    return np.isin(labels, attack.source_classes) if isinstance(attack, SourceAttack) else np.ones(len(labels), dtype=bool)
 
 
 def _coverable(attack: CoverAttack, labels: IntArray, target: int | None) -> BoolArray:

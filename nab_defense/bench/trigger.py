@@ -15,13 +15,14 @@ from ..io import cache_folder, load_tensors, save_tensors
 from ..runtime import Runtime
 from .attacker import exact
 from .attacks.base import Attack, Images, LearnedAttack, Lesson
-from .poison import check_goal, parts_of
+from .poison import check_parts, parts_of
 
 __all__ = ["load_trigger", "prepared", "save_trigger"]
 
 log = logging.getLogger(__name__)
 CODE = Path(__file__).parent
 LARGEST = 5000  # images that an attacker learns from, so that one core is done in about a minute
+ENOUGH = 100  # of these, at least, of a class whose images are poisoned as they are labelled, where there are as many
 EDGE = 32  # pixels; larger images are shrunk to it for learning, and the trigger is enlarged
 
 
@@ -43,8 +44,7 @@ def prepared(attack: Attack, source: Source, *, target: int | None, seed: int, r
     if not isinstance(attack, LearnedAttack):
         return attack
     mode, classes = "all_to_all" if target is None else "all_to_one", len(source.classes)
-    for part, goal in parts_of(attack, target, classes):
-        check_goal(target=goal, mode=mode, clean_label=part.clean_label, num_classes=classes)
+    check_parts(attack, target=target, mode=mode, num_classes=classes)
     runtime = runtime or Runtime()
     parts = [source.fingerprint, repr(attack), str(target), str(seed), runtime.torch_device.type, _code()]
     cached = cache_folder("triggers") / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.safetensors"
@@ -53,7 +53,8 @@ def prepared(attack: Attack, source: Source, *, target: int | None, seed: int, r
         if cached.exists():
             return True
         log.info("%s learns its trigger", type(attack).__name__)
-        lesson = _lesson(source, target=target, seed=seed, runtime=runtime)
+        goals = [goal for part, goal in parts_of(attack, target, classes) if part.clean_label]
+        lesson = _lesson(source, goals, target=target, seed=seed, runtime=runtime)
         with exact(slopes=True):
             tensors = attack.learn(lesson)
         for name, values in tensors.items():
@@ -96,9 +97,16 @@ def load_trigger(path: Path, attack: Attack, *, target: int | None) -> Attack:
     return attack.taught(tensors)
 
 
-def _lesson(source: Source, *, target: int | None, seed: int, runtime: Runtime) -> Lesson:
-    """A random part of the source, of one size. Images that are not square are squeezed, and so are their triggers later."""
+def _lesson(source: Source, goals: list[int | None], *, target: int | None, seed: int, runtime: Runtime) -> Lesson:
+    """A random part of the source, of one size. Images that are not square are squeezed, and so are their triggers later.
+
+    Args: goals: Classes whose own images a part of the attack changes, and so must know; of many classes the part has few."""
     part = source.limited(LARGEST, seed)
+    chosen = np.isin(source.ids, part.ids)
+    for goal in goals:
+        rows = np.flatnonzero(~chosen & (source.labels == goal))
+        chosen[rows[: max(0, ENOUGH - np.count_nonzero(part.labels == goal))]] = True
+    part = source.subset(np.flatnonzero(chosen))
     edge = min(EDGE, part.edge())
     images = np.stack([_square(part.image(index), edge) for index in range(len(part))])
     return Lesson(images, part.labels, len(source.classes), target, seed, runtime)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..bench.attacks import attacks, create
-from ..bench.poison import MODES, check_goal, check_rate, poison_source, write_truth
+from ..bench.poison import MODES, check_parts, check_rate, poison_source, write_truth
 from ..bench.trigger import prepared, save_trigger
 from ..data.folder import timm_order
 from ..data.sources import Source, open_source
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = _as_folder_order(opened).limited(arguments.limit, arguments.seed)
     target = None if arguments.target is None else _class_index(arguments.target, source)
     check_rate(arguments.rate)
-    check_goal(target=target, mode=arguments.mode, clean_label=attack.clean_label, num_classes=len(source.classes))
+    check_parts(attack, target=target, mode=arguments.mode, num_classes=len(source.classes))
     attack = prepared(attack, source, target=target, seed=arguments.seed)
     poisoned, truth = poison_source(source, attack, rate=arguments.rate, target=target, mode=arguments.mode, seed=arguments.seed)
     _check_classes(poisoned)

@@ -174,6 +174,8 @@ def open_source(
         source = Source(name, folder.classes, folder.labels, folder.ids, folder.load, folder.mode, mark, folder.irregular)
     if not labelled:
         return source
+    if (source.labels < 0).any():
+        raise ValueError(f"{name} has {(source.labels < 0).sum()} images without a label; name another split of it")
     counts = np.bincount(source.labels, minlength=len(source.classes))
     if len(source.classes) < 2:
         raise ValueError(f"{name} has one class ({source.classes[0]!r}); a classifier needs at least two")

@@ -19,13 +19,16 @@ __all__ = ["ASR", "GAP", "Results", "markdown", "measured", "read_results"]
 Reader = Callable[[Record], float | None]
 
 
-def reach(*keys: str, end: str = "value") -> Reader:
-    """Record -> the number at this path, of a rate its value, or that end of its interval; None where it is missing or null."""
+def reach(*keys: str | tuple[str, ...], end: str = "value") -> Reader:
+    """Record -> the number at this path, of a rate its value, or that end of its interval; None where it is missing or null.
+
+    Args: keys: From outside in; of a tuple the first key that is there."""
 
     def read(record: Record) -> float | None:
         value: Any = record
         for key in keys:
-            value = None if value is None else value.get(key)
+            tried = (key,) if isinstance(key, str) else key
+            value = None if value is None else next((value[one] for one in tried if one in value), None)
         if isinstance(value, dict):
             return float(value[end])
         return value if end == "value" else None
@@ -33,7 +36,8 @@ def reach(*keys: str, end: str = "value") -> Reader:
     return read
 
 
-ASR_AT, GAP_AT = ("figures", "defended", "asr"), ("figures", "acc_gap")
+# Of several triggers at once the ASR of the one that works best: their mean would hide one that is whole.
+ASR_AT, GAP_AT = ("figures", "defended", ("worst", "asr")), ("figures", "acc_gap")
 ASR, GAP = reach(*ASR_AT), reach(*GAP_AT)
 
 
@@ -118,10 +122,11 @@ def markdown(results: Results) -> str:
 
 
 LEGEND = (
-    "ASR / ACC gap: share of triggered test images that get the attacker's class, and the oracle's accuracy less the defence's; "
-    "mean over seeds ± standard deviation, seeds in brackets; of one seed its 95 % interval. *attack failed*: the undefended "
-    "network obeys the trigger on less than 70 % of the images, and there is nothing to defend. *failed*: the defence could not "
-    "be run. Empty: not run."
+    "ASR / ACC gap: share of triggered test images that get the attacker's class, of several triggers at once that of the one "
+    "which works best, and the oracle's accuracy less the defence's; mean over seeds ± standard deviation, seeds in brackets; of "
+    "one seed its 95 % interval. *attack failed*: the undefended network obeys the trigger on less than 70 % of the images, and "
+    "there is nothing to defend (all to all it can do so on hardly more than it names right: there ACC is the most). *failed*: "
+    "the defence could not be run. Empty: not run."
 )
 
 
@@ -172,7 +177,7 @@ def _spread(values: list[float]) -> str:
     return f"{middle} ± {stdev(values):.3f}" if len(values) > 1 else middle
 
 
-def _known(cells: list[Record], at: tuple[str, ...]) -> str:
+def _known(cells: list[Record], at: tuple[Any, ...]) -> str:
     """A rate over seeds; of one seed with its interval."""
     values, low, high = (measured(cells, reach(*at, end=end)) for end in ("value", "low", "high"))
     interval = f" [{low[0]:.3f}, {high[0]:.3f}]" if len(values) == len(low) == 1 else ""

@@ -14,6 +14,7 @@ from nab_defense.bench.attacker import Classifier, to_unit
 from nab_defense.bench.attacks import LearnedAttack, attacks, create
 from nab_defense.bench.trigger import load_trigger, prepared, save_trigger
 from nab_defense.data.sources import open_source
+from nab_defense.runtime import Runtime
 from tests.bench.quick import QUICK, TARGET, digits, ready
 from tests.digits_runs import write_images
 
@@ -208,7 +209,18 @@ def test_input_aware_learns_from_data_with_the_same_image_again_and_again() -> N
     again = digits().subset([0] * 60 + list(range(60)))
     attack = prepared(create("input_aware", **TINY["input_aware"]), again, target=TARGET, seed=0)
     assert all(values.isfinite().all() for values in attack.tensors.values())
-    assert attack.apply(pictures(), 0).std() > 1
+    assert (attack.apply(pictures(), 0) != pictures()).any((1, 2, 3)).all()
+
+
+@pytest.mark.parametrize(("goals", "least"), [([7], 100), ([None], 0)])
+def test_a_lesson_has_enough_of_the_class_whose_own_images_are_changed(
+    goals: list[int | None], least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triggers, "LARGEST", 200)
+    lesson = triggers._lesson(digits(), goals, target=7, seed=0, runtime=Runtime())
+    of_seven = int((lesson.labels == 7).sum())
+    assert of_seven == least or (not least and of_seven < 40)
+    assert len(lesson.labels) == 200 + max(0, least - int((digits().limited(200, 0).labels == 7).sum()))
 
 
 def test_what_was_learned_must_be_finite(monkeypatch: pytest.MonkeyPatch) -> None:

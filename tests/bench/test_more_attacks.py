@@ -24,6 +24,8 @@ from tests.bench.test_attacks import noise
 PICTURES = Path(__file__).with_name("triggers.png")  # rows: PAINTED; columns: a picture with a color ramp, a flat grey one
 PAINTED = [("badnets", False), ("blend", False), ("sig", False), ("wanet", False), ("lf", False), ("bpp", False), ("tact", False)]
 PAINTED += [(name, test) for name in ("adap_blend", "adap_patch") for test in (False, True)]
+PAINTED += [("stamp_aware", False), ("several", False), ("label_consistent", True)]
+KNOBS = {"stamp_aware": {"mean": [0.5, 0.4, 0.3]}, "several": {"triggers": ["badnets", "lf"]}}
 
 
 def canvas() -> np.ndarray:
@@ -38,7 +40,7 @@ def painted() -> np.ndarray:
     """All triggers on the canvas, one below the other, (32 * rows, 64, 3)."""
     rows = []
     for name, test in PAINTED:
-        attack = create(name)
+        attack = create(name, **KNOBS.get(name, {}))
         images = attack.at_test(canvas(), 4) if test else attack.apply(canvas(), 4)
         rows.append(np.concatenate(list(images), axis=1))
     return np.concatenate(rows)
@@ -193,9 +195,11 @@ def test_several_share_the_test() -> None:
     assert (triggered.labels != true).all() and set(triggered.labels) == {3, 5, 7}
     np.testing.assert_array_equal(np.array([3, 7, 5])[painted_by(triggered)], triggered.labels)
     number = {name: index for index, name in enumerate(digits().ids)}
+    parts = painted_by(triggered)
+    assert np.bincount(parts).min() > 400 and all(len(set(true[parts == part])) == 9 for part in range(3))
     for index in range(0, len(triggered), 61):
         place = number[triggered.ids[index]]
-        name, goal = [("badnets", 3), ("blend", 7), ("sig", 5)][place % 3]
+        name, goal = [("badnets", 3), ("blend", 7), ("sig", 5)][parts[index]]
         member = create(name, **({"frequency": 2} if name == "sig" else {}))
         assert triggered.labels[index] == goal
         np.testing.assert_array_equal(triggered.pixels(index), member.apply(digits().pixels(place)[None], 0)[0])
@@ -225,6 +229,8 @@ def test_an_attack_that_learns_nothing_is_prepared_as_it_is() -> None:
         ("tact", {"trigger": "narcissus"}, "one trigger that is not learned"),
         ("tact", {"trigger": {"name": "badnets", "parms": {}}}, "did you mean 'params'"),
         ("tact", {"trigger": {"name": "badnets", "target": 1}}, "only lends its trigger"),
+        ("tact", {"trigger": {"name": "wanet", "params": {"covers": 5}}}, "no covers; give it covers: 0"),
+        ("label_consistent", {"size": 1}, r"size must be a whole number in \[2, 4096\], got 1"),
         ("stamp_aware", {"stamp": {"sise": 2}}, "stamp takes size, corner, value, seed, got"),
         ("stamp_aware", {"stamp": {"corner": "left"}}, "stamp corner must be one of"),
         ("stamp_aware", {"mean": [0.1, 0.2]}, "mean must be a list of 1 or 3 numbers"),
@@ -238,6 +244,25 @@ def test_an_attack_that_learns_nothing_is_prepared_as_it_is() -> None:
 def test_mistakes_are_named(name: str, knobs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create(name, **knobs)
+
+
+def test_a_stamp_that_hides_the_whole_trigger_is_refused() -> None:
+    corner = {"name": "badnets", "params": {"corner": "top_left", "size": 2, "margin": 0}}
+    attack = create("stamp_aware", trigger=corner, stamp={"size": 8}, mean=[0.5])
+    with pytest.raises(ValueError, match="the stamp hides the whole trigger of BadNets"):
+        attack.apply(noise((3, 32, 32, 1)), 0)
+    seen = create("stamp_aware", trigger=corner, stamp={"size": 8, "corner": "bottom_left"}, mean=[0.5])
+    blank = np.zeros((1, 32, 32, 1), np.uint8)
+    assert seen.apply(blank, 0)[0, :2, :2].any() and (seen.apply(blank, 0) != seen.cover(blank, 0)).sum() <= 4
+
+
+def test_a_part_that_cannot_be_tested_is_said() -> None:
+    attack = create("several", triggers=[{"name": "tact", "params": {"sources": 2}}, "blend"])
+    nobody = digits().subset(np.flatnonzero(digits().labels != 2))
+    with pytest.raises(ValueError, match=r"holds no image that Tact.* can be tested on, for target 0"):
+        triggered_source(nobody, attack, target=0, seed=0)
+    with pytest.raises(ValueError, match=r"sources must be classes in 0\.\.9, got 50"):
+        poison_source(digits(), create("tact", sources=[1, 50]), rate=0.02, target=0, seed=0)
 
 
 def test_triggers_that_do_not_fit() -> None:

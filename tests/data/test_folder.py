@@ -1,10 +1,11 @@
-"""Names of folders and files: the order that they give the classes, and those that are no UTF-8."""
+"""Names of folders, files and classes: the order that they give, those that are no UTF-8, and images without a class."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import pytest
 from PIL import Image
 from timm.data import create_dataset
 
@@ -47,3 +48,10 @@ def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     assert len(source) == 2 and len(source.fingerprint) == 64
     save_csv(tmp_path / "names.csv", ["id"], [[ident] for ident in source.ids])
     assert load_csv(tmp_path / "names.csv", ["id"]) == [{"id": "b/0.png"}, {"id": "caf\\udce9/0.png"}]
+
+
+def test_images_without_a_label_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [(Image.new("RGB", (4, 4)), label) for label in (0, 1, -1)]
+    monkeypatch.setattr("nab_defense.data.sources.create_dataset", lambda *_, **__: data)
+    with pytest.raises(ValueError, match="torch/named has 1 images without a label; name another split of it"):
+        open_source("torch/named")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nab_defense.bench.truth import Truth
 from nab_defense.data import Source
@@ -62,8 +64,10 @@ def inside(value: Any, path: str = "task", known: set[int] | None = None) -> Ite
 
 def secrets(task: Any, case: Case) -> list[str]:
     """Where something lies that no defence may know."""
-    poisoned, true = case.truth.poisoned, case.truth.true_labels
-    masks = [poisoned, true, np.flatnonzero(poisoned), case.truth.cover]
+    truth, oracle = case.truth, case.twins.oracle.state_dict()
+    told = [truth.poisoned, truth.cover, truth.poisoned | truth.cover]
+    told += [~mask for mask in told]
+    masks = [truth.true_labels, *told, *map(np.flatnonzero, told)]
     tests = {case.session.test_source.pixels(i).tobytes() for i in range(len(case.session.test_source))}
     shades = {shade(case.session.test_source.pixels(i)) for i in range(len(case.session.test_source))}
     found = []
@@ -71,12 +75,24 @@ def secrets(task: Any, case: Case) -> list[str]:
         module = type(value).__module__
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu().numpy()
+        elif isinstance(value, Image.Image):
+            value = np.asarray(value)
+        elif (
+            isinstance(value, (list, tuple, set, frozenset))
+            and value
+            and all(isinstance(one, (int, np.integer)) for one in value)
+        ):
+            value = np.sort(list(value))
         if isinstance(value, (Truth, Attack, Case)) or module.startswith(("nab_defense.bench", "nab_defense.grid.case")):
             found.append(f"{path} is a {type(value).__name__}")
         elif isinstance(value, Recipe) and (value.attack or value.data.test or value.data.truth or value.data.source != "given"):
             found.append(f"{path} names the attack, the test set or the source")
         elif isinstance(value, (str, PurePath)) and ATTACK in str(value).lower():
             found.append(f"{path} names the attack")
+        elif isinstance(value, torch.nn.Module):
+            own = value.state_dict()
+            if own.keys() == oracle.keys() and all(torch.equal(own[name], oracle[name]) for name in own):
+                found.append(f"{path} is the oracle")
         elif isinstance(value, np.ndarray):
             if any(value.shape == mask.shape and np.array_equal(value, mask) for mask in masks):
                 found.append(f"{path} is a secret mask")
@@ -122,6 +138,9 @@ def test_the_spy_finds_what_is_hidden(spied: tuple[Task, Case]) -> None:
     hidden: list[Any] = [
         case.truth, lambda: case, {"a": [case.truth.poisoned.copy()]}, case.session.recipe, case.session.source,
         f"runs/{ATTACK}", Path(ATTACK), normalised, test.load, torch.from_numpy(case.truth.true_labels.copy()), case.measured,
+        case.oracle_plan, ~case.truth.poisoned, np.flatnonzero(case.truth.poisoned).tolist(),
+        set(np.flatnonzero(case.truth.cover)), case.truth.poisoned | case.truth.cover,
+        copy.deepcopy(case.twins.oracle), test.image(1),
     ]  # fmt: skip
     for secret in hidden:
         assert secrets((task, secret), case), secret

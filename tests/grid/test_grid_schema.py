@@ -46,6 +46,9 @@ def test_mistakes_name_the_key_and_the_nearest(tmp_path: Path) -> None:
     assert "is there twice" in refused(tmp_path, seeds=[0, 0])
     assert "target does nothing" in refused(tmp_path, attacks={"blend": {"mode": "all_to_all", "target": 3}})
     assert "changes no label" in refused(tmp_path, attacks={"sig": {"mode": "all_to_all"}})
+    several = {"mode": "all_to_all", "params": {"triggers": ["badnets", "sig"]}}
+    assert "changes no label" in refused(tmp_path, attacks={"several": several})
+    assert "class 1 is both the target and a source" in refused(tmp_path, attacks={"tact": {"target": 1}})
     assert "networks.r: timm has no model 'resnet19'" in refused(tmp_path, networks={"r": {"model": {"name": "resnet19"}}})
     assert "recipe.scan is empty" in refused(tmp_path, defences={"nab": {"recipe": {"scan": None}}})
 

@@ -61,6 +61,25 @@ def test_means_marks_and_empty_cells(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
 
+def test_every_column_shows_its_own_figure(tmp_path: Path) -> None:
+    rate = lambda value: {"value": value, "n": 10, "low": value - 0.05, "high": value + 0.05}  # noqa: E731
+    detection = {"precision": 0.11, "recall": 0.12, "auroc": 0.13, "tpr_at_1pct": 0.14, "tpr_at_01pct": 0.15}
+    figures = {
+        "defended": {"acc": rate(0.9), "asr": rate(0.2), "ra": rate(0.27), "retuned": rate(0.25), "worst": rate(0.4)},
+        "acc_gap": rate(0.01), "detection": {name: rate(value) for name, value in detection.items()},
+        "relabel_accuracy": rate(0.16), "rejects": {"clean": rate(0.17), "triggered": rate(0.18)}, "altered": rate(0.21),
+        "der": rate(0.22), "der_ceiling": 0.23, "excess_asr": rate(0.24),
+    }  # fmt: skip
+    write(tmp_path, "several", "nab", 0, 0.2, figures=figures, relative_seconds={"scan": 1.0, "total": 3.5})
+    page = markdown(read_results(tmp_path))
+    (found,) = [row[2:] for row in rows(page, "resnet") if row[1:3] == ["nab", "20 %"] and row[3].startswith("0.110")]
+    assert [float(field.split()[0]) for field in found[1:]] == [0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17, 0.18]
+    (found,) = [row[2:] for row in rows(page, "resnet") if row[1:3] == ["nab", "20 %"] and row[3].startswith("0.210")]
+    assert [float(field.split()[0]) for field in found[1:]] == [0.21, 0.22, 0.23, 0.24, 0.25, 0.4, 0.27, 3.5]
+    # of several triggers the one that works best counts
+    assert "several at 20 % on resnet, ASR 0.400" in page and "0.400 [0.350, 0.450] / 0.010" in page
+
+
 def test_two_cells_in_one_place_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "badnets", "drop", 0, 0.1)
     write(tmp_path / "older", "badnets", "drop", 0, 0.9, key="older")

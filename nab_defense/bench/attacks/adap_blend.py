@@ -28,7 +28,8 @@ class AdapBlend:
     """(1 - alpha) * image + alpha * trigger on the chosen pieces; on all of them, with test_alpha, at test time.
 
     Covers are painted as poison is and keep their label, so that the trigger alone does not set poison apart in a network's
-    features: only the full, stronger trigger leads safely to the target.
+    features: only the full, stronger trigger leads safely to the target. They come from all classes but the target, the authors'
+    from all.
 
     Args:
         alpha: Weight of the trigger in training, in (0, 1].

@@ -286,4 +286,6 @@ def create_plain(knob: str, value: Any) -> Attack:
         raise ValueError(f"{knob} {attack!r} only lends its trigger; give the target beside it")
     if isinstance(attack, (AsymmetricAttack, JointAttack, LearnedAttack, SourceAttack)):
         raise ValueError(f"{knob} must be an attack with one trigger that is not learned, got {attack!r}")
+    if isinstance(attack, CoverAttack) and attack.covers:
+        raise ValueError(f"{knob} {attack!r} only lends its trigger, no covers; give it covers: 0, and set those beside it")
     return attack

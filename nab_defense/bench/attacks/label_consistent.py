@@ -45,7 +45,7 @@ class LabelConsistent(Learned):
     Args:
         eps: Largest change of a pixel outside the patches, in grey levels, in [1, 128]; the paper's are 8, 16 and 32.
         steps: Steps of the perturbation, in [1, 200]; the paper takes 100.
-        size: Edge of a patch in pixels; None scales with the image, 3 px at 32.
+        size: Edge of a patch in pixels, at least 2; None scales with the image, 3 px at 32.
         epochs: Training of the clean network, in [1, 1000].
     """
 
@@ -61,7 +61,7 @@ class LabelConsistent(Learned):
         check_number("steps", self.steps, 1, 200, whole=True)
         check_number("epochs", self.epochs, 1, 1000, whole=True)
         if self.size is not None:
-            check_number("size", self.size, 1, 4096, whole=True)
+            check_number("size", self.size, 2, 4096, whole=True)  # one pixel of the patch is black
 
     def learn(self, lesson: Lesson) -> dict[str, Tensor]:
         """The clean network, the target, and the size it works at."""

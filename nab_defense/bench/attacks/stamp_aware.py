@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ __all__ = ["StampAware"]
 @dataclass(frozen=True)
 class StampAware(Learned):
     """Another attack's trigger, with the stamp painted over it, in training and at test time: a defender who stamps by himself
-    changes nothing about the image then, and any other network is shown what it was taught.
+    changes nothing about the image then, if the color is his (see `mean`), and any other network is shown what it was taught.
 
     Args:
         stamp: The stamp he expects, settings of nab_defense.Stamp; none: the default one, which is public.
@@ -66,11 +67,21 @@ class StampAware(Learned):
             known = ", ".join(Stamp().to_dict())
             raise ValueError(f"stamp takes {known}, got {self.stamp!r}") from None
 
+    @cached_property
+    def tried(self) -> set[tuple[int, ...]]:
+        """Forms of images on which the trigger was seen beside the stamp."""
+        return set()
+
     def learn(self, lesson: Lesson) -> dict[str, Tensor]:
         """The images' mean color, which the defender's is not far from; nothing where `mean` tells it."""
         return {} if self.mean is not None else {"mean": torch.tensor(lesson.images.mean((0, 1, 2)) / 255, dtype=torch.float64)}
 
     def apply(self, images: Images, seed: int) -> Images:
+        if (shape := images.shape[1:]) not in self.tried:
+            noise = np.random.default_rng(0).integers(0, 256, size=(1, *shape), dtype=np.uint8)
+            if np.array_equal(self.cover(self.painter.apply(noise, seed), seed), self.cover(noise, seed)):
+                raise ValueError(f"the stamp hides the whole trigger of {self.painter!r}; move or shrink one of them")
+            self.tried.add(shape)
         return self.cover(self.painter.apply(images, seed), seed)
 
     def cover(self, images: Images, seed: int) -> Images:
