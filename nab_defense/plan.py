@@ -85,7 +85,8 @@ def make_plan(
     if (suspect & keep).any():
         trusted = np.flatnonzero(~suspect & (doubt <= MAX_DOUBT))
         count = min(len(trusted), round(cover_fraction * len(scan)))
-        cover[np.random.default_rng(seed).choice(trusted, size=count, replace=False)] = True
+        # A stream of its own: an attacker in the same recipe draws his poison with the seed, and covers would be what was missed.
+        cover[np.random.default_rng([seed, 4]).choice(trusted, size=count, replace=False)] = True
     return NABPlan(scan.labels, proposed, suspect, keep, cover, scan.fingerprint)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nab_defense.bench.poison import choose_poison
 from nab_defense.plan import MAX_DOUBT, clean_label_groups, make_plan, paper_plan, relabelled
 from nab_defense.scan import Scan
 from nab_defense.types import NABPlan
@@ -112,3 +113,13 @@ def test_relabelled_are_the_altered_suspects_outside_clean_label_groups() -> Non
     made = paper_plan(SCAN, SUSPECT, proposed)
     assert (relabelled(made) == SUSPECT & (LABELS != 2)).all() and (made.altered & ~relabelled(made)).sum() == 10
     assert not relabelled(NABPlan.empty(LABELS)).any()
+
+
+def test_covers_are_not_what_an_attacker_with_the_same_seed_poisoned() -> None:
+    few, shares = np.arange(N) < 5, []
+    for seed in range(20):
+        poisoned = choose_poison(
+            LABELS, rate=0.1, target=None, mode="all_to_all", clean_label=False, num_classes=4, rng=np.random.default_rng(seed)
+        )
+        shares.append(plan(suspect=few, seed=seed).cover[poisoned].mean())
+    assert np.mean(shares) < 0.13  # a tenth of all are covers
