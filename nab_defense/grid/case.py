@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from .. import io
-from ..bench.evaluate import Cases, evaluate, to_dict
+from ..bench.evaluate import Cases, evaluate, predict, to_dict
 from ..bench.truth import Truth
 from ..data import Source
 from ..defences import Task
@@ -104,6 +105,18 @@ class Case:
 
     def measured(self, model: nn.Module) -> dict[str, Any]:
         return to_dict(evaluate(model, self.cases, self.session.runtime))
+
+    def answers(self, model: nn.Module) -> dict[str, NDArray[np.bool_]]:
+        """Image by image, what ACC and ASR are shares of: clean ones that are named right, triggered ones that obey."""
+        cases, runtime = self.cases, self.session.runtime
+        found = {"acc": predict(model, cases.clean, runtime) == cases.clean_labels}
+        if cases.triggered is not None:
+            found["asr"] = predict(model, cases.triggered, runtime) == cases.wanted_labels
+        return found
+
+    @cached_property
+    def oracle_answers(self) -> dict[str, NDArray[np.bool_]]:
+        return self.answers(self.twins.oracle)
 
     def task(self, cell: Cell, folder: Path) -> Task:
         """All that the cell's defence is handed; the guard of rule 1.

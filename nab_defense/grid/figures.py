@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..bench.evaluate import Loader
 from ..bench.metrics import (
@@ -15,6 +16,7 @@ from ..bench.metrics import (
     detection_rates,
     difference,
     hits_at,
+    paired,
     relabel_accuracy,
     share,
 )
@@ -46,7 +48,8 @@ def figures(outcome: Outcome, case: Case, *, detects: bool = True) -> dict[str, 
     return {
         "defended": own,
         "plain": None if stamped is None else case.measured(stamped.model),
-        **compared(own, case.twins.figures),
+        **_beside_oracle(outcome.model, case),
+        **effectiveness(own, case.twins.figures["undefended"]),
         "altered": None if outcome.plan is None else asdict(share(outcome.plan.changed)),
         "detection": _detection(outcome, case) if detects else None,
         "relabel_accuracy": _relabelled(outcome, case) if detects else None,
@@ -55,18 +58,23 @@ def figures(outcome: Outcome, case: Case, *, detects: bool = True) -> dict[str, 
     }
 
 
-def compared(own: dict[str, Any], twins: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A defence beside its twins: how much more it obeys than the oracle, what accuracy it lacks, DER, and the most it can be."""
-    undefended, oracle = twins["undefended"], twins["oracle"]
-    gap = _minus(oracle["acc"], own["acc"])
+def _beside_oracle(model: nn.Module, case: Case) -> dict[str, Any]:
+    """How much more a network obeys than the oracle, and what accuracy it lacks, on the same images."""
+    own, oracle = case.answers(model), case.oracle_answers
+    pairs = {"excess_asr": (own.get("asr"), oracle.get("asr")), "acc_gap": (oracle["acc"], own["acc"])}
+    found: dict[str, Any] = {}
+    for name, (first, second) in pairs.items():
+        found[name] = None
+        if first is not None and second is not None:
+            found[name] = dict(zip(("value", "low", "high"), paired(first, second), strict=True)) | {"n": len(first)}
+    return found
+
+
+def effectiveness(own: dict[str, Any], undefended: dict[str, Any]) -> dict[str, Any]:
+    """DER, and the most it can be; null where there is no attack."""
     if "asr" not in own:
-        return {"excess_asr": None, "acc_gap": gap, "der": None, "der_ceiling": None}
-    return {
-        "excess_asr": _minus(own["asr"], oracle["asr"]),
-        "acc_gap": gap,
-        "der": _effectiveness(undefended, own),
-        "der_ceiling": best_effectiveness(undefended["asr"]["value"]),
-    }
+        return {"der": None, "der_ceiling": None}
+    return {"der": _effectiveness(undefended, own), "der_ceiling": best_effectiveness(undefended["asr"]["value"])}
 
 
 def _minus(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from nab_defense.bench.metrics import area, best_effectiveness, defense_effectiveness, difference, hits_at, wilson
+from nab_defense.bench.metrics import area, best_effectiveness, defense_effectiveness, difference, hits_at, paired, wilson
 
 
 def test_der() -> None:
@@ -21,6 +21,27 @@ def test_difference_of_rates() -> None:
     # Newcombe 1998, table II, method 10: 56/70 - 48/80 and 5/56 - 0/29.
     assert difference(wilson(56, 70), wilson(48, 80)) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
     assert difference(wilson(5, 56), wilson(0, 29)) == pytest.approx((0.0893, -0.0381, 0.1926), abs=1e-4)
+
+
+def test_difference_of_two_answers_to_the_same_questions() -> None:
+    def answers(both: int, one: int, other: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+        counts = [both, one, other, neither]
+        return np.repeat([True, True, False, False], counts), np.repeat([True, False, True, False], counts)
+
+    # Newcombe 1998, paired data, method 10: 36 yes and yes, 12 yes and no, 2 no and yes, nobody no and no.
+    assert paired(*answers(36, 12, 2, 0)) == pytest.approx((0.2, 0.0569, 0.3404), abs=1e-4)
+    value, low, high = paired(*answers(1200, 190, 200, 410))
+    _, wide_low, wide_high = difference(wilson(1390, 2000), wilson(1400, 2000))
+    assert value == pytest.approx(-0.005) and wide_low < low < value < high < wide_high
+    assert paired(*answers(30, 0, 0, 0)) == pytest.approx((0, -0.114, 0.114), abs=2e-3)  # all alike, of few
+    first, second = answers(40, 3, 9, 8)
+    assert paired(second, first) == pytest.approx([-end for end in (paired(first, second)[i] for i in (0, 2, 1))])
+    rng, held = np.random.default_rng(0), []  # how often the interval holds the truth, .1
+    for _ in range(400):
+        hard = rng.random(300)
+        _, low, high = paired(hard + 0.05 * rng.normal(size=300) < 0.7, hard + 0.05 * rng.normal(size=300) < 0.6)
+        held.append(low <= 0.1 <= high)
+    assert 0.93 < np.mean(held) < 0.99
 
 
 def test_area_and_its_interval() -> None:

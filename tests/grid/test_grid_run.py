@@ -247,7 +247,7 @@ def test_of_several_triggers_one_that_is_obeyed_is_an_attack() -> None:
 def test_the_ends_of_der_are_those_of_both_falls() -> None:
     before = {"acc": {"value": 0.9, "n": 100, "low": 0.8, "high": 0.95}, "asr": {"value": 1.0, "n": 90, "low": 0.96, "high": 1.0}}
     after = {"acc": {"value": 0.7, "n": 100, "low": 0.6, "high": 0.78}, "asr": {"value": 0.1, "n": 90, "low": 0.05, "high": 0.18}}
-    der = judged.compared(after, {"undefended": before, "oracle": after})["der"]
+    der = judged.effectiveness(after, before)["der"]
     falls = {name: judged._minus(before[name], after[name]) for name in ("asr", "acc")}
     assert der["value"] == pytest.approx((0.9 - 0.2 + 1) / 2) and der["n"] == 90
     assert der["low"] == pytest.approx((falls["asr"]["low"] - falls["acc"]["high"] + 1) / 2)
