@@ -62,6 +62,11 @@ def test_what_is_called_repaired_left_little() -> None:
     assert max(left[True]) < 0.08 and max(left[False]) > 0.19  # so it is worth asking
 
 
+def obeyed(measured: dict[str, Any]) -> float:
+    """ASR; of several triggers that of the one which works best."""
+    return float(measured.get("worst", measured["asr"])["value"])
+
+
 DIGITS = {
     "badnets": "badnets", "blend": "blend", "lf": "lf", "wanet": "wanet", "adap_blend": "adap_blend", "adap_patch": "adap_patch",
     "stamp_aware": "stamp_aware", "ssba": "ssba", "badnets and blend at once": "several", "tact (5 %)": "tact",
@@ -71,38 +76,44 @@ CIFAR = {
     "badnets": "badnets", "blend": "blend", "lf": "lf", "sig (9 %)": "sig", "label_consistent (9 %)": "label_consistent",
     "input_aware": "input_aware", "ssba": "ssba", "stamp_aware": "stamp_aware", "adap_blend": "adap_blend",
 }  # fmt: skip
+MORE = {"bpp": "bpp", "narcissus (9 %)": "narcissus", "adap_patch": "adap_patch", "badnets and blend at once": "several"}
 
 
 @pytest.mark.parametrize(
-    ("title", "folder", "attacks"),
+    ("title", "folder", "attacks", "seeds"),
     [
-        ("scikit-learn's digits with `recipes/bench/digits.yaml`", "digits_shuffled", DIGITS),
-        ("12,000 CIFAR-10 images with `recipes/bench/cpu.yaml`", "cpu_shuffled", CIFAR),
+        ("scikit-learn's digits with `recipes/bench/digits.yaml`", "digits_shuffled", DIGITS, 3),
+        ("12,000 CIFAR-10 images with `recipes/bench/cpu.yaml`", "cpu_shuffled", CIFAR, 3),
+        ("Attacks that it leaves out, `recipes/bench/cpu_more.yaml`", "cpu_more", MORE, 1),
     ],
 )
-def test_a_table_of_the_benchmark_is_that_of_its_cells(title: str, folder: str, attacks: dict[str, str]) -> None:
+def test_a_table_of_the_benchmark_is_that_of_its_cells(title: str, folder: str, attacks: dict[str, str], seeds: int) -> None:
     paths = (ROOT / "results" / "bench" / folder).glob("*-nab-*.json")
-    cells = {(cell["cell"]["attack"], cell["cell"]["seed"]): cell for cell in map(json.loads, map(Path.read_text, paths))}
+    read = [cell for cell in map(json.loads, map(Path.read_text, paths)) if cell["cell"]["rate"] != 0.01]
+    cells = {(cell["cell"]["attack"], cell["cell"]["seed"]): cell for cell in read}
+    assert len(cells) == len(read)
     table = (ROOT / "README.md").read_text().split(title)[1].split("\n\n")[1]
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    assert len(found) == len(attacks) + 1
-    for name, undefended, oracle, asr, gap, detected in found[:-1]:
+    harmless = [row for row in found if row[0].startswith("none")]
+    assert len(found) - len(harmless) == len(attacks)
+    for name, undefended, oracle, asr, gap, detected in found[: len(attacks)]:
         attack = attacks[re.sub(r" \(not learned.*|; seeds [\d, ]*", "", name)]
         runs = [cells[place] for place in sorted(cells) if place[0] == attack]
-        assert len(runs) == 3 or f"; seeds {', '.join(str(seed) for one, seed in sorted(cells) if one == attack)}" in name
+        assert len(runs) == seeds or f"; seeds {', '.join(str(seed) for one, seed in sorted(cells) if one == attack)}" in name
         done = [run for run in runs if run["status"] == "done"]
         assert [cell.strip() == "-" for cell in asr.split(",")] == [run not in done for run in runs], name
-        twins = [[run["twins"][twin]["asr"]["value"] for run in done] for twin in ("undefended", "oracle")]
+        twins = [[obeyed(run["twins"][twin]) for run in done] for twin in ("undefended", "oracle")]
         figures = [run["figures"] for run in done]
         precise, whole = ([one["detection"][kind] for one in figures] for kind in ("precision", "recall"))
         expected = [
-            [min(twins[0])], [max(twins[1])], [one["defended"]["asr"]["value"] for one in figures],
+            [min(twins[0])], [max(twins[1])], [obeyed(one["defended"]) for one in figures],
             [one["acc_gap"]["value"] for one in figures],
             [min(kind["value"] for kind in kinds if kind) for kinds in (precise, whole)],
         ]  # fmt: skip
         for cell, values in zip((undefended, oracle, asr, gap, detected), expected, strict=True):
             numbers = [float(number) for number in re.findall(r"-?[01]?\.\d\d", cell)]
             assert numbers == pytest.approx(values, abs=0.0051), (name, cell)
-    name, *_, asr, gap, _ = found[-1]
     clean = [cells[place]["figures"] for place in cells if place[0] == "none"]
-    assert name.startswith("none") and (asr == "nothing changed") == (not any(one["altered"]["value"] for one in clean))
+    assert len(harmless) == bool(clean)
+    for _, *_, asr, gap, _ in harmless:
+        assert (asr == "nothing changed") == (not any(one["altered"]["value"] for one in clean))
