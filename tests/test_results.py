@@ -113,7 +113,10 @@ def test_a_table_of_the_benchmark_is_that_of_its_cells(title: str, folder: str, 
         for cell, values in zip((undefended, oracle, asr, gap, detected), expected, strict=True):
             numbers = [float(number) for number in re.findall(r"-?[01]?\.\d\d", cell)]
             assert numbers == pytest.approx(values, abs=0.0051), (name, cell)
-    clean = [cells[place]["figures"] for place in cells if place[0] == "none"]
+    clean = [cells[place]["figures"] for place in sorted(cells) if place[0] == "none"]
     assert len(harmless) == bool(clean)
-    for _, *_, asr, gap, _ in harmless:
+    for *_, asr, gap, _ in harmless:
         assert (asr == "nothing changed") == (not any(one["altered"]["value"] for one in clean))
+        assert [float(number) for number in gap.split(",")] == pytest.approx(
+            [one["acc_gap"]["value"] for one in clean], abs=0.0051
+        )
