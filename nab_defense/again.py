@@ -237,10 +237,11 @@ def _named(
         others = control(absent, session.recipe.seed)
         network = without(absent | others, f"part{turn}")
         unseen, left, found = Unseen(network, seen_by(session, network), absent, others), [], False
+        right = unseen.scan.logits.argmax(1) == scan.labels
         # One trigger, one verdict: what it makes of an image may look like one of the classes to a network that never saw it.
         kin = [likely > 0.5 for group, likely in parts if group.alike]
-        kin_named = float((unseen.scan.logits.argmax(1) == scan.labels)[np.any(kin, axis=0)].mean()) if kin else None
-        learned = (unseen.scan.logits.argmax(1) == scan.labels)[others].mean() >= LEARNED
+        kin_named = float(right[np.any(kin, axis=0)].mean()) if kin else None
+        learned = right[others].mean() >= LEARNED
         if not learned:
             log.warning(
                 "a network trained without %d samples names less than half of the others right: its names tell nothing",

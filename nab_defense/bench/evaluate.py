@@ -16,9 +16,10 @@ from ..types import EvalResult
 from .metrics import share
 from .retune import Lesson, retuned
 
-__all__ = ["Cases", "evaluate", "predict", "to_dict"]
+__all__ = ["Answers", "Cases", "answers", "evaluate", "predict", "to_dict"]
 
 Loader = Iterable[tuple[Tensor, Tensor]]
+Answers = dict[str, NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +75,22 @@ def predict(model: nn.Module, loader: Loader, runtime: Runtime) -> NDArray[np.in
     return torch.cat(found).numpy() if found else np.zeros(0, dtype=np.int64)
 
 
-def evaluate(model: nn.Module, cases: Cases, runtime: Runtime) -> EvalResult:
+def answers(model: nn.Module, cases: Cases, runtime: Runtime) -> Answers:
+    """Image by image what "acc", and with triggered images "asr" and "ra", are shares of: (N,) bool and (M,) bool.
+
+    Raises:
+        ValueError: A loader yields another number of images than there are labels."""
+    found = {"acc": _agreement(predict(model, cases.clean, runtime), cases.clean_labels)}
+    if cases.triggered is not None and cases.wanted_labels is not None and cases.true_labels is not None:
+        predicted = predict(model, cases.triggered, runtime)
+        found |= {"asr": _agreement(predicted, cases.wanted_labels), "ra": _agreement(predicted, cases.true_labels)}
+    return found
+
+
+def evaluate(model: nn.Module, cases: Cases, runtime: Runtime, *, given: Answers | None = None) -> EvalResult:
     """Measure a network as it is; a DefendedModel stamps its input by itself.
+
+    Args: given: Its answers, where they are known already.
 
     Returns:
         ACC: share of clean images predicted right. ASR: share of triggered images predicted as the attacker wants.
@@ -86,18 +101,17 @@ def evaluate(model: nn.Module, cases: Cases, runtime: Runtime) -> EvalResult:
     Raises:
         ValueError: A loader yields another number of images than there are labels, or none.
     """
-    acc = share(_agreement(predict(model, cases.clean, runtime), cases.clean_labels))
-    if cases.triggered is None or cases.wanted_labels is None or cases.true_labels is None:
+    own, again = answers(model, cases, runtime) if given is None else given, None
+    acc, obeyed = share(own["acc"]), own.get("asr")
+    if obeyed is None or cases.triggered is None or cases.wanted_labels is None:
         return EvalResult(acc)
-    predicted = predict(model, cases.triggered, runtime)
-    obeyed, wanted, again = _agreement(predicted, cases.wanted_labels), cases.wanted_labels, None
     if cases.lesson is not None:
-        answers = predict(retuned(model, cases.lesson, runtime), cases.triggered, runtime)
-        again = share(np.delete(_agreement(answers, wanted), cases.lesson.rows))
+        retaught = predict(retuned(model, cases.lesson, runtime), cases.triggered, runtime)
+        again = share(np.delete(_agreement(retaught, cases.wanted_labels), cases.lesson.rows))
     worst = None
     if (which := cases.triggers) is not None:
         worst = max((share(obeyed[which == one]) for one in np.unique(which)), key=lambda rate: rate.value)
-    return EvalResult(acc, share(obeyed), share(_agreement(predicted, cases.true_labels)), again, worst)
+    return EvalResult(acc, share(obeyed), share(own["ra"]), again, worst)
 
 
 def to_dict(result: EvalResult) -> dict[str, dict[str, float]]:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from .. import io
-from ..bench.evaluate import Cases, evaluate, predict, to_dict
+from ..bench.evaluate import Answers, Cases, answers, evaluate, to_dict
 from ..bench.truth import Truth
 from ..data import Source
 from ..defences import Task
@@ -103,19 +102,14 @@ class Case:
         poison = session.source.subset(np.flatnonzero(self.truth.poisoned))
         io.save_image(path, contact_sheet([(session.clean_source, poison), (session.test_source, self._triggered)]))
 
-    def measured(self, model: nn.Module) -> dict[str, Any]:
-        return to_dict(evaluate(model, self.cases, self.session.runtime))
+    def measured(self, model: nn.Module, given: Answers | None = None) -> dict[str, Any]:
+        return to_dict(evaluate(model, self.cases, self.session.runtime, given=given))
 
-    def answers(self, model: nn.Module) -> dict[str, NDArray[np.bool_]]:
-        """Image by image, what ACC and ASR are shares of: clean ones that are named right, triggered ones that obey."""
-        cases, runtime = self.cases, self.session.runtime
-        found = {"acc": predict(model, cases.clean, runtime) == cases.clean_labels}
-        if cases.triggered is not None:
-            found["asr"] = predict(model, cases.triggered, runtime) == cases.wanted_labels
-        return found
+    def answers(self, model: nn.Module) -> Answers:
+        return answers(model, self.cases, self.session.runtime)
 
     @cached_property
-    def oracle_answers(self) -> dict[str, NDArray[np.bool_]]:
+    def oracle_answers(self) -> Answers:
         return self.answers(self.twins.oracle)
 
     def task(self, cell: Cell, folder: Path) -> Task:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
 
-from ..bench.evaluate import Loader
+from ..bench.evaluate import Answers, Loader
 from ..bench.metrics import (
     best_effectiveness,
     defense_effectiveness,
@@ -43,12 +43,13 @@ def figures(outcome: Outcome, case: Case, *, detects: bool = True) -> dict[str, 
     """What came of a defence.
 
     Args: detects: Compare what it changed with the truth; not for the oracle, which was told."""
-    own = case.measured(outcome.model)
+    given = case.answers(outcome.model)
+    own = case.measured(outcome.model, given)
     stamped = outcome.model if isinstance(outcome.model, DefendedModel) else None
     return {
         "defended": own,
         "plain": None if stamped is None else case.measured(stamped.model),
-        **_beside_oracle(outcome.model, case),
+        **_beside(given, case.oracle_answers),
         **effectiveness(own, case.twins.figures["undefended"]),
         "altered": None if outcome.plan is None else asdict(share(outcome.plan.changed)),
         "detection": _detection(outcome, case) if detects else None,
@@ -58,16 +59,15 @@ def figures(outcome: Outcome, case: Case, *, detects: bool = True) -> dict[str, 
     }
 
 
-def _beside_oracle(model: nn.Module, case: Case) -> dict[str, Any]:
+def _beside(own: Answers, oracle: Answers) -> dict[str, Any]:
     """How much more a network obeys than the oracle, and what accuracy it lacks, on the same images."""
-    own, oracle = case.answers(model), case.oracle_answers
-    pairs = {"excess_asr": (own.get("asr"), oracle.get("asr")), "acc_gap": (oracle["acc"], own["acc"])}
-    found: dict[str, Any] = {}
-    for name, (first, second) in pairs.items():
-        found[name] = None
-        if first is not None and second is not None:
-            found[name] = dict(zip(("value", "low", "high"), paired(first, second), strict=True)) | {"n": len(first)}
-    return found
+    excess = _less(own["asr"], oracle["asr"]) if "asr" in own else None
+    return {"excess_asr": excess, "acc_gap": _less(oracle["acc"], own["acc"])}
+
+
+def _less(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> dict[str, Any]:
+    value, low, high = paired(first, second)
+    return {"value": value, "n": len(first), "low": low, "high": high}
 
 
 def effectiveness(own: dict[str, Any], undefended: dict[str, Any]) -> dict[str, Any]:
