@@ -151,10 +151,11 @@ class Rate:
 class EvalResult:
     """ACC on clean test images; ASR and RA on triggered ones whose true class is not the target (None: no attack); ASR once more
     after retuning on a few of them, on the others (None: there were none to retune on); of several triggers at once, the ASR of
-    the one that works best (None: there is one)."""
+    the one that works best, and of the one that does least (None: there is one)."""
 
     acc: Rate
     asr: Rate | None = None
     ra: Rate | None = None
     retuned: Rate | None = None
     worst: Rate | None = None
+    least: Rate | None = None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ranks
 from ..runtime import Runtime
-from ..types import EvalResult
+from ..types import EvalResult, Rate
 from .metrics import share
 from .retune import Lesson, retuned
 
@@ -95,8 +95,8 @@ def evaluate(model: nn.Module, cases: Cases, runtime: Runtime, *, given: Answers
     Returns:
         ACC: share of clean images predicted right. ASR: share of triggered images predicted as the attacker wants.
         RA: share of triggered images predicted right all the same. Retuned: ASR of a copy that was retuned on the lesson, on the
-        triggered images that are not in it. Worst: ASR of the trigger that works best, of several. ASR and RA are None without
-        triggered images, retuned also without a lesson.
+        triggered images that are not in it. Worst, least: ASR of the trigger that works best, and least, of several. ASR and RA
+        are None without triggered images, retuned also without a lesson.
 
     Raises:
         ValueError: A loader yields another number of images than there are labels, or none.
@@ -108,14 +108,14 @@ def evaluate(model: nn.Module, cases: Cases, runtime: Runtime, *, given: Answers
     if cases.lesson is not None:
         retaught = predict(retuned(model, cases.lesson, runtime), cases.triggered, runtime)
         again = share(np.delete(_agreement(retaught, cases.wanted_labels), cases.lesson.rows))
-    worst = None
-    if (which := cases.triggers) is not None:
-        worst = max((share(obeyed[which == one]) for one in np.unique(which)), key=lambda rate: rate.value)
-    return EvalResult(acc, share(obeyed), share(own["ra"]), again, worst)
+    which, each = cases.triggers, list[Rate]()
+    if which is not None:
+        each = sorted((share(obeyed[which == one]) for one in np.unique(which)), key=lambda rate: rate.value)
+    return EvalResult(acc, share(obeyed), share(own["ra"]), again, *((each[-1], each[0]) if each else ()))
 
 
 def to_dict(result: EvalResult) -> dict[str, dict[str, float]]:
-    """{"acc": {"value", "n", "low", "high"}, "asr", "ra", "retuned", "worst": the same}; what was not measured is left out."""
+    """{"acc": {"value", "n", "low", "high"}, "asr", "ra", "retuned", "worst", "least": the same}, without what is None."""
     return {name: rate for name, rate in asdict(result).items() if rate is not None}
 
 

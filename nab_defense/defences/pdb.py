@@ -52,11 +52,12 @@ class Joined:
 @defences.register("pdb", source="arXiv:2405.16112")
 @dataclass(frozen=True)
 class PDB:
-    """Trusted images with the defender's patch and the label y + 1 are trained on beside everything else; what is shipped paints
-    the patch on every image and maps the answer back. Nothing is detected.
+    """Trusted images with the defender's patch and the label y + 1 are trained on beside everything else, and as they are, too;
+    what is shipped paints the patch on every image and maps the answer back. Nothing is detected.
 
-    We leave the paper in two places: its patch has values outside the pixel range, ours is white, as bytes hold no others; and
-    the trusted images are those of the task, while it reserves a tenth of the clean training set.
+    We leave the authors' code where its patch has twice the value of white, ours is white, as bytes hold no more; where it paints
+    before images are cropped and flipped, ours last, as at inference; and where it also turns and darkens patched images. The
+    trusted images are those of the task, while it reserves a tenth of the clean training set.
 
     Args:
         size: Edge of the patch in pixels at 32 px.
@@ -74,7 +75,7 @@ class PDB:
         edge = task.recipe.data.size or min(224, task.source.edge())
         joined = with_reserved(task.source, task.clean, self.repeats)
         session = task.session(source=joined, stamp=StampStage(size=max(2, round(self.size * edge / 32)), value=1.0))
-        reserved = np.arange(len(joined)) >= len(task.source)
+        reserved = np.arange(len(joined)) >= len(task.source) + len(task.clean)
         plan = dataclasses.replace(NABPlan.empty(joined.labels, joined.fingerprint), cover=reserved)
         begun, (mean, std) = time.perf_counter(), session.normalization
         network = train(session, plan, "proactive", kept=False)
@@ -84,11 +85,11 @@ class PDB:
 
 
 def with_reserved(source: Source, clean: Source, repeats: int) -> Source:
-    """The training images, then the trusted ones so many times with the label y + 1."""
+    """The training images, the trusted ones as they are, and then these so many times with the label y + 1."""
     mapped = (clean.labels + 1) % len(source.classes)
     return source.replaced(
-        labels=np.concatenate([source.labels, np.tile(mapped, repeats)]),
-        ids=(*source.ids, *(f"reserved-{turn}-{name}" for turn in range(repeats) for name in clean.ids)),
+        labels=np.concatenate([source.labels, clean.labels, np.tile(mapped, repeats)]),
+        ids=(*source.ids, *(f"reserved-{turn}-{name}" for turn in range(repeats + 1) for name in clean.ids)),
         load=Joined(source.load, clean.load, (len(source), len(clean))),
         change=f"reserved: {clean.fingerprint} {repeats}",
     )

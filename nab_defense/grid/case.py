@@ -43,12 +43,14 @@ class Twins:
         oracle: Trained on all but the poison.
         figures: ACC, ASR, RA, ASR* of each, as in result.json.
         seconds: What each training took.
+        made: By which commit, and on what.
     """
 
     undefended: nn.Module
     oracle: nn.Module
     figures: dict[str, dict[str, Any]]
     seconds: dict[str, float]
+    made: dict[str, dict[str, str]]
 
 
 class Case:
@@ -130,8 +132,8 @@ class Case:
     def twins(self) -> Twins:
         """From disk where an earlier cell left them."""
         runtime, record = self.session.runtime, self.folder / f"{self._name}.json"
-        undefended, seconds = self._twin(record.with_suffix(""), NABPlan.empty(self.given.labels))
-        oracle, again = undefended, seconds
+        undefended, made = self._twin(record.with_suffix(""), NABPlan.empty(self.given.labels))
+        oracle, again = undefended, made
         if self.truth.poisoned.any():
             oracle, again = self._twin(self.folder / f"oracle-{self._kept_key()}", self.oracle_plan)
         if record.exists():
@@ -141,10 +143,13 @@ class Case:
             io.save_json(record, figures)
         for twin in (undefended, oracle):
             runtime.place(twin)
-        return Twins(undefended, oracle, figures, {"undefended": seconds, "oracle": again})
+        headers = {"undefended": made, "oracle": again}
+        seconds = {name: float(header["seconds"]) for name, header in headers.items()}
+        by = {name: {key: header[key] for key in self._made if key in header} for name, header in headers.items()}
+        return Twins(undefended, oracle, figures, seconds, by)
 
-    def _twin(self, stem: Path, plan: NABPlan) -> tuple[nn.Module, float]:
-        """A twin and the seconds of its training, from disk or trained; the weights are written last."""
+    def _twin(self, stem: Path, plan: NABPlan) -> tuple[nn.Module, dict[str, Any]]:
+        """A twin, the seconds of its training and what made it, from disk or trained; the weights are written last."""
         weights = stem.with_name(f"{stem.name}.safetensors")
         network = self._learner.build()
         if weights.exists():
@@ -154,12 +159,12 @@ class Case:
                 if (made := header.get(key, own)) != own:
                     whose = f"another {key} trained it, {made}, and this is {own}"
                     log.warning("%s: %s; delete %s to train all twins anew", weights.name, whose, self.folder)
-            return network, float(header["seconds"])
+            return network, header
         begun = time.perf_counter()
         network = train(self._learner, plan, "twin", kept=False)
-        seconds = time.perf_counter() - begun
-        io.save_tensors(weights, dict(network.state_dict()), {"seconds": seconds, **self._made})
-        return network, seconds
+        header = {"seconds": time.perf_counter() - begun, **self._made}
+        io.save_tensors(weights, dict(network.state_dict()), header)
+        return network, header
 
     @cached_property
     def _made(self) -> dict[str, str]:

@@ -31,12 +31,12 @@ WORKS = 0.7  # undefended ASR below which an attack has failed by itself
 
 
 def attack_works(twins: dict[str, dict[str, Any]]) -> bool | None:
-    """Whether the undefended network obeys the trigger, of several the one that it obeys most; None where there is none.
+    """Whether the undefended network obeys the trigger, of several each of them; None where there is none.
 
     Args: twins: figures of the undefended network and of the oracle."""
     undefended = twins["undefended"]
-    rates = [undefended[name]["value"] for name in ("asr", "worst") if name in undefended]
-    return max(rates) >= WORKS if rates else None
+    found = undefended.get("least", undefended.get("asr"))
+    return None if found is None else bool(found["value"] >= WORKS)
 
 
 def figures(outcome: Outcome, case: Case, *, detects: bool = True) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def figures(outcome: Outcome, case: Case, *, detects: bool = True) -> dict[str, 
     return {
         "defended": own,
         "plain": None if stamped is None else case.measured(stamped.model),
-        **_beside(given, case.oracle_answers),
+        **_beside(given, case.oracle_answers, case.cases.triggers),
         **effectiveness(own, case.twins.figures["undefended"]),
         "altered": None if outcome.plan is None else asdict(share(outcome.plan.changed)),
         "detection": _detection(outcome, case) if detects else None,
@@ -59,9 +59,13 @@ def figures(outcome: Outcome, case: Case, *, detects: bool = True) -> dict[str, 
     }
 
 
-def _beside(own: Answers, oracle: Answers) -> dict[str, Any]:
-    """How much more a network obeys than the oracle, and what accuracy it lacks, on the same images."""
-    excess = _less(own["asr"], oracle["asr"]) if "asr" in own else None
+def _beside(own: Answers, oracle: Answers, triggers: NDArray[np.int64] | None) -> dict[str, Any]:
+    """How much more a network obeys than the oracle, of several triggers the one where that is most, and what accuracy it lacks,
+    on the same images."""
+    excess = None
+    if "asr" in own:
+        parts = [np.ones(len(own["asr"]), bool)] if triggers is None else [triggers == one for one in np.unique(triggers)]
+        excess = max((_less(own["asr"][part], oracle["asr"][part]) for part in parts), key=lambda rate: rate["value"])
     return {"excess_asr": excess, "acc_gap": _less(oracle["acc"], own["acc"])}
 
 
@@ -71,10 +75,15 @@ def _less(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> dict[str, Any]
 
 
 def effectiveness(own: dict[str, Any], undefended: dict[str, Any]) -> dict[str, Any]:
-    """DER, and the most it can be; null where there is no attack."""
+    """DER, and the most it can be, of several triggers by the one that works best; null where there is no attack."""
     if "asr" not in own:
         return {"der": None, "der_ceiling": None}
-    return {"der": _effectiveness(undefended, own), "der_ceiling": best_effectiveness(undefended["asr"]["value"])}
+    return {"der": _effectiveness(undefended, own), "der_ceiling": best_effectiveness(_obeyed(undefended)["value"])}
+
+
+def _obeyed(rates: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = rates.get("worst", rates["asr"])
+    return found
 
 
 def _minus(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +93,7 @@ def _minus(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def _effectiveness(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """DER; its ends are those of both falls at once, so that its interval is wider than it need be."""
-    asr, acc = (_minus(before[name], after[name]) for name in ("asr", "acc"))
+    asr, acc = _minus(_obeyed(before), _obeyed(after)), _minus(before["acc"], after["acc"])
     ends = {"value": "value", "low": "high", "high": "low"}  # what the fall of ACC takes off
     der = {end: defense_effectiveness((asr[end], acc[other]), (0.0, 0.0)) for end, other in ends.items()}
     return {"value": der["value"], "n": asr["n"], "low": der["low"], "high": der["high"]}

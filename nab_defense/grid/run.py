@@ -136,6 +136,7 @@ def _run(cell: Cell, case: Case, folder: Path) -> Record:
         "status": DONE if works is not False else ATTACK_FAILED,
         **provenance(case.session.runtime),
         "twins": twins.figures,
+        "twins_made": twins.made,
         "plain_seconds": plain,
     }
     if works is False and cell.kind not in (NONE, ORACLE):

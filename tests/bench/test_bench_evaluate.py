@@ -79,7 +79,7 @@ def test_of_several_triggers_the_worst_is_told() -> None:
         wanted = np.array([1, 1, 1, 1, second, second])
         cases = Cases(batches([0]), labels, batches([1, 0, 0, 0, second, second]), wanted, true, triggers=which)
         result = evaluate(ReadsPixel(), cases, RUNTIME)
-        assert result == EvalResult(wilson(1, 1), wilson(3, 6), wilson(1, 6), worst=wilson(2, 2))
+        assert result == EvalResult(wilson(1, 1), wilson(3, 6), wilson(1, 6), worst=wilson(2, 2), least=wilson(1, 4))
 
 
 def test_without_an_attack_there_is_no_asr() -> None:

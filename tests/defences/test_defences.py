@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
 from nab_defense.data import open_source
 from nab_defense.defences import defences
 from nab_defense.defences.abl import ascent
-from nab_defense.defences.dst import consistency, least_of_each, turned
+from nab_defense.defences.dbr import Features, consistency, likeness, turned, unlearn_relearn
 from nab_defense.defences.pdb import MappedBack, with_reserved
 from nab_defense.runtime import Runtime
 
@@ -29,11 +30,11 @@ def test_mapped_back_undoes_the_map_of_every_class() -> None:
 def test_reserved_images_follow_the_source_with_the_next_label() -> None:
     whole = open_source("digits")
     source, clean = whole.subset(range(30)), whole.subset(range(40, 50))
-    joined = with_reserved(source, clean, 3)
+    joined = with_reserved(source, clean, 2)
     assert len(joined) == 60 and len(set(joined.ids)) == 60 and joined.fingerprint != source.fingerprint
     for index, (origin, place) in {4: (source, 4), 29: (source, 29), 30: (clean, 0), 45: (clean, 5), 59: (clean, 9)}.items():
         assert np.array_equal(joined.pixels(index), origin.pixels(place))
-        assert joined.labels[index] == (origin.labels[place] + (origin is clean)) % 10
+        assert joined.labels[index] == (origin.labels[place] + (index >= 40)) % 10
 
 
 def test_turned_keeps_what_has_no_direction() -> None:
@@ -61,15 +62,32 @@ def test_a_network_that_hangs_on_a_corner_gives_the_corner_away() -> None:
     assert scores[10:20].min() > scores[np.r_[0:10, 20:40]].max()
 
 
-def test_least_of_each_class() -> None:
-    scores, labels = np.array([3, 1, 2, 9, 8, 7, 5], np.float32), np.array([0, 0, 0, 1, 1, 1, 2])
-    assert np.flatnonzero(least_of_each(scores, labels, 0.34)).tolist() == [1, 5, 6]
+def test_likeness_is_that_of_different_classes() -> None:
+    labels = torch.tensor([0, 0, 1, 1])
+    apart = torch.tensor([[1.0, 0.1], [1.0, -0.1], [0.0, 2.0], [0.0, 3.0]])
+    assert likeness(apart, labels) == pytest.approx(0, abs=1e-6)
+    assert likeness(torch.ones(4, 2), labels) == pytest.approx(0.5)  # of four pairs two are of a class with itself
+    assert likeness(torch.ones(4, 2), torch.zeros(4)) == 0
+
+
+def test_features_are_trained_through_the_network() -> None:
+    network = timm.create_model("test_resnet", num_classes=3)
+    features = Features(network)(torch.zeros(2, 3, 32, 32))
+    assert features.shape == (2, network.num_features) and features.requires_grad
+
+
+def test_marked_labels_are_unlearned_and_others_are_learned() -> None:
+    logits, labels = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+    usual = nn.functional.cross_entropy(logits, labels)
+    assert unlearn_relearn(4)(logits, labels) == pytest.approx(float(usual))
+    assert unlearn_relearn(4)(logits, labels + 4) == pytest.approx(-float(usual))
 
 
 @pytest.mark.parametrize(
     ("name", "knobs"),
-    [("abl", {"fraction": 0.0}), ("abl", {"lr": -1.0}), ("dst", {"sure": 1.0}), ("pdb", {"repeats": 0}),
-     ("nab_paper", {"detector": "lgb"}), ("purify", {"method": "ibauu"}), ("purify", {"settings": {"step": 1}})],
+    [("abl", {"fraction": 0.0}), ("abl", {"lr": -1.0}), ("abl", {"steps": 0}), ("dbr", {"poisoned": 0.6}), ("dbr", {"lr": 0.0}),
+     ("pdb", {"repeats": 0}), ("nab_paper", {"detector": "lgb"}), ("nab_paper", {"labels": "mine"}),
+     ("purify", {"method": "ibauu"}), ("purify", {"settings": {"step": 1}})],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(name: str, knobs: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"must|no detector|no purifier|no setting"):

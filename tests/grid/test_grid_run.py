@@ -45,7 +45,7 @@ def obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cells_share_their_twins_and_are_run_once(
     tmp_path: Path, obeyed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    defences = {"none": None, "oracle": None, "drop": None, "abl": {"params": {"epochs": 2}}}
+    defences = {"none": None, "oracle": None, "drop": None, "abl": {"params": {"steps": 2}}}
     grid = small_grid(tmp_path, defences=defences)
     found, told = run(grid, tmp_path / "out")
     assert len(told) == 4 and told[0].startswith("1/4 resnet-badnets-20pct-none-seed0")
@@ -63,6 +63,7 @@ def test_cells_share_their_twins_and_are_run_once(
     assert found["oracle"]["figures"]["altered"]["value"] == 0.2 and found["none"]["figures"]["poisoned"] == 40
     assert found["abl"]["figures"]["altered"]["value"] == 0.01 and found["abl"]["figures"]["rejects"] is None
     assert found["none"]["relative_seconds"] == {"train": 1, "total": 1}
+    assert all(made.keys() == {"commit", "hardware"} for made in found["abl"]["twins_made"].values())
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
     (sheet,), (record,) = ((tmp_path / "out").glob(kind) for kind in ("sheets/*", "twins/resnet-*.json"))
     assert sheet.stem == record.stem and sheet.suffix == ".png"
@@ -88,13 +89,17 @@ def test_cells_share_their_twins_and_are_run_once(
 
 
 def test_a_cell_alone_and_from_scratch_gives_the_same_figures(tmp_path: Path, obeyed: None) -> None:
-    defences = {name: None for name in ("none", "oracle", "nab", "drop")} | {"lga": {"defence": "nab_paper"}}
+    paper = {name: {"defence": "nab_paper", "params": {"labels": name}} for name in ("trusted", "recipe")}
+    defences = {name: None for name in ("none", "oracle", "nab", "drop", "dbr")} | paper
     grid = small_grid(tmp_path, defences=defences)
     whole, _ = run(grid, tmp_path / "whole")
-    for name in ("nab", "drop", "lga"):  # drop takes up nab's look where all run
+    for name in ("nab", "drop", "dbr", *paper):  # drop takes up nab's look where all run
         alone, _ = run(grid, tmp_path / f"alone_{name}", cell=f"-{name}-")
         assert lasting(alone[name]) == lasting(whole[name])
-    assert whole["lga"]["figures"]["plain"] is not None and set(whole["lga"]["figures"]["rejects"]) == {"clean", "triggered"}
+    figures = {name: record["figures"] for name, record in whole.items()}
+    assert figures["recipe"]["plain"] is not None and set(figures["recipe"]["rejects"]) == {"clean", "triggered"}
+    assert figures["trusted"]["detection"] == figures["recipe"]["detection"]  # the same suspects, under other names
+    assert figures["dbr"]["detection"]["selected"] == 10 and figures["dbr"]["altered"]["value"] == 0.05
 
 
 def test_a_repair_that_stops_is_not_repaired_and_no_failure(tmp_path: Path, obeyed: None) -> None:
@@ -237,11 +242,30 @@ def test_trusted_images_are_neither_trained_on_nor_tested(tmp_path: Path) -> Non
     assert not images[1] & images[0] and not images[1] & images[2]
 
 
-def test_of_several_triggers_one_that_is_obeyed_is_an_attack() -> None:
-    rates = {"acc": {"value": 0.9}, "asr": {"value": 0.5}}
-    assert not judged.attack_works({"undefended": rates, "oracle": rates})
-    assert judged.attack_works({"undefended": {**rates, "worst": {"value": 0.9}}, "oracle": rates})
+def test_several_triggers_are_an_attack_where_each_is_obeyed() -> None:
+    rates = {"acc": {"value": 0.9}, "asr": {"value": 0.8}, "worst": {"value": 1.0}}
+    assert judged.attack_works({"undefended": rates, "oracle": rates})
+    assert judged.attack_works({"undefended": {**rates, "least": {"value": 0.7}}, "oracle": rates})
+    assert not judged.attack_works({"undefended": {**rates, "least": {"value": 0.6}}, "oracle": rates})
     assert judged.attack_works({"undefended": {"acc": {"value": 0.9}}, "oracle": rates}) is None
+
+
+def test_gap_and_excess_say_who_is_the_better_one() -> None:
+    first, rest = np.arange(40) < 4, np.ones(40, bool)
+    own, oracle = {"acc": ~first, "asr": first}, {"acc": rest, "asr": ~rest}
+    found = judged._beside(own, oracle, None)
+    assert (found["acc_gap"]["value"], found["excess_asr"]["value"]) == pytest.approx((0.1, 0.1))  # it lacks both
+    assert judged._beside(oracle, own, None)["acc_gap"]["value"] == pytest.approx(-0.1)
+    two = judged._beside(own, oracle, (np.arange(40) >= 8).astype(np.int64))  # the first trigger has eight images
+    assert two["excess_asr"]["value"] == pytest.approx(0.5) and two["excess_asr"]["n"] == 8
+
+
+def test_of_several_triggers_der_is_that_of_the_one_that_works_best() -> None:
+    rate = lambda value: {"value": value, "n": 10, "low": value, "high": value}  # noqa: E731
+    before = {"acc": rate(0.9), "asr": rate(0.6), "worst": rate(1.0)}
+    after = {"acc": rate(0.9), "asr": rate(0.1), "worst": rate(0.2)}
+    found = judged.effectiveness(after, before)
+    assert found["der"]["value"] == pytest.approx(0.9) and found["der_ceiling"] == 1.0
 
 
 def test_the_ends_of_der_are_those_of_both_falls() -> None:
