@@ -261,7 +261,9 @@ def _named(
                 likely = np.where(members, likely, 0)
                 if not group.alike:
                     ordinary = ~absent & ~others & (scan.labels != group.label)
-                    likely = joined(scan, members, likely, unseen.scan.logits, ordinary)
+                    more = joined(scan, members, likely, unseen.scan.logits, ordinary)
+                    if (members & (more <= 0.5)).sum() >= MIN_SEEDS or (selection.suspect & (scan.labels == group.label)).any():
+                        likely = more  # else nobody would be left to compare with
                     group = dataclasses.replace(group, size=int((likely > 0.5).sum()))
                     log.info("class %d: %d samples in all", group.label, group.size)
                 left_over = int(members.sum()) - group.size

@@ -43,6 +43,8 @@ class Kept:
         if folder is None:
             return
         if not (resume and left(folder)):
+            if folder.exists() and not all(path.name == KEY or ".state" in path.name for path in folder.iterdir()):
+                raise ValueError(f"{folder} is not of a run, and would be deleted; name another --out")
             forget(folder)
             if folder.exists():
                 raise ValueError(f"{folder} is an earlier run's and cannot be deleted; delete it, or name another --out")

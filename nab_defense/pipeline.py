@@ -171,8 +171,10 @@ def _forget(stages: Path, turn: str) -> None:
 def _without(
     fitted: Callable[[NABPlan, str], nn.Module], plan: NABPlan, turn: str, absent: NDArray[np.bool_], part: str
 ) -> nn.Module:
-    """A network trained on the rest as it came."""
-    return fitted(dataclasses.replace(NABPlan.empty(plan.labels), keep=~absent), f"{turn}_without_{part}")
+    """A network trained on the rest as it came. Its state is named after what it never saw: another processor may leave out
+    others, and has no use for it."""
+    rest = dataclasses.replace(NABPlan.empty(plan.labels), keep=~absent)
+    return fitted(rest, f"{turn}_without_{part}-{rest.mark('')}")
 
 
 def _repaired(
@@ -232,7 +234,7 @@ def train(session: Session, plan: NABPlan, arm: str, *, how: TrainConfig | None 
         state=state,
         resume=session.resume,
         split=True,
-        title=arm,
+        title=arm.partition("-")[0],
         about=plan.mark(session.source.fingerprint),
     )
     return network

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +15,15 @@ from .scan import Scan
 from .select import Group, Selection
 from .types import NABPlan, SuspectReport
 
-__all__ = ["Finding", "clean_label_groups", "load_finding", "load_plan", "make_plan", "paper_plan", "relabelled", "save_finding"]
+__all__ = [
+    "COVERED", "Finding", "clean_label_groups", "load_finding", "load_plan", "make_plan", "paper_plan", "relabelled",
+    "save_finding",
+]  # fmt: skip
 
 PLAN_ARRAYS = ("labels", "new_labels", "suspect", "keep", "cover")
 
 MAX_DOUBT = 0.01
+COVERED = "stamped as cover"  # what suspects.csv says of trusted images that carry the stamp
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,16 +126,26 @@ def load_finding(path: Path) -> Finding:
     Raises:
         ValueError: No such file, or another kind of file.
     """
+    plan, arrays, meta = _read_plan(path)
+    try:
+        report = SuspectReport(arrays["scores"], plan.labels, meta["detector"], meta["params"], plan.fingerprint)
+        selection = Selection(plan.suspect, arrays["doubt"], tuple(Group(**group) for group in meta["groups"]))
+        return Finding(report, selection, plan, arrays["confidence"], meta["looked_again"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is of another version of this package ({error}); run again without --resume") from None
+
+
+def _read_plan(path: Path) -> tuple[NABPlan, dict[str, NDArray[Any]], dict[str, Any]]:
     arrays, meta = io.load_arrays(path)
-    missing = [name for name in (*PLAN_ARRAYS, "scores", "doubt", "confidence") if name not in arrays]
-    if missing or not isinstance(meta, dict):
+    missing = [name for name in PLAN_ARRAYS if name not in arrays]
+    if missing or not isinstance(meta, dict) or "fingerprint" not in meta:
         raise ValueError(f"{path} is not a plan of this package: it lacks {', '.join(missing) or 'its settings'}")
-    plan = NABPlan(**{name: arrays[name] for name in PLAN_ARRAYS}, fingerprint=meta["fingerprint"])
-    report = SuspectReport(arrays["scores"], plan.labels, meta["detector"], meta["params"], plan.fingerprint)
-    selection = Selection(plan.suspect, arrays["doubt"], tuple(Group(**group) for group in meta["groups"]))
-    return Finding(report, selection, plan, arrays["confidence"], meta["looked_again"])
+    return NABPlan(**{name: arrays[name] for name in PLAN_ARRAYS}, fingerprint=meta["fingerprint"]), arrays, meta
 
 
 def load_plan(path: str | Path) -> NABPlan:
-    """The plan that a scan or a training run left in its folder as plan.npz."""
-    return load_finding(Path(path)).plan
+    """The plan that a scan or a training run left in its folder as plan.npz.
+
+    Raises:
+        ValueError: No such file, or another kind of file."""
+    return _read_plan(Path(path))[0]

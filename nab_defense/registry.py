@@ -84,3 +84,12 @@ class Registry(Generic[T]):
             return item(**knobs)
         except TypeError as error:
             raise ValueError(f"{self.kind} {name!r}: {error}") from error
+
+
+def difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
+    """How two lists of class names differ, in words."""
+    if sorted(ours) == sorted(theirs):
+        place = next(i for i, (own, other) in enumerate(zip(ours, theirs, strict=True)) if own != other)
+        return f"the same {len(ours)} names in another order, number {place} is {ours[place]!r} and should be {theirs[place]!r}"
+    sizes = f"{len(ours)} and not {len(theirs)}, " * (len(ours) != len(theirs))
+    return f"{sizes}only there: {sorted(set(ours) - set(theirs))[:3]}, missing: {sorted(set(theirs) - set(ours))[:3]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from . import checkpoint, io, ranks
 from .clean import CleanSet, logits_of
 from .data import Source, build_transform
 from .kept import Foreign, forget
-from .plan import relabelled
+from .plan import COVERED, relabelled
 from .purify import PurifyResult, purifiers, purify
 from .purify.base import LEAST_GAIN, hardly_turned, may_keep
 from .purify.rnp import suspicion
@@ -193,7 +194,11 @@ def read_suspects(path: Path, source: Source, *, size: int, seed: int) -> CleanS
     Raises:
         ValueError: It names none, or images that the source does not have."""
     places = {name: index for index, name in enumerate(source.ids)}
-    listed = [row["id"] for row in io.load_csv(path, ("id", "label", "proposed")) if row["proposed"] != row["label"]]
+    rows = [row for row in io.load_csv(path, ("id", "label", "proposed", "action")) if row["action"] != COVERED]
+    agree = Counter(row["label"] for row in rows if row["proposed"] == row["label"])
+    whole = Counter(row["label"] for row in rows)
+    # of clean-label poison, which mostly shows its label, the model is right to give it
+    listed = [row["id"] for row in rows if row["proposed"] != row["label"] and 2 * agree[row["label"]] <= whole[row["label"]]]
     if not listed:
         raise ValueError(f"{path} gives no image another label, so that there is nothing to judge by; leave it out")
     unknown = [name for name in listed if name not in places]

@@ -6,9 +6,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -94,7 +96,8 @@ def fit_once(
     def after_epoch(model: nn.Module, epoch: int) -> bool:
         stop = passes(model, epoch)
         assert passes.last is not None  # just read
-        kept.keep(passes.last, current, train.epochs)
+        with _forgiven():
+            kept.keep(passes.last, current, train.epochs)
         return stop
 
     try:
@@ -111,7 +114,17 @@ def fit_once(
         )
     finally:
         current.unlink(missing_ok=True)
-    kept.make_room()
+    with _forgiven():
+        kept.make_room()
+
+
+@contextmanager
+def _forgiven() -> Iterator[None]:
+    """A scan goes on without its cache where the disk is full, or another process deletes there, too."""
+    try:
+        yield
+    except OSError as error:
+        log.info("the scan is not kept for other detectors: %s", error)
 
 
 def _folder(key: str | None) -> Path | None:
@@ -165,8 +178,9 @@ class _Kept:
         io.save_arrays(rest, {"losses": seen.losses, "logits": seen.logits}, sums)  # last: with it the epoch is whole
 
     def make_room(self) -> None:
-        """Delete scans, the one used longest ago first, until the others take no more than LARGEST bytes."""
-        others = sorted(self.folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        """Delete scans, the one used longest ago first, until the others take no more than LARGEST bytes; nothing else."""
+        scans = [path for path in self.folder.parent.iterdir() if re.fullmatch("[0-9a-f]{32}", path.name)]
+        others = sorted(scans, key=lambda path: path.stat().st_mtime, reverse=True)
         total = 0
         for folder in (self.folder, *(path for path in others if path.is_dir() and path != self.folder)):
             total += sum(file.stat().st_size for file in folder.iterdir())

@@ -18,7 +18,7 @@ from .bench.metrics import detection, relabel_accuracy
 from .bench.retune import IMAGES, STEPS
 from .check import Verdict
 from .data import Source
-from .plan import Finding
+from .plan import COVERED, Finding
 from .runtime import Runtime
 from .select import MIN_CONTENT, Group
 from .session import Session
@@ -143,7 +143,7 @@ def _action(plan: NABPlan, index: int) -> str:
     if not plan.keep[index]:
         return "dropped"
     if plan.cover[index]:
-        return "stamped as cover"
+        return COVERED
     return "relabelled and stamped" if plan.stamped[index] else "kept"
 
 

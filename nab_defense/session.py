@@ -25,6 +25,7 @@ from .checkpoint import Network
 from .data import Distortion, Source, open_source
 from .loaders import Loaders
 from .methods import check_methods
+from .registry import difference
 from .runtime import Runtime, fixed_seed
 from .scan import features_and_logits
 from .schema import Attack, Model, Recipe, Schedule
@@ -32,9 +33,9 @@ from .stamp import Stamp
 from .train import TrainConfig, build_optimizer
 from .types import NABPlan
 
-__all__ = ["Session", "difference"]
+__all__ = ["Session"]
 
-EVAL_BATCH = 512
+READ, WIDE = 512, 64  # images a batch where they are only read, and the widest of which that many are
 
 
 class Session:
@@ -89,6 +90,8 @@ class Session:
                     raise ValueError(f"the images changed since the run in {self.out}; leave out --resume to run again")
                 return result
         elif self.stages.exists():
+            if not self.record.exists() and any(self.stages.iterdir()):
+                raise ValueError(f"{self.stages} is not of a run, and would be deleted; name another --out")
             shutil.rmtree(self.stages)
         io.save_yaml(self.record, self.settings)
         return None
@@ -137,7 +140,7 @@ class Session:
         truth = None
         if path is not None:
             number = {name: index for index, name in enumerate(self.whole_source.ids)}
-            truth = read_truth(Path(path), self.whole_source).subset([number[name] for name in source.ids])
+            truth = read_truth(Path(path).expanduser(), self.whole_source).subset([number[name] for name in source.ids])
         if attack is None or not attack.poison:
             return source, truth
         target, seed = _target(attack), self.recipe.attack_seed
@@ -150,7 +153,7 @@ class Session:
         assert attack is not None  # asked for where there is one
         made, target = attacks.create(attack.name, **attack.params), _target(attack)
         if attack.trigger is not None:
-            return load_trigger(Path(attack.trigger), made, target=target)
+            return load_trigger(Path(attack.trigger).expanduser(), made, target=target)
         if not attack.poison:
             return made
         return prepared(made, self.clean_source, target=target, seed=self.recipe.attack_seed, runtime=self.runtime)
@@ -250,9 +253,13 @@ class Session:
         given: dict[str, Any] = {"hflip": train.hflip, "distortion": Distortion(train.color_jitter, train.erase)}
         return Loaders(size=self.size, mean=mean, std=std, **given, stamp=self.stamp, runtime=self.runtime)
 
+    @property
+    def _read(self) -> int:
+        return max(32, READ * WIDE**2 // max(self.size, WIDE) ** 2)
+
     def ordered(self, source: Source) -> Any:
         """Batches of a source in order, without augmentation."""
-        return self.loaders(source, "none", EVAL_BATCH, training=False)
+        return self.loaders(source, "none", self._read, training=False)
 
     def scan_loader(self, source: Source) -> Any:
         """Shuffled batches for the scan's training, without augmentation."""
@@ -266,7 +273,7 @@ class Session:
         """Batches of the training images under other labels, for a relabeler that trains."""
         source = self.source.replaced(labels=labels, load=self.source.load, change="relabel").subset(np.flatnonzero(keep))
         augment = "none" if not training else self.recipe.train.augment
-        return self.loaders(source, augment, self.schedule.batch_size if training else EVAL_BATCH, training=training)
+        return self.loaders(source, augment, self.schedule.batch_size if training else self._read, training=training)
 
     # Networks
 
@@ -289,12 +296,3 @@ def train_config(schedule: Schedule) -> TrainConfig:
 
 def _target(attack: Attack | None) -> int | None:
     return attack.target if attack is not None and attack.mode == "all_to_one" else None
-
-
-def difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
-    """How two lists of class names differ, in words."""
-    if sorted(ours) == sorted(theirs):
-        place = next(i for i, (own, other) in enumerate(zip(ours, theirs, strict=True)) if own != other)
-        return f"the same {len(ours)} names in another order, number {place} is {ours[place]!r} and should be {theirs[place]!r}"
-    sizes = f"{len(ours)} and not {len(theirs)}, " * (len(ours) != len(theirs))
-    return f"{sizes}only there: {sorted(set(ours) - set(theirs))[:3]}, missing: {sorted(set(theirs) - set(ours))[:3]}"

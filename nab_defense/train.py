@@ -162,6 +162,8 @@ def fit(
     ) as bar:  # fmt: skip
         for epoch in range(len(history), train.epochs):
             fixed_seed(runtime.seed, epoch)
+            if hasattr(optimizer, "generator"):  # that of Adahessian, which its state does not hold
+                optimizer.generator = torch.Generator(next(model.parameters()).device).manual_seed(torch.initial_seed())
             model.train()
             optimizer.zero_grad()
             meter = _Meter(title, f"epoch {epoch + 1}/{train.epochs}", replica, bar)

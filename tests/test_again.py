@@ -204,3 +204,11 @@ def test_thin_parts_of_many_classes_are_accused_where_they_share_one_trigger(
     assert len(parts) == 4 * accused and all(group.alike == 1 and group.size == 10 for ((group, _),) in parts)
     found, _ = _named(session, cast(Any, "trained"), seen, NOBODY, parts, set(), cast(Any, lambda absent, part: part))
     np.testing.assert_array_equal(found.suspect, thin & accused)
+
+
+def test_a_part_is_not_joined_by_all_the_others_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would be left to be compared with."""
+    networks = Networks(30, monkeypatch, part1=([1, 2, 3], [0]))
+    monkeypatch.setattr(again, "joined", lambda seen, members, likely, *_: np.where(members, 1.0, likely))
+    found, _ = networks.look()
+    assert np.flatnonzero(found.suspect).tolist() == list(range(30)) and found.groups[0].size == 30

@@ -195,3 +195,8 @@ def test_an_npz_with_another_meta_is_refused_with_its_path(tmp_path: Path) -> No
     np.savez(tmp_path / "b.npz", meta=np.array("not json"))
     with pytest.raises(ValueError, match=r"b\.npz is not an npz file of this package"):
         io.load_arrays(tmp_path / "b.npz")
+
+
+def test_a_csv_that_a_spreadsheet_saved(tmp_path: Path) -> None:
+    (tmp_path / "f.csv").write_bytes(b"\xef\xbb\xbfid,n\r\na,1\r\n")
+    assert io.load_csv(tmp_path / "f.csv", ["id"]) == [{"id": "a", "n": "1"}]

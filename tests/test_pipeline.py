@@ -200,7 +200,7 @@ def test_networks_that_only_name_content_are_trained_in_short(
 def test_states_of_networks_that_were_asked_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def look_again(session: Session, network: Any, scanner: Any, before: Finding, *, without: Any) -> Finding:
         without(np.zeros(len(before.plan.labels), bool), "some")
-        assert (session.stages / "again0_without_some.state").exists()
+        assert len([*session.stages.glob("again0_without_some-*.state")]) == 1
         return before
 
     monkeypatch.setattr(pipeline, "look_again", look_again)

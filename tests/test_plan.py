@@ -1,13 +1,24 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from nab_defense import io
 from nab_defense.bench.poison import choose_poison
-from nab_defense.plan import MAX_DOUBT, clean_label_groups, make_plan, paper_plan, relabelled
+from nab_defense.plan import (
+    MAX_DOUBT,
+    PLAN_ARRAYS,
+    clean_label_groups,
+    load_finding,
+    load_plan,
+    make_plan,
+    paper_plan,
+    relabelled,
+)
 from nab_defense.scan import Scan
 from nab_defense.types import NABPlan
 
@@ -123,3 +134,10 @@ def test_covers_are_not_what_an_attacker_with_the_same_seed_poisoned() -> None:
         )
         shares.append(plan(suspect=few, seed=seed).cover[poisoned].mean())
     assert np.mean(shares) < 0.13  # a tenth of all are covers
+
+
+def test_a_plan_of_another_version_is_a_plan_still(tmp_path: Path) -> None:
+    io.save_arrays(tmp_path / "plan.npz", {name: getattr(plan(), name) for name in PLAN_ARRAYS}, {"fingerprint": "f"})
+    assert load_plan(tmp_path / "plan.npz").fingerprint == "f"
+    with pytest.raises(ValueError, match="another version of this package"):
+        load_finding(tmp_path / "plan.npz")

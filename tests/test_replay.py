@@ -173,3 +173,22 @@ def test_an_array_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert isinstance(found, np.memmap) and np.array_equal(found, table) and not found.flags.writeable
     with pytest.raises(ValueError, match=r"no such file: .*b\.npy"):
         io.load_array(tmp_path / "b.npy")
+
+
+def test_what_is_no_scan_is_left_alone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "patient1").mkdir(parents=True)
+    (cache / "patient1" / "large").write_bytes(bytes(1000))
+    monkeypatch.setattr(replay, "LARGEST", 0)
+    monkeypatch.setattr(replay.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 0, 1))  # type: ignore[attr-defined]
+    Case().run()
+    assert (cache / "patient1" / "large").exists()
+
+
+@pytest.mark.parametrize("step", ["keep", "make_room"])
+def test_a_scan_outlives_its_cache(step: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any) -> None:
+        raise FileNotFoundError("another process deleted it")
+
+    monkeypatch.setattr(replay._Kept, step, gone)
+    case = Case()
+    assert alike(case.run(kept=False), case.run()) and case.trained == 24

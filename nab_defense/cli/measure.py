@@ -8,7 +8,8 @@ from typing import Any
 from ..bench.attacks import attacks
 from ..bench.evaluate import Cases
 from ..recipe import parse_recipe
-from ..session import Session, difference
+from ..registry import difference
+from ..session import Session
 
 __all__ = ["READING", "TRIGGER", "attack_section", "check_classes", "open_tests"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,7 +75,10 @@ def decode(data: bytes) -> tuple[Image.Image, str]:
     if image.mode.startswith(("I", "F")):  # PIL's own convert() would clip 16-bit values to white
         values = np.asarray(image, dtype=np.float64)
         top = values.max(initial=0)
-        scale = 255 / 65535 if top > 255 else 255 if image.mode == "F" and top <= 1 else 1
+        if image.mode == "F":
+            scale = 255 if top < 2 else 255 / 65535 if top > 255 else 1  # of [0, 1], and a little beyond
+        else:
+            scale = 255 / 65535 if image.mode != "I" or top > 255 else 1  # a dark image of 16 bits is dark
         return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)), "16-bit"
     kind = KINDS.get(image.mode, image.mode)
     return (image if image.mode in ("L", "RGB") else image.convert("L" if kind == "grey" else "RGB")), kind
@@ -182,9 +186,17 @@ def timm_order(found: Iterable[Name]) -> list[Name]:
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    """Of all below it, but what is hidden: previews and copies that other programs keep there."""
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    return (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    """Of all below it, through links too, but what is hidden: previews and copies that other programs keep there."""
+    for where, folders, names in os.walk(folder, followlinks=True):
+        here = Path(where)
+        if here.is_symlink() and here.resolve() in [parent.resolve() for parent in here.parents]:
+            folders.clear()  # it leads back up
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found = (here / name for name in names if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS)
+        yield from (
+            path for path in found if path.is_file() or path.is_symlink()
+        )  # a link to nothing cannot be read, and is named
 
 
 def _refuse_broken(root: Path, irregular: dict[str, list[str]], total: int, strict: bool) -> None:

@@ -70,8 +70,8 @@ def _read_shard(shard: Path) -> tuple[dict[str, tuple[str, _Member]], dict[str, 
                 stem, _, ending = base.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 member = _Member(shard, info.offset_data, info.size)
-                if not info.isfile():
-                    continue
+                if not info.isfile() or any(part.lstrip(".") and part.startswith(".") for part in info.name.split("/")):
+                    continue  # hidden ones are of other programs, as in folders
                 if ending == LABEL:
                     numbers[key] = _number(shard, info.name, member.read_bytes())
                 elif Path(base).suffix.lower() in EXTENSIONS:

@@ -1,4 +1,4 @@
-"""I-BAU: unlearn universal perturbations, with an implicit hypergradient [Zeng et al. 2022, arXiv:2110.03735]."""
+"""I-BAU: unlearn universal perturbations, with or without the implicit gradient [Zeng et al. 2022, arXiv:2110.03735]."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nab_defense import session
+from nab_defense import registry, session
 from nab_defense.cli import main
 from nab_defense.data import open_source
 from tests.digits_runs import contents, write_images, write_recipe
@@ -122,7 +122,7 @@ def test_a_folder_is_read_once_and_as_the_settings_say(copied: Path, tmp_path: P
     ],
 )
 def test_a_difference_between_classes_is_named(theirs: tuple[str, ...], words: str) -> None:
-    assert session.difference(("a", "b"), theirs) == words
+    assert registry.difference(("a", "b"), theirs) == words
 
 
 @pytest.mark.parametrize(

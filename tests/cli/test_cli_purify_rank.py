@@ -17,6 +17,7 @@ from nab_defense.checkpoint import build_function
 from nab_defense.clean import CleanSet
 from nab_defense.cli import main
 from nab_defense.data import build_transform, open_source
+from nab_defense.repair import read_suspects
 
 TARGET, POISONED = 3, 90
 NETS = """from torch import nn
@@ -73,6 +74,19 @@ def test_what_a_scan_accused_helps_to_judge(poisoned: set[str]) -> None:
     listed = {"file": "suspects.csv", "sha256": io.file_hash(Path("suspects.csv")), "images": POISONED}
     assert found["suspects"] == {**listed, "source": "train", "fingerprint": open_source("train").fingerprint}
     assert "or of suspects that are given their old label," in found["verdict"]["text"]
+
+
+def test_of_clean_label_poison_nobody_judges(poisoned: set[str]) -> None:
+    """Its label is right. Most of a group say so; what was named otherwise is named wrong."""
+    bad = sorted(poisoned)
+    rows = [f"{name},{TARGET},{TARGET + (place < 4)},1,dropped,x" for place, name in enumerate(bad[:10])]
+    rows += [f"{name},{TARGET},{TARGET},1,stamped as cover,x" for name in bad[10:30]]  # no suspects
+    listed = Path("suspects.csv")
+    listed.write_text("\n".join(["id,label,proposed,score,action,evidence", *rows]))
+    with pytest.raises(ValueError, match="gives no image another label"):
+        read_suspects(listed, open_source("train"), size=8, seed=0)
+    listed.write_text(listed.read_text().replace(f",{TARGET},{TARGET},1,dropped", f",{TARGET},{TARGET + 1},1,dropped", 3))
+    assert len(read_suspects(listed, open_source("train"), size=8, seed=0)) == 7
 
 
 def test_target_and_ranking_also_where_nothing_is_repaired(poisoned: set[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from timm.data import create_dataset
 
 from nab_defense.data import open_source
+from nab_defense.data.folder import decode
 from nab_defense.io import load_csv, save_csv
 
 
@@ -55,3 +58,31 @@ def test_images_without_a_label_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("nab_defense.data.sources.create_dataset", lambda *_, **__: data)
     with pytest.raises(ValueError, match="torch/named has 1 images without a label; name another split of it"):
         open_source("torch/named")
+
+
+def test_links_are_followed_and_one_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    write(tmp_path / "elsewhere", "1.png")
+    write(root / "a")
+    write(root / "b")
+    (root / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "a" / "linked" / "up").symlink_to(root)  # round and round
+    assert open_source(str(root)).ids == ("a/0.png", "a/linked/1.png", "b/0.png")
+    (root / "a" / "gone.png").symlink_to(tmp_path / "missing.png")
+    with pytest.raises(ValueError, match=r"1 of 4 files in .* cannot be read: a/gone\.png \(unreadable\)"):
+        open_source(str(root))
+
+
+def test_a_dark_image_of_16_bits_is_dark(tmp_path: Path) -> None:
+    for number, value in enumerate((250, 512, 65535)):
+        write(tmp_path / str(number))
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / str(number) / "0.png")
+    assert [image.max() for image in map(open_source(str(tmp_path)).pixels, range(3))] == [1, 2, 255]
+
+
+@pytest.mark.parametrize(("value", "read"), [(0.5, 128), (1.0001, 255), (200.0, 200), (65535.0, 255)])
+def test_an_image_of_floats(value: float, read: int) -> None:
+    buffer = BytesIO()
+    Image.fromarray(np.full((8, 8), value, np.float32)).save(buffer, "tiff")
+    assert np.asarray(decode(buffer.getvalue())[0]).max() == read

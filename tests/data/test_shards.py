@@ -111,3 +111,10 @@ def test_a_scan_names_samples_by_their_ids(tmp_path: Path) -> None:
     assert main(argv) == 0
     rows = (out / "suspects.csv").read_text().splitlines()[1:]
     assert len(rows) == 3 and all(row.split(",")[0][:10] in ("0.tar/part", "1.tar/part") for row in rows)
+
+
+def test_what_is_hidden_is_left_out(tmp_path: Path) -> None:
+    """Archives of macOS hold a "._name" beside each file, those of tar names that begin with "./"."""
+    hidden, plain = [("part/._0000.png", b"no"), (".x/c.png", b"no")], [("./b.png", png(1)), ("./b.cls", b"1")]
+    shard(tmp_path / "x.tar", [*sample(0, 0), *hidden, *plain])
+    assert open_source(f"wds/{tmp_path}").ids == ("x.tar/part/0000.png", "x.tar/./b.png")
