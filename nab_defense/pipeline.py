@@ -58,7 +58,8 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     twins = _twins(session)
     session.rehearse()
     trusted = trusted_images(session)
-    done = session.claim()
+    read = _inputs(session, trusted)
+    done = session.claim(read)
     if done is not None:
         return done
     clock = Clock(session)
@@ -88,8 +89,20 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     session.save_trigger()
     io.save_yaml(out / "recipe.yaml", session.settings)
     io.save_json(out / "result.json", result)
-    io.save_json(session.finished, True)
+    io.save_json(session.finished, read)
     return result
+
+
+def _inputs(session: Session, trusted: Trusted | None) -> dict[str, str]:
+    """Fingerprints of the images and the truth that a run reads, by their keys in the recipe."""
+    data, read = session.recipe.data, {"data.source": session.source.fingerprint}
+    if data.test is not None:
+        read["data.test"] = session.test_source.fingerprint
+    if data.truth is not None:
+        read["data.truth"] = io.file_hash(Path(data.truth).expanduser())
+    if session.recipe.relabel.trusted is not None:
+        read["relabel.trusted"] = session.trusted_source.fingerprint
+    return read if trusted is None else {**read, "purify.clean": trusted.fingerprint}
 
 
 class Clock:

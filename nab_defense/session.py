@@ -75,19 +75,20 @@ class Session:
         self.schedule = train_config(recipe.train)
         ranks.check_batch(self.schedule.batch_size)
 
-    def claim(self) -> dict[str, Any] | None:
+    def claim(self, read: dict[str, str]) -> dict[str, Any] | None:
         """Take the folder. What an earlier run shipped there stays until this one has all of its own.
 
-        Returns: The result, where the run to resume was finished."""
-        self.source  # noqa: B018  # read by all ranks, since what follows is done by one
-        return ranks.on_first(self._claim)
+        Args: read: Fingerprints of what the run reads, by its keys in the recipe.
 
-    def _claim(self) -> dict[str, Any] | None:
+        Returns: The result, where the run to resume was finished."""
+        return ranks.on_first(lambda: self._claim(read))
+
+    def _claim(self, read: dict[str, str]) -> dict[str, Any] | None:
         if self.resume and self.record.exists():
             if self.finished.exists() and (self.out / "model.safetensors").exists():
-                result: dict[str, Any] = io.load_json(self.out / "result.json")
-                if result["data"]["fingerprint"] != self.source.fingerprint:
-                    raise ValueError(f"the images changed since the run in {self.out}; leave out --resume to run again")
+                left, result = io.load_json(self.finished), dict[str, Any](io.load_json(self.out / "result.json"))
+                if changed := [key for key, fingerprint in read.items() if left.get(key) != fingerprint]:
+                    raise ValueError(f"{', '.join(changed)} changed since the run in {self.out}; leave out --resume to run again")
                 return result
         elif self.stages.exists():
             if not self.record.exists() and any(self.stages.iterdir()):

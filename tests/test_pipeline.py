@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,15 @@ def test_its_recipe_repeats_the_run_and_baselines_leave_no_mark(blend_run: Path,
     assert (blend_run / "suspects.csv").read_bytes() == (tmp_path / "again" / "suspects.csv").read_bytes()
     first, second = plan_of(blend_run), plan_of(tmp_path / "again")
     assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_resume_of_a_finished_run_whose_test_images_changed(blend_run: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(blend_run, tmp_path / "run"))
+    read = json.loads((out / "stages" / "finished.json").read_text())
+    assert set(read) == {"data.source", "data.test"} and len(set(read.values())) == 2
+    (out / "stages" / "finished.json").write_text(json.dumps({**read, "data.test": "of other images"}))
+    with pytest.raises(ValueError, match=r"data\.test changed since the run in .*; leave out --resume to run again"):
+        run(load_recipe(out / "recipe.yaml"), out, resume=True)
 
 
 def test_resume_of_a_finished_run_changes_nothing(blend_run: Path, tmp_path: Path) -> None:

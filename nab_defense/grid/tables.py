@@ -163,8 +163,30 @@ def _worst(results: Results) -> list[str]:
         if places:
             (asr, _, count, where), (_, most, _, cell) = max(places), max(places, key=lambda place: place[1])
             tried = f"{len(places)} settings whose attack works were tried"
+            broken = sum(record["status"] == FAILED for record in results.at(defence=defence))
+            tried += f"; {broken} cells failed" * bool(broken)
             lines.append(f"- {defence}: {where}, ASR {asr:.3f} ({count}); its worst cell is of {cell}, {most:.3f}; {tried}")
-    return ["## Worst attack of each defence", "\n".join(lines)] if lines else []
+    return ["## Worst attack of each defence", "\n".join(lines), *_common(results)] if lines else []
+
+
+def _common(results: Results) -> list[str]:
+    """A row a defence over those settings and seeds alone that all of them have: other means are of unlike attacks."""
+    rows = [name for name in results.defences if results.kind(name) not in (NONE, ORACLE)]
+    found = {name: {_place(one): one for one in results.at(defence=name) if measured([one], ASR)} for name in rows}
+    by = {name: cells for name, cells in found.items() if cells}
+    shared = set.intersection(*(set(cells) for cells in by.values())) if len(by) > 1 else set()
+    if not shared:
+        return []
+    lines = []
+    for name, cells in by.items():
+        asr, gap = (measured([cells[place] for place in sorted(shared)], read) for read in (ASR, GAP))
+        lines.append([name, _spread(asr), f"{max(asr):.3f}", _spread(gap), f"{max(gap):.3f}"])
+    title = f"On the {len(shared)} settings with an attack, seeds counted, that all defences have:"
+    return [title, _lines(["defence", "ASR", "highest", "ACC gap", "largest"], lines)]
+
+
+def _place(record: Record) -> tuple[str, ...]:
+    return tuple(str(value) for key, value in record["cell"].items() if key != "defence")
 
 
 def measured(cells: list[Record], read: Reader) -> list[float]:

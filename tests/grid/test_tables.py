@@ -61,6 +61,19 @@ def test_means_marks_and_empty_cells(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
 
+def test_defences_are_compared_where_all_of_them_ran(tmp_path: Path) -> None:
+    for name, settings in {"drop": ("badnets", "blend"), "nab": ("badnets", "wanet"), "oracle": ("badnets",)}.items():
+        for place, attack in enumerate(settings):
+            write(tmp_path, attack, name, 0, (0.1, 0.9)[place], gap=0.02)
+    write(tmp_path, "sig", "nab", 0, 0.9, status="failed", error="no")
+    page = markdown(read_results(tmp_path))
+    assert "On the 1 settings with an attack, seeds counted, that all defences have:" in page
+    assert ["nab", "0.100", "0.100", "0.020", "0.020"] in rows(page, "nab") and not rows(page, "oracle")
+    assert page.count("2 settings whose attack works were tried; 1 cells failed") == 1
+    (tmp_path / "cells" / "badnets-nab-0.json").unlink()
+    assert "that all defences have" not in markdown(read_results(tmp_path))
+
+
 def test_every_column_shows_its_own_figure(tmp_path: Path) -> None:
     rate = lambda value: {"value": value, "n": 10, "low": value - 0.05, "high": value + 0.05}  # noqa: E731
     detection = {"precision": 0.11, "recall": 0.12, "auroc": 0.13, "tpr_at_1pct": 0.14, "tpr_at_01pct": 0.15}
