@@ -26,7 +26,6 @@ from .base import Outcome, Task, defences
 __all__ = ["DBR", "consistency", "likeness", "turned", "unlearn_relearn"]
 
 SHIFT = 0.2  # of the edge, at most
-SMALL = 32  # images a batch of a set a quarter as large as the authors', for as many steps as their batches of 128 give
 SPREAD = TrainConfig(epochs=10, batch_size=128, lr=0.01, sched="none")  # as the authors'
 
 
@@ -115,8 +114,9 @@ class DBR:
     least.
 
     We leave the authors' code in three places. The first training takes as many epochs as the recipe's scan, not two, after which
-    the small networks of the CPU grid do not know a trigger yet. Batches are of 32 images, but for the second training, where
-    theirs are of 128. And the last network is taken, where theirs is the one that does best on the test set.
+    the small networks of the CPU grid do not know a trigger yet. Their batches are of 128 of 50,000 images; of fewer ours are
+    smaller, down to 32, for as many steps, but for the second training. And the last network is taken, where theirs is the one
+    that does best on the test set.
 
     Args:
         clean: Share of the least sensitive that is learned again; .2 in the paper.
@@ -134,14 +134,13 @@ class DBR:
         for name in ("clean", "poisoned"):
             if not 0 < getattr(self, name) <= 0.5:
                 raise ValueError(f"{name} must be in (0, .5], got {getattr(self, name)}")
-        self._settings  # noqa: B018  (refuse settings that cannot be used)
+        self._settings(32)  # refuse settings that cannot be used
 
-    @property
-    def _settings(self) -> TrainConfig:
-        return TrainConfig(epochs=self.epochs, batch_size=SMALL, lr=self.lr, sched="none")
+    def _settings(self, batch: int) -> TrainConfig:
+        return TrainConfig(epochs=self.epochs, batch_size=batch, lr=self.lr, sched="none")
 
     def defend(self, task: Task) -> Outcome:
-        session, source, classes = task.session(), task.source, len(task.source.classes)
+        session, source, classes, small = task.session(), task.source, len(task.source.classes), _batch(len(task.source))
         begun = time.perf_counter()
         scores = consistency(_sensitive(session), session.ordered(source), runtime=session.runtime, seed=session.recipe.seed)
         order, split = np.argsort(scores, kind="stable"), time.perf_counter()
@@ -149,22 +148,26 @@ class DBR:
         clean, poison = order[:least], order[-most:]
         marked = source.replaced(labels=source.labels + classes, load=source.load, change="unlearn")
         batches = [
-            session.loaders(part, session.recipe.train.augment, SMALL, training=True)
+            session.loaders(part, session.recipe.train.augment, small, training=True)
             for part in (marked.subset(poison), source.subset(clean))
         ]
         network = copy.deepcopy(task.undefended)
         loader, loss = OneAfterTheOther((batches[0], batches[1])), unlearn_relearn(classes)
-        fit(network, loader, runtime=session.runtime, train=self._settings, loss=loss, title="unlearn")
+        fit(network, loader, runtime=session.runtime, train=self._settings(small), loss=loss, title="unlearn")
         seconds = {"train": task.plain_seconds, "scan": split - begun, "unlearn": time.perf_counter() - split}
         suspect = np.isin(np.arange(len(source)), poison)
         plan = dataclasses.replace(NABPlan.empty(source.labels), suspect=suspect, keep=~suspect)
         return Outcome(network, seconds, plan, scores)
 
 
+def _batch(images: int) -> int:
+    return min(128, max(32, 128 * images // 50_000))
+
+
 def _sensitive(session: Session) -> nn.Module:
     """A network that knows the trigger, and tells it from the content of its class."""
     network, source, runtime = session.build(), session.source, session.runtime
-    first = TrainConfig(epochs=session.recipe.scan.epochs, batch_size=SMALL, lr=SPREAD.lr, sched="none")
+    first = TrainConfig(epochs=session.recipe.scan.epochs, batch_size=_batch(len(source)), lr=SPREAD.lr, sched="none")
     few, many = (session.loaders(source, "none", how.batch_size, training=True) for how in (first, SPREAD))
     fit(network, few, runtime=runtime, train=first, title="learn the trigger")
     fit(Features(network), many, runtime=runtime, train=SPREAD, loss=likeness, title="keep classes apart")
