@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -120,3 +121,25 @@ def test_a_table_of_the_benchmark_is_that_of_its_cells(title: str, folder: str, 
         assert [float(number) for number in gap.split(",")] == pytest.approx(
             [one["acc_gap"]["value"] for one in clean], abs=0.0051
         )
+
+
+@pytest.mark.parametrize(("title", "seeds"), [("Purifiers on the undefended network", (0, 1, 2)), ("Defences of others", (2,))])
+def test_other_defences_are_told_as_measured(title: str, seeds: tuple[int, ...]) -> None:
+    """The highest ASR, the mean ACC gap, and how many repairs are not called one."""
+    read = [json.loads(path.read_text()) for path in (ROOT / "results" / "bench" / "cpu_shuffled").glob("*.json")]
+    cells = [cell for cell in read if cell["cell"]["rate"] != 0.01 and cell["cell"]["seed"] in seeds and cell["status"] == "done"]
+    table = (ROOT / "README.md").read_text().split(title)[1].split("\n\n")[1]
+    head, _, *found = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert len(found) == len(CIFAR) + 1 and len(head) > 5
+    for name, count, *shown_cells in found:
+        attack = CIFAR.get(name, name)
+        runs = [[one for one in cells if (one["cell"]["attack"], one["cell"]["defence"]) == (attack, row)] for row in head[2:]]
+        assert {len(one) for one in runs if one} == {int(count)} - {0}, name
+        for row, cell, ran in zip(head[2:], shown_cells, runs, strict=True):
+            figures = [one["figures"] for one in ran]
+            expected = [max(obeyed(one["defended"]) for one in figures)] if figures and attack != "none" else []
+            expected += [mean(one["acc_gap"]["value"] for one in figures)] if figures else []
+            bad = sum(one["note"].startswith(("not repaired", "rejected")) for one in ran)
+            numbers = [float(number) for number in re.findall(r"-?[01]?\.\d\d", cell)]
+            assert numbers == pytest.approx(expected, abs=0.0051), (name, row)
+            assert re.findall(r"\((\d)\)", cell) == [str(bad)] * bool(bad), (name, row)

@@ -194,9 +194,8 @@ def _images(folder: Path) -> Iterator[Path]:
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         found = (here / name for name in names if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS)
-        yield from (
-            path for path in found if path.is_file() or path.is_symlink()
-        )  # a link to nothing cannot be read, and is named
+        # a link that leads to nothing cannot be read, and is named for that
+        yield from (path for path in found if path.is_file() or path.is_symlink())
 
 
 def _refuse_broken(root: Path, irregular: dict[str, list[str]], total: int, strict: bool) -> None:

@@ -55,9 +55,9 @@ class PDB:
     """Trusted images with the defender's patch and the label y + 1 are trained on beside everything else, and as they are, too;
     what is shipped paints the patch on every image and maps the answer back. Nothing is detected.
 
-    We leave the authors' code where its patch has twice the value of white, ours is white, as bytes hold no more; where it paints
-    before images are cropped and flipped, ours last, as at inference; and where it also turns and darkens patched images. The
-    trusted images are those of the task, while it reserves a tenth of the clean training set.
+    We leave the authors' code in three places: its patch has twice the value of white, and ours is white, as bytes hold no more;
+    it paints before images are cropped and flipped, and we paint last, as at inference; and it turns and darkens patched images,
+    too. The trusted images are those of the task, while it reserves a tenth of the clean training set.
 
     Args:
         size: Edge of the patch in pixels at 32 px.
