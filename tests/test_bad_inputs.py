@@ -237,9 +237,8 @@ def test_resume_in_the_folder_of_another_recipe(tmp_path: Path, mistakes: Mistak
     mistakes.train(recipe, "--resume", "train.lr=0.01", "seed=3", says=("another seed, train;", "leave out --resume"))
     (mistakes.out / "stages" / "recipe.yaml").unlink()
     mistakes.train(recipe, "--resume", says=("does not say which recipe", "leave out --resume"))
-    mistakes.train(
-        recipe, says=("stages is not of a run, and would be deleted", "name another --out")
-    )  # a folder of somebody's own
+    # without its record it may be somebody's own
+    mistakes.train(recipe, says=("stages is not of a run, and would be deleted", "name another --out"))
 
 
 def test_commands(tmp_path: Path, mistakes: Mistakes) -> None:

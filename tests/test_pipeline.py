@@ -243,3 +243,9 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path) -> None:
     run(load_recipe(recipe), tmp_path / "cut", resume=True)
     assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert (tmp_path / "whole" / "suspects.csv").read_bytes() == (tmp_path / "cut" / "suspects.csv").read_bytes()
+
+
+@pytest.mark.parametrize(("size", "count"), [(64, 512), (128, 128), (224, 41), (1024, 32)])
+def test_large_images_are_read_a_few_at_a_time(size: int, count: int, tmp_path: Path) -> None:
+    session = Session(load_recipe(write_recipe(tmp_path), [f"data.size={size}"]), tmp_path / "run", resume=False)
+    assert session._read == count

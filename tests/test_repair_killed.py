@@ -12,6 +12,7 @@ from torch import nn
 
 from nab_defense import pipeline
 from nab_defense import repair as repairs
+from nab_defense.kept import Kept
 from nab_defense.pipeline import run
 from nab_defense.purify.base import Judge
 from nab_defense.recipe import load_recipe
@@ -72,3 +73,10 @@ def test_killed_within_purification(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         found = run(recipe, tmp_path / name, resume=True)
         assert timeless(found) == timeless(whole) and found["models"] == whole["models"]
         assert not (tmp_path / name / "stages" / "purify").exists()
+
+
+def test_a_folder_of_other_files_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not of a run, and would be deleted; name another --out"):
+        Kept(tmp_path, {})
+    assert (tmp_path / "thesis.tex").exists()

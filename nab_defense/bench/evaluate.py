@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ranks
 from ..runtime import Runtime
-from ..types import EvalResult, Rate
+from ..types import EvalResult
 from .metrics import share
 from .retune import Lesson, retuned
 
@@ -108,10 +108,11 @@ def evaluate(model: nn.Module, cases: Cases, runtime: Runtime, *, given: Answers
     if cases.lesson is not None:
         retaught = predict(retuned(model, cases.lesson, runtime), cases.triggered, runtime)
         again = share(np.delete(_agreement(retaught, cases.wanted_labels), cases.lesson.rows))
-    which, each = cases.triggers, list[Rate]()
-    if which is not None:
+    worst = least = None
+    if (which := cases.triggers) is not None:
         each = sorted((share(obeyed[which == one]) for one in np.unique(which)), key=lambda rate: rate.value)
-    return EvalResult(acc, share(obeyed), share(own["ra"]), again, *((each[-1], each[0]) if each else ()))
+        worst, least = each[-1], each[0]
+    return EvalResult(acc, share(obeyed), share(own["ra"]), again, worst, least)
 
 
 def to_dict(result: EvalResult) -> dict[str, dict[str, float]]:
