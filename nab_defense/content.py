@@ -57,39 +57,47 @@ def beyond_content(
         together: No group's images are content; False: to each group those of the others are, each group of one class.
 
     Returns: (G, C, H, W) float32, on the CPU."""
-    classes, shape, first = int(labels.max()) + 1, torch.Size(), 0
-    codes, own = labels.copy(), [int(labels[group][0]) for group in groups]
+    classes, own = int(labels.max()) + 1, [int(labels[group][0]) for group in groups]
+    codes = labels.copy()  # what all content is made of: the rest of each class, and the groups
     for index, group in enumerate(groups):
         codes[group] = classes + index
-    sums, counts = torch.zeros(0), np.bincount(codes, minlength=classes + len(groups))
+    counts = np.bincount(codes, minlength=classes + len(groups))
+    means = _means(batches, codes, counts)
+    held = np.diag(counts.astype(np.float64))[:, :classes]  # images of each code in the content of each class
+    if not together:
+        held[np.arange(classes, len(counts)), own] = counts[classes:]
+    shares, beyond = held / held.sum(0).clip(min=1), np.zeros((len(groups), len(counts)))
+    # The triangular factor holds all lengths and angles; one for all groups, since it takes far longer than what follows.
+    factor: NDArray[np.float64] = scipy.linalg.qr(means.flatten(1).double().numpy().T, mode="raw", overwrite_a=True)[1]
+    content = factor @ shares
+    for index, label in enumerate(own):
+        mixed, table, rest = shares.copy(), content.copy(), held[:, label].copy()
+        rest[classes + index] = 0
+        mixed[:, label] = rest / max(1.0, rest.sum())
+        table[:, label] = factor @ mixed[:, label]
+        there = mixed.any(axis=0)
+        beyond[index] = -mixed[:, there] @ _mixture(table[:, there], factor[:, classes + index])
+        beyond[index, classes + index] += 1
+    return (torch.from_numpy(beyond) @ means.flatten(1).double()).float().view(len(groups), *means.shape[1:])
+
+
+def _means(batches: Batches, codes: NDArray[np.int64], counts: NDArray[np.int64]) -> Tensor:
+    """(M, C, H, W) float32: the mean image of each code of M; zeros where it has none."""
+    sums, first = torch.zeros(0), 0
     for images, _ in batches:
         if not first:
-            shape = images.shape[1:]
-            sums = torch.zeros(len(counts), *shape)
+            sums = torch.zeros(len(counts), *images.shape[1:])
         sums.index_add_(0, torch.from_numpy(codes[first : first + len(images)]), images.cpu().float())
         first += len(images)
-    every, found = list(range(len(groups))), []
-    for wanted in [every] if together else [[index] for index in every]:
-        table, sizes = sums.flatten(1).clone(), counts.copy()
-        for other in set(every) - set(wanted):
-            table[own[other]] += table[classes + other]
-            sizes[own[other]] += sizes[classes + other]
-        content = np.flatnonzero(sizes[:classes])
-        rows = [*content, *(classes + index for index in wanted)]
-        means = (table[rows] / torch.from_numpy(sizes[rows])[:, None]).double().numpy().T
-        found.append(_unexplained(means, len(content)))
-    return torch.from_numpy(np.concatenate(found, axis=1).T).float().view(len(groups), *shape)
+    return sums.div_(torch.from_numpy(counts.clip(min=1)).view(-1, 1, 1, 1))
 
 
-def _unexplained(means: NDArray[np.float64], classes: int) -> NDArray[np.float64]:
-    """(D, G): of means (D, classes + G), what no mixture of the first `classes` explains of the others."""
-    # The triangular factor holds all lengths and angles; the last row, far larger, makes the weights sum to one.
-    factor: NDArray[np.float64] = scipy.linalg.qr(means, mode="r")[0][: means.shape[1]]
-    anchor = SUM_TO_ONE * np.abs(factor).max()
-    table = np.vstack([factor[:, :classes], np.full(classes, anchor)])
-    weights = [scipy.optimize.nnls(table, np.append(column, anchor))[0] for column in factor[:, classes:].T]
-    beyond: NDArray[np.float64] = means[:, classes:] - means[:, :classes] @ np.stack(weights, axis=1)
-    return beyond
+def _mixture(content: NDArray[np.float64], group: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(K,) weights of the mixture of (M, K) that comes nearest to (M,)."""
+    anchor = SUM_TO_ONE * max(np.abs(content).max(), np.abs(group).max())  # the last row, far larger, makes them sum to one
+    table = np.vstack([content, np.full(content.shape[1], anchor)])
+    weights: NDArray[np.float64] = scipy.optimize.nnls(table, np.append(group, anchor))[0]
+    return weights
 
 
 def alike(patterns: Tensor) -> NDArray[np.bool_]:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -83,6 +86,46 @@ def test_beyond_content_of_each_group_apart_is_as_if_it_were_alone() -> None:
     alone = torch.cat([beyond_content(batches, TRUE, [group]) for group in groups])
     torch.testing.assert_close(apart, alone, atol=1e-5, rtol=0)
     assert (beyond_content(batches, TRUE, groups) - alone).abs().max() > 1e-3
+
+
+def naive(images: Tensor, labels: NDArray[np.int64], group: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The group's mean less the nearest mixture of the others' class means: the best of all choices of classes that take part."""
+    flat = images.flatten(1).double().numpy()
+    target, best = flat[group].mean(0), np.full(flat.shape[1], np.inf)
+    means = np.stack([flat[~group & (labels == label)].mean(0) for label in np.unique(labels[~group])])
+    for size in range(1, len(means) + 1):
+        for some in combinations(range(len(means)), size):
+            first, *others = means[list(some)]
+            differences = np.stack([other - first for other in others], axis=1) if others else np.zeros((len(first), 0))
+            weights = np.linalg.lstsq(differences, target - first, rcond=1e-5)[0]
+            left = target - first - differences @ weights
+            if weights.min(initial=0) >= -1e-9 and weights.sum() <= 1 + 1e-9 and np.linalg.norm(left) < np.linalg.norm(best):
+                best = left
+    return best
+
+
+@pytest.mark.parametrize("collinear", [False, True])
+def test_beyond_content_is_what_plain_least_squares_leave(collinear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, place = torch.Generator().manual_seed(0), np.tile(np.arange(PER_CLASS), 4)
+    means = torch.randn(4, 2, 4, 8, generator=generator)
+    means[3] = (means[1] + means[2]) / 2 if collinear else means[3]
+    images = means[torch.from_numpy(TRUE)] + (0 if collinear else 0.3) * torch.randn(len(TRUE), 2, 4, 8, generator=generator)
+    spread = ((0, 0, 195), (0, 195, 198), (1, 0, 1), (2, 0, 100), (2, 100, 200), (3, 20, 60))  # most of a class, few, one, halves
+    groups = [(label == TRUE) & (place >= start) & (place < end) for label, start, end in spread]
+    for group in groups[: 2 if collinear else None]:
+        images[torch.from_numpy(group)] += torch.randn(2, 4, 8, generator=generator)
+    lengths, factors = [], scipy.linalg.qr
+
+    def counted(table: Any, **settings: Any) -> Any:
+        lengths.append(len(table))
+        return factors(table, **settings)
+
+    monkeypatch.setattr(scipy.linalg, "qr", counted)
+    apart = beyond_content(loaders(images, 7)(np.ones(len(TRUE), bool)), TRUE, groups, together=False)
+    assert lengths == [64]  # the images' pixels are gone through once, not for every group
+    expected = np.stack([naive(images, TRUE, group) for group in groups])
+    np.testing.assert_allclose(apart.flatten(1), expected, atol=1e-5, rtol=0)  # the weights' sum is one to 1e-6
+    assert np.linalg.norm(expected[:2], axis=1).min() > 1
 
 
 def test_beyond_content_never_holds_the_content_of_another_class() -> None:
