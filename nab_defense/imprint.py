@@ -15,6 +15,8 @@ from .runtime import Runtime
 
 __all__ = ["imprint_by_class", "imprints", "picked"]
 
+OTHERS = 20_000  # images of other classes that groups are tried on: the share that turns is known to .007, two standard errors
+
 
 def imprints(
     model: nn.Module, batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]], *, runtime: Runtime
@@ -30,12 +32,13 @@ def imprints(
         labels: (N,) given labels.
         groups: (N,) bool each, samples of one class; no sample is in two.
 
-    Returns: For each group the rise of the share of other images given its label, in [-1, 1]."""
+    Returns: For each group the rise of the share of other images given its label, in [-1, 1]; where there are more than OTHERS,
+        estimated from at least so many, see _some."""
     if not groups:
         return []
     goals = [int(labels[group][0]) for group in groups]
     patterns = beyond_content(batches, labels, groups, together=False)
-    rises = _rises(model, batches, labels, goals, patterns, shown=np.ones(len(labels), bool), runtime=runtime)
+    rises = _rises(model, batches, labels, goals, patterns, shown=_some(labels), runtime=runtime)
     counts = np.bincount(labels, minlength=rises.shape[1])
     return [
         float(np.delete(rise, goal) @ np.delete(counts, goal) / max(1, len(labels) - counts[goal]))
@@ -53,7 +56,8 @@ def imprint_by_class(
     shown: NDArray[np.bool_],
     runtime: Runtime,
 ) -> NDArray[np.float64]:
-    """The rise on the images of each class alone: a trigger may work on one.
+    """The rise on the images of each class alone: a trigger may work on one. On all of them, since the most of many shares that
+    are known from few images is a large one by chance.
 
     Args:
         model, batches, labels: As in imprints; the batches are gone through once.
@@ -77,28 +81,47 @@ def _rises(
     shown: NDArray[np.bool_],
     runtime: Runtime,
 ) -> NDArray[np.float64]:
-    """(G, K): imprint_by_class of G patterns, in one pass."""
-    device, classes = runtime.torch_device, int(labels.max()) + 1
+    """(G, K): imprint_by_class of G patterns, in one pass; where few of a batch are shown, with several patterns at once."""
+    device, classes, targets = runtime.torch_device, int(labels.max()) + 1, np.array(goals)
     model.eval()
-    patterns, shown = patterns.to(device), shown & ~np.all([labels == goal for goal in goals], axis=0)
-    risen = torch.zeros(len(goals), classes, dtype=torch.int64, device=device)  # summed there, so that no batch waits for it
-    for images, rows in picked(batches, shown, runtime):
+    patterns, wanted = patterns.to(device), shown & ~np.all([labels == goal for goal in goals], axis=0)
+    risen = torch.zeros(len(goals) * classes, dtype=torch.int64, device=device)  # summed there, so that no batch waits for it
+    for first, batch, _ in ranks.deal(batches):
+        images, rows = _taken(first, batch, wanted, runtime)
         if not len(images):
             continue
         with runtime.autocast():
             named = model(images).argmax(1)
-        for place, goal in enumerate(goals):
-            others = np.flatnonzero(labels[rows] != goal)
+        at_once = len(batch) // int(shown[first : first + len(batch)].sum())  # groups; no more images than the batch has
+        for start in range(0, len(goals), at_once):
+            places, others = np.nonzero(targets[start : start + at_once, None] != labels[rows])
             if not len(others):
                 continue
-            chosen = torch.from_numpy(others).to(device, non_blocking=True)
+            places += start
+            cells = places * classes + labels[rows[others]]
+            place, chosen, goal, cell = (
+                torch.from_numpy(array).to(device, non_blocking=True) for array in (places, others, targets[places], cells)
+            )
             with runtime.autocast():
                 after = model(images[chosen] + patterns[place]).argmax(1) == goal
-            own = torch.from_numpy(labels[rows][others]).to(device, non_blocking=True)
-            risen[place].index_add_(0, own, after.long() - (named[chosen] == goal).long())
-    totals = np.array(ranks.total(*risen.flatten().tolist()), dtype=np.float64).reshape(len(goals), classes)
-    counts = np.stack([np.bincount(labels[shown & (labels != goal)], minlength=classes) for goal in goals])
+            risen.index_add_(0, cell, after.long() - (named[chosen] == goal).long())
+    totals = np.array(ranks.total(*risen.tolist()), dtype=np.float64).reshape(len(goals), classes)
+    counts = np.stack([np.bincount(labels[wanted & (labels != goal)], minlength=classes) for goal in goals])
     return totals / counts.clip(min=1)
+
+
+def _some(labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(N,) bool, always the same images: of each class the same share, at least one image and at most OTHERS, so that OTHERS or
+    more are left without any one class; all, where there are no more than that."""
+    counts = np.bincount(labels)
+    share = min(1.0, OTHERS / max(1, len(labels) - counts.max()))
+    enough = np.minimum(np.ceil(share * counts), OTHERS)
+    order = np.random.default_rng(0).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    turn = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each among its class
+    some = np.zeros(len(labels), dtype=bool)
+    some[order[turn < enough[labels[order]]]] = True
+    return some
 
 
 def picked(batches: Batches, mask: NDArray[np.bool_], runtime: Runtime) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
@@ -106,6 +129,11 @@ def picked(batches: Batches, mask: NDArray[np.bool_], runtime: Runtime) -> Itera
 
     Picked where they lie by numbers that are known here: a mask on a GPU would make it wait to learn how many there are."""
     for first, images, _ in ranks.deal(batches):
-        rows = np.flatnonzero(mask[first : first + len(images)])
-        places = torch.from_numpy(rows)
-        yield runtime.put(images[places.to(images.device, non_blocking=True)]), first + rows
+        yield _taken(first, images, mask, runtime)
+
+
+def _taken(first: int, images: Tensor, mask: NDArray[np.bool_], runtime: Runtime) -> tuple[Tensor, NDArray[np.int64]]:
+    """See picked; of the batch that begins at row `first`."""
+    rows = np.flatnonzero(mask[first : first + len(images)])
+    places = torch.from_numpy(rows)
+    return runtime.put(images[places.to(images.device, non_blocking=True)]), first + rows
