@@ -14,6 +14,7 @@ import pytest
 from nab_defense.purify.base import hardly_turned
 from tests.digits_runs import ROOT
 
+BENCHMARK = ROOT / "docs" / "benchmark.md"
 METHODS = ("ibau", "distill", "polarizer", "rnp")
 MODELS = ("badnets_8", "l2_inv_0", "trojan_wm_2")
 
@@ -93,7 +94,7 @@ def test_a_table_of_the_benchmark_is_that_of_its_cells(title: str, folder: str, 
     read = [cell for cell in map(json.loads, map(Path.read_text, paths)) if cell["cell"]["rate"] != 0.01]
     cells = {(cell["cell"]["attack"], cell["cell"]["seed"]): cell for cell in read}
     assert len(cells) == len(read)
-    table = (ROOT / "README.md").read_text().split(title)[1].split("\n\n")[1]
+    table = BENCHMARK.read_text().split(title)[1].split("\n\n")[1]
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     harmless = [row for row in found if row[0].startswith("none")]
     assert len(found) - len(harmless) == len(attacks)
@@ -128,7 +129,7 @@ def test_other_defences_are_told_as_measured(title: str, seeds: tuple[int, ...])
     """The highest ASR, the mean ACC gap, and how many repairs are not called one."""
     read = [json.loads(path.read_text()) for path in (ROOT / "results" / "bench" / "cpu_shuffled").glob("*.json")]
     cells = [cell for cell in read if cell["cell"]["rate"] != 0.01 and cell["cell"]["seed"] in seeds and cell["status"] == "done"]
-    table = (ROOT / "README.md").read_text().split(title)[1].split("\n\n")[1]
+    table = BENCHMARK.read_text().split(title)[1].split("\n\n")[1]
     head, _, *found = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert len(found) == len(CIFAR) + 1 and len(head) > 5
     for name, count, *shown_cells in found:
