@@ -22,7 +22,7 @@ def maskable(network: nn.Module) -> dict[str, int]:
     alone and widens it, before one of the same module that takes what it gives (or half of it, where it is gated). Where a
     network has neither: the outputs of every convolution and linear layer but the last. A LayerNorm's scale is an axis of the
     features, not a neuron, and is left alone."""
-    parts = [(name, module) for name, module in network.named_modules() if isinstance(module, Layer | Norm)]
+    parts = [(name, module) for name, module in network.named_modules() if isinstance(module, Layer | Norm) and _plain(module)]
     found = {f"{name}.weight": len(m.weight) for name, m in parts if isinstance(m, Norm) and m.weight is not None}
     mlps = [one for one, two in pairwise(parts) if _parent(one[0]) == _parent(two[0]) and _widens(one[1], two[1])]
     found |= {f"{name}.weight": len(first.weight) for name, first in mlps}
@@ -32,6 +32,11 @@ def maskable(network: nn.Module) -> dict[str, int]:
     # a convolution that standardises its weight undoes a mask on it; its gain is what scales the output
     gains = {name: "gain" if isinstance(getattr(module, "gain", None), nn.Parameter) else "weight" for name, module in layers}
     return {f"{name}.{gains[name]}": len(module.weight) for name, module in layers[:-1]}
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether its weight is a parameter, or it has none; a parametrised one is computed anew, and cannot be scaled in place."""
+    return module.weight is None or "weight" in module._parameters
 
 
 def _parent(name: str) -> str:

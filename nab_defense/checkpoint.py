@@ -19,11 +19,13 @@ from .registry import nearest
 from .stamp import Stamp
 
 __all__ = [
-    "Network", "build_function", "count_classes", "find_header", "fit_weights", "load", "read_header", "save", "weights_file",
+    "Network", "build_function", "count_classes", "find_header", "fit_weights", "load", "read_header", "save", "sized",
+    "weights_file",
 ]  # fmt: skip
 
 FORMAT = "nab_defense 1"
 PREFIXES = ("module.", "_orig_mod.", "model.")  # left by DataParallel, torch.compile and wrappers
+OTHERWISE = "; if it was built otherwise, give its --num-classes and --input-size, or --model package.module:function"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,14 @@ class Network:
     small_stem: bool = False
     pretrained: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def told(cls, header: Mapping[str, Any]) -> Network:
+        """As a saved model tells it. Nothing is fetched, and no other file is read that it names: by `checkpoint_path` older
+        versions of timm unpickle one."""
+        network = header["network"]
+        kwargs = {name: value for name, value in network["kwargs"].items() if name != "checkpoint_path"}
+        return cls(**{**network, "pretrained": False, "kwargs": kwargs})
 
     def build(self) -> nn.Module:
         """A fresh network; its weights follow from torch's global seed.
@@ -102,9 +112,17 @@ def build_function(name: str) -> nn.Module:
 def count_classes(model: str, tensors: Mapping[str, Tensor]) -> int:
     """Outputs of a timm network with these weights: rows of its classifier, or timm's default where there is none."""
     config = timm.get_pretrained_cfg(model)
-    last = f".{config.classifier}.weight" if config is not None else "."
+    heads = getattr(config, "classifier", None) or ()  # two of them, where a network was distilled
+    last = f".{heads if isinstance(heads, str) else next(iter(heads), '')}.weight"
     rows = [len(tensor) for name, tensor in tensors.items() if f".{name}".endswith(last)]
     return rows[0] if rows else config.num_classes if config is not None else 1000
+
+
+def sized(model: str, size: int | None) -> dict[str, Any]:
+    """What timm's constructor is told of the input's edge in pixels, where weights hang on it, as position embeddings do."""
+    config: Any = timm.get_pretrained_cfg(model)
+    fixed = config is not None and config.fixed_input_size and size not in (None, config.input_size[-1])
+    return {"img_size": size} if fixed else {}
 
 
 def fit_weights(network: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
@@ -125,13 +143,13 @@ def fit_weights(network: nn.Module, tensors: Mapping[str, Tensor], origin: str) 
         if name in state and own[name].shape != state[name].shape:
             ours, theirs = tuple(own[name].shape), tuple(state[name].shape)
             inputs = len(ours) == len(theirs) == 4 and ours[::2] == theirs[::2] and 3 in (ours[1], theirs[1])
-            hint = "; images have as many channels as mean and std have values" * inputs
+            hint = "; images have as many channels as mean and std have values" if inputs else OTHERWISE
             raise ValueError(f"{origin} does not fit the network: {name} is {theirs} in the file, {ours} in the network{hint}")
     missing, unexpected = network.load_state_dict(state, strict=False)
     problems = [f"{kind} {', '.join(sorted(names)[:3])} ({len(names)} in all)" for kind, names in
                 (("lacks", missing), ("has unknown", unexpected)) if names]  # fmt: skip
     if problems:
-        raise ValueError(f"{origin} does not fit the network: it {' and '.join(problems)}")
+        raise ValueError(f"{origin} does not fit the network: it {' and '.join(problems)}{OTHERWISE}")
 
 
 def save(path: Path, model: nn.Module, network: Network, *, mean: Sequence[float], std: Sequence[float], **header: Any) -> None:
@@ -177,7 +195,7 @@ def load(path: str | Path, model: Callable[[], nn.Module] | None = None) -> nn.M
         ValueError: No such file, another format, or weights that do not fit the network.
     """
     tensors, meta = _open(Path(path))
-    network = model() if model is not None else Network(**{**meta["network"], "pretrained": False}).build()
+    network = model() if model is not None else Network.told(meta).build()
     try:
         if "polarizer" in meta:
             install(network, **meta["polarizer"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,6 +52,13 @@ class CleanSet:
 
     def take(self, rows: Tensor) -> CleanSet:
         return replace(self, images=self.images[rows], labels=None if self.labels is None else self.labels[rows])
+
+    def distinct(self) -> Tensor:
+        """The rows of all images but repeats, pixel by pixel, of earlier ones."""
+        first = dict[bytes, int]()
+        for row, image in enumerate(self.images):
+            first.setdefault(hashlib.sha256(image.numpy().tobytes()).digest(), row)
+        return torch.tensor(list(first.values()))
 
     def split(self, fraction: float, seed: int) -> tuple[CleanSet, CleanSet]:
         """Two disjoint parts, the second with `fraction` of each class, at least one image in either; of all, without labels, and

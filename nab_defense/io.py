@@ -7,6 +7,7 @@ import csv
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -32,6 +33,7 @@ __all__ = [
     "save_json", "save_state", "save_tensors", "save_text", "save_yaml",
 ]  # fmt: skip
 
+log = logging.getLogger(__name__)
 DISK = {
     errno.ENOSPC: "the disk is full; make room",
     errno.EDQUOT: "the quota is used up; make room",
@@ -245,7 +247,9 @@ BESIDE: list[Any] = [
     np.ndarray,
     *(np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}),
 ]
-STATE_KEYS = ("state_dict", "net", "model", "model_state_dict", "state_dict_ema", "weights")
+# Averaged weights first, as timm's own loader has it: these are what is deployed.
+AVERAGED = ("state_dict_ema", "model_ema", "ema")
+STATE_KEYS = (*AVERAGED, "state_dict", "net", "model", "model_state_dict", "weights")
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -269,6 +273,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     for key in ("", *STATE_KEYS):
         state = tree if key == "" else tree.get(key) if isinstance(tree, Mapping) else None
         if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
+            if key in AVERAGED:
+                log.warning("%s: the averaged weights, %r, are taken; leave these out of the file for the others", path, key)
             return dict(state), key
     held = ", ".join(map(str, list(tree)[:5])) if isinstance(tree, Mapping) else type(tree).__name__
     raise ValueError(f"{path} holds no state dict ({held}); expected tensors by name, bare or under {', '.join(STATE_KEYS)}")

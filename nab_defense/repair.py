@@ -80,9 +80,15 @@ def read_clean(
         hflip: Probability of a flip in augmented batches.
         seed: Of the draw.
 
-    Returns: what was drawn, as a source and as a set."""
+    Returns: what was drawn, as a source and as a set; of images that are there twice the first, as what a method trained on must
+        not judge it."""
     drawn = _draw(source, limit, seed, balanced=labelled)
-    return drawn, CleanSet.read(drawn.view(build_transform("none", size)), labelled=labelled, hflip=hflip)
+    images = CleanSet.read(drawn.view(build_transform("none", size)), labelled=labelled, hflip=hflip)
+    rows = images.distinct()
+    if len(rows) < len(images):
+        log.warning("%s: %d of %d images are repeats, and are left out", source.name, len(images) - len(rows), len(images))
+        drawn, images = drawn.subset(rows.numpy()), images.take(rows)
+    return drawn, images
 
 
 def _draw(source: Source, count: int | None, seed: int, *, balanced: bool) -> Source:
@@ -143,7 +149,8 @@ def repair(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABPlan
             return made.record  # it broke, and may be tried again
         if made.accepted:
             mean, std = session.normalization
-            checkpoint.save(weights, made.model, session.network(), mean=mean, std=std)
+            facts = {"classes": session.source.classes, "input_size": session.size, "verdict": None}
+            checkpoint.save(weights, made.model, session.network(), mean=mean, std=std, **facts)
         io.save_json(told, made.record)
         forget(unfinished)
         return made.record

@@ -74,6 +74,20 @@ def _repeat_on_cuda() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def _spare_narrow_stems(model: nn.Module) -> None:
+    """Leave strided 1x1 convolutions of fewer than eight channels, as RepVGG's and MobileOne's stems have, in NCHW order:
+    torch 2.15 ends the process there, a double free, if weights or images are in NHWC order on a CPU."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and layer.in_channels < 8 and layer.kernel_size == (1, 1) and max(layer.stride) > 1:
+            layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)  # of 1x1 both orders pass for it
+            if _in_order not in layer._forward_pre_hooks.values():
+                layer.register_forward_pre_hook(_in_order)
+
+
+def _in_order(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(given.contiguous() for given in inputs)
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Execution settings, decided once and passed down.
@@ -147,7 +161,12 @@ class Runtime:
         if self.torch_device.type == "cuda":
             _repeat_on_cuda()
         model = model.to(self.torch_device)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+        if not self.channels_last:
+            return model
+        model = model.to(memory_format=torch.channels_last)
+        if self.torch_device.type == "cpu":
+            _spare_narrow_stems(model)
+        return model
 
     def put(self, images: Tensor) -> Tensor:
         """Move a batch (B, C, H, W) to the device and memory format."""

@@ -43,6 +43,12 @@ def test_augmented_batches_are_crops_and_flips_of_their_images_and_follow_the_se
     assert not torch.equal(again, next(iter(clean.batches(6, runtime=CPU, seed=2, augment=True)))[0])
 
 
+def test_repeats_are_rows_of_equal_images() -> None:
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 4)
+    repeated = CleanSet(images[[0, 1, 0, 2, 1, 3]], torch.arange(6))
+    assert repeated.distinct().tolist() == [0, 1, 3, 5]
+
+
 def test_split_leaves_one_of_a_rare_class_in_the_first_part() -> None:
     labels = torch.tensor([0] * 50 + [1] * 52 + [2] * 2)
     clean = CleanSet(torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8), labels)

@@ -235,6 +235,15 @@ def test_read_clean() -> None:
     assert read_clean(source, size=8, limit=20, labelled=False, hflip=0.5, seed=1)[1].labels is None
 
 
+def test_what_judges_is_no_copy_of_what_is_fitted(caplog: pytest.LogCaptureFixture) -> None:
+    source = open_source("digits").subset(np.repeat(np.arange(100), 2))
+    drawn, images = read_clean(source, size=8, limit=None, labelled=True, hflip=0.5, seed=0)
+    assert len(drawn) == len(images) == 100 and drawn.labels.tolist() == source.labels[::2].tolist()
+    assert "100 of 200 images are repeats, and are left out" in caplog.text
+    parts = [{image.numpy().tobytes() for image in part.images} for part in images.split(0.2, 0)]
+    assert not parts[0] & parts[1]
+
+
 def test_defaults_are_those_of_purify() -> None:
     stage = PurifyStage(clean="digits")
     assert stage.method == "ibau" and stage.when == "unprotected" and stage.labelled and stage.clean_limit is None

@@ -72,6 +72,21 @@ def test_memory_format(channels_last: bool) -> None:
         assert tensor.is_contiguous(memory_format=torch.channels_last) is channels_last
 
 
+@pytest.mark.parametrize("channels", [3, 7])
+def test_a_narrow_strided_stem_trains(channels: int) -> None:
+    """In NHWC order torch 2.15 ends the process there."""
+    runtime = Runtime(device="cpu", precision="float32")
+    stem = nn.Conv2d(channels, 48, 1, stride=2, bias=False)
+    for _ in range(2):
+        runtime.place(stem)
+    images = torch.rand(64, channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        stem(runtime.put(images)).square().sum().backward()
+    assert stem.weight.stride() == (channels, 1, 1, 1) and len(stem._forward_pre_hooks) == 1
+    expected = torch.einsum("oi,bihw->bohw", stem.weight[:, :, 0, 0], images[:, :, ::2, ::2])
+    torch.testing.assert_close(stem(runtime.put(images)), expected)
+
+
 def test_threads_are_set_by_place_alone() -> None:
     before = torch.get_num_threads()
     try:

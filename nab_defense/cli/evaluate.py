@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         models: dict[str, Any] = {"defended": {**to_dict(evaluate(model, cases, session.runtime)), "plain": plain}}
     else:
         models = {"model": to_dict(evaluate(model, cases, session.runtime))}
-    facts = {"model": str(args.file), "data": args.data, "attack": attack, "verdict": header["verdict"]}
+    facts = {"model": str(args.file), "data": args.data, "attack": attack, "verdict": header.get("verdict")}
     io.save_json(out / "result.json", {**facts, "models": models})
     print("\n".join([*summarize_models(models), f"written to {out}"]))
     return 0

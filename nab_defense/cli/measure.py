@@ -39,6 +39,9 @@ def open_tests(source: str, header: dict[str, Any], out: Path, reading: list[str
 
     Raises:
         ValueError: Images that cannot be read or used, or other classes than the model's."""
+    missing = [fact for fact in ("classes", "input_size") if fact not in header]
+    if missing:
+        raise ValueError(f"the file does not tell the model's {' and '.join(missing)}; give them to checkpoint.save")
     data = {"source": source, "test": source, "test_limit": sections.pop("test_limit", None), "size": header["input_size"]}
     network = header["network"]
     tree = {

@@ -69,7 +69,9 @@ def main(argv: list[str]) -> int:
     runtime = Runtime(**recipe.runtime.model_dump(), seed=recipe.seed)
     about = {"num_classes": args.num_classes, "mean": args.mean, "std": args.std, "input_size": args.input_size}
     suspect = open_suspect(args.model, args.checkpoint, **about, runtime=runtime)
-    source, clean = _read_clean(args, suspect, shared, recipe)
+    instead = f", or use --unlabeled with --method {UNLABELED}"
+    whole = _opened(args.clean, suspect, recipe, labelled=not args.unlabeled, instead=instead)
+    source, clean = _drawn(whole, args, suspect, shared, recipe)
     if clean.labels is not None:
         suspect = dataclasses.replace(suspect, classes=source.classes)
     training = None if args.rank is None else _opened(args.rank, suspect, recipe)
@@ -77,7 +79,9 @@ def main(argv: list[str]) -> int:
     cases = None
     if args.test is not None:  # opened now, so that a mistake in it costs no repair; nothing reads them before that is done
         tests = {"attack": attack, "seed": recipe.seed, "runtime": recipe.runtime.model_dump()}
-        _, cases = open_tests(args.test, suspect.header(), out, reading, **tests)
+        session, cases = open_tests(args.test, suspect.header(), out, reading, **tests)
+        if session.test_source.fingerprint == whole.fingerprint:
+            raise ValueError(f"--test {args.test} has the images of --clean, by which the model is repaired; name others")
     asked = _asked(args, method, shared, recipe, suspect, source, clean)
     asked["suspects"] = listed
     ranked = None
@@ -92,7 +96,7 @@ def main(argv: list[str]) -> int:
     if not left(unfinished) and (out / "suspects.csv").exists():
         raise ValueError(f"{out} holds the suspects.csv of an earlier run; name another --out")
     limits = {name: shared[name] for name in LIMITS}
-    check_known(suspect.model, clean, mean=suspect.mean, std=suspect.std, runtime=runtime)
+    check_known(suspect.model, clean, mean=suspect.mean, std=suspect.std, runtime=runtime, classes=source.classes)
     found = purify(
         suspect.model, clean, method,
         mean=suspect.mean, std=suspect.std, runtime=runtime, **limits, suspects=accused, state=unfinished, resume=args.resume,
@@ -210,11 +214,12 @@ def _number(key: str, value: Any) -> float:
     return value
 
 
-def _read_clean(args: argparse.Namespace, suspect: Suspect, shared: dict[str, Any], recipe: Recipe) -> tuple[Source, CleanSet]:
-    labelled = not args.unlabeled
-    source = _opened(args.clean, suspect, recipe, labelled=labelled, instead=f", or use --unlabeled with --method {UNLABELED}")
+def _drawn(
+    whole: Source, args: argparse.Namespace, suspect: Suspect, shared: dict[str, Any], recipe: Recipe
+) -> tuple[Source, CleanSet]:
+    """The clean images that are asked for, as a source and in memory."""
     limit, hflip = shared["clean_limit"], shared["hflip"]
-    return read_clean(source, size=suspect.input_size, limit=limit, labelled=labelled, hflip=hflip, seed=recipe.seed)
+    return read_clean(whole, size=suspect.input_size, limit=limit, labelled=not args.unlabeled, hflip=hflip, seed=recipe.seed)
 
 
 def _accused(args: argparse.Namespace, suspect: Suspect, recipe: Recipe) -> tuple[dict[str, Any] | None, CleanSet | None]:

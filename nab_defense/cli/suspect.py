@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import io
-from ..checkpoint import Network, build_function, count_classes, find_header, fit_weights, load, read_header
+from ..checkpoint import Network, build_function, count_classes, find_header, fit_weights, load, read_header, sized
 from ..clean import Pixels
 from ..purify.base import count_outputs
 from ..runtime import Runtime
@@ -119,18 +119,29 @@ def _foreign(name: str | None, path: Path, given: dict[str, Any]) -> Suspect:
     else:
         if name.endswith(".safetensors") or (Path(name) / "model.safetensors").exists():
             alike = read_header(Path(name))
-            network = Network(**{**alike["network"], "pretrained": False})
+            network = Network.told(alike)
         else:
             classes = given.get("num_classes") or count_classes(name, tensors)
-            network = Network(name, classes, len(given.get("mean", "RGB")))
+            network = Network(name, classes, len(given.get("mean", "RGB")), kwargs=sized(name, given.get("input_size")))
         model = network.build()
     fit_weights(model, tensors, str(path))
+    _check_normalization(path, tensors, model, given)
     return Suspect(model, network, **_facts(model, alike, given), key=key)
+
+
+def _check_normalization(path: Path, tensors: dict[str, Tensor], model: nn.Module, given: dict[str, Any]) -> None:
+    """Refuse to leave out a normalisation that the file keeps beside the weights, unless the user says what it is."""
+    rests = {name: tensor for name, tensor in tensors.items() if not any(name.endswith(own) for own in model.state_dict())}
+    for fact, names in (("mean", ("mean", "mu")), ("std", ("std", "sigma"))):
+        found = next((name for name in rests if name.rpartition(".")[2] in names and rests[name].numel() in (1, 3)), None)
+        if found is not None and fact not in given:
+            values = ",".join(f"{value:.4g}" for value in rests[found].flatten().tolist())
+            raise ValueError(f"{path} holds {found}, by which its network normalises its input: add {FACTS[fact]} {values}")
 
 
 def _ours(name: str | None, path: Path, header: dict[str, Any], given: dict[str, Any]) -> Suspect:
     """A model that this package saved, which knows everything itself."""
-    network = Network(**header["network"])
+    network = Network.told(header)
     known = {**header, "num_classes": network.num_classes, "mean": tuple(header["mean"]), "std": tuple(header["std"])}
     for fact, value in given.items():
         if known.get(fact, value) != value:

@@ -42,7 +42,7 @@ def layers_by_depth(network: nn.Module, images: Tensor) -> list[_ConvNd | nn.Lin
 
     Args: images: (B, C, H, W) of what the network takes."""
     met: dict[_ConvNd | nn.Linear, None] = {}
-    layers = [layer for layer in network.modules() if isinstance(layer, _ConvNd | nn.Linear)]
+    layers = [layer for layer in network.modules() if isinstance(layer, _ConvNd | nn.Linear) and "weight" in layer._parameters]
     hooks = [layer.register_forward_pre_hook(lambda layer, _: met.update({layer: None})) for layer in layers]
     try:
         network.eval()(images)

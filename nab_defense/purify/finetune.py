@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,7 +49,8 @@ class FineTune:
         in_range(self, "momentum", low=0, high=1)
 
     def check(self, network: Pixels, images: Tensor) -> None:
-        """It serves every network that runs."""
+        """It serves every network that runs, in training too."""
+        copy.deepcopy(network).train()(images)
 
     def candidates(
         self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ class FTSAM:
         in_range(self, "momentum", "smoothing", low=0, high=1)
 
     def check(self, network: Pixels, images: Tensor) -> None:
-        """It serves every network that runs."""
+        """It serves every network that runs, in training too."""
+        copy.deepcopy(network).train()(images)
 
     def candidates(
         self, network: Pixels, clean: CleanSet, *, pool: Pool, runtime: Runtime, notes: Notes, kept: Kept

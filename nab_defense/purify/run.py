@@ -17,14 +17,13 @@ from ..clean import CleanSet, Pixels, logits_of
 from ..kept import Kept, hashed
 from ..runtime import Runtime, fixed_seed
 from ..universal import Pool, pool_of
-from .base import Candidates, Choice, Judge, Notes, Purifier, answers, count_outputs, frozen, hardly_turned, purifiers
+from .base import Candidates, Choice, Judge, Notes, Purifier, answers, count_outputs, frozen_pixels, hardly_turned, purifiers
 
-__all__ = ["PurifyResult", "check_known", "prepared", "purify"]
+__all__ = ["PurifyResult", "prepared", "purify"]
 
 VERSION = version("nab_defense")
 Judged = Callable[[nn.Module], dict[str, Any]]
 LEAST_HELD = 10  # images that judge
-CHANCE = 2.0  # standard errors above chance: what a model exceeds that knows the labels
 RADIUS, PATCH = 6.0, 5  # of the perturbations at 32 px, see universal.Pool
 
 
@@ -181,7 +180,7 @@ def prepared(
 
     Raises:
         ValueError: What purify would refuse."""
-    original = _taking_pixels(model, mean, std, runtime)
+    original = frozen_pixels(model, mean, std, runtime)
     if not 0 < holdout < 1 or not 0 <= max_drop < 1:
         raise ValueError(f"holdout must be in (0, 1) and max_drop in [0, 1), got {holdout} and {max_drop}")
     _check_images(clean, count_outputs(original, clean.images[:2], runtime), method)
@@ -196,12 +195,6 @@ def prepared(
         _check_suspects(suspects, clean)
     method.check(original, runtime.put(clean.images[:2].float() / 255))
     return original, fit, held
-
-
-def _taking_pixels(model: nn.Module, mean: Sequence[float], std: Sequence[float], runtime: Runtime) -> Pixels:
-    """A copy of the model that takes pixels, frozen, on the runtime's device."""
-    taking: Pixels = frozen(runtime.place(Pixels(copy.deepcopy(model), mean, std)))  # type: ignore[assignment]
-    return taking
 
 
 def _with_suspects(judge: Judged, suspects: CleanSet | None, runtime: Runtime) -> Judged:
@@ -226,30 +219,6 @@ def _check_suspects(suspects: CleanSet, clean: CleanSet) -> None:
     theirs, ours = ((images.dtype, tuple(images.shape[1:])) for images in (suspects.images, clean.images))
     if theirs != ours:
         raise ValueError(f"suspects are {theirs[0]} images of {theirs[1]}, the clean images {ours[0]} of {ours[1]}")
-
-
-def check_known(model: nn.Module, clean: CleanSet, *, mean: Sequence[float], std: Sequence[float], runtime: Runtime) -> None:
-    """Refuse a model that knows no more of labelled images than a guess does: no fall of its accuracy could be judged.
-
-    A guess is one that gives each class as often as the model does, but at random; so one class for all is a guess, however
-    unbalanced the images are, and a model without fault is none.
-
-    Raises:
-        ValueError: It does not; another order of classes, say, or another normalisation."""
-    if clean.labels is None:
-        return
-    network = _taking_pixels(model, mean, std, runtime)
-    count = max(count_outputs(network, clean.images[:2], runtime), int(clean.labels.max()) + 1)
-    predicted = answers(network, clean, runtime).argmax(1)
-    accuracy = int((predicted == clean.labels).sum()) / len(clean)
-    given, true = (labels.bincount(minlength=count).double() / len(clean) for labels in (predicted, clean.labels))
-    chance = float((given * true).sum())
-    spread = chance + chance**2 - float((given * true * (given + true)).sum())  # of Cohen's kappa [Fleiss et al. 1969], >= 0
-    if accuracy <= chance + CHANCE * (max(0.0, spread) / len(clean)) ** 0.5:
-        raise ValueError(
-            f"the model names {accuracy:.2f} of the {len(clean)} clean images rightly, as a guess might; check the order of"
-            " classes, --mean, --std and --input-size, or repair it with --unlabeled"
-        )
 
 
 def _check_images(clean: CleanSet, classes: int, method: Purifier) -> None:

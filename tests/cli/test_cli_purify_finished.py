@@ -20,6 +20,7 @@ AGAIN = "it was finished already, in out"
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "finished_nets.py").write_text(NETS)
     write_images(tmp_path / "clean", classes=10, each=15, mode="L")
+    write_images(tmp_path / "tests", classes=10, each=14, mode="L")
     torch.save({"net": fitted(tmp_path / "clean").state_dict()}, tmp_path / "bad.pth")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -30,12 +31,12 @@ def purified(*extra: str) -> int:
 
 
 def test_it_says_what_it_said_and_does_nothing_again(place: Path, lenient: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert purified("--test", "clean") == 0
+    assert purified("--test", "tests") == 0
     before, shown = contents(place), capsys.readouterr().out.splitlines()
-    assert purified("--test", "clean", "--resume") == 0
+    assert purified("--test", "tests", "--resume") == 0
     assert capsys.readouterr().out.splitlines() == [*shown[:-1], AGAIN] and contents(place) == before
     (place / "out" / "model.safetensors").unlink()  # without which it is not finished
-    assert purified("--test", "clean", "--resume") == 0
+    assert purified("--test", "tests", "--resume") == 0
     assert AGAIN not in capsys.readouterr().out and "out/model.safetensors" in contents(place)
 
 
@@ -50,7 +51,7 @@ def test_other_settings_are_refused(place: Path, lenient: None, capsys: pytest.C
     for other, differs in [
         (["lr=0.2"], "knobs"),
         (["runtime.precision=bfloat16"], "runtime"),
-        (["--test", "clean"], "test"),
+        (["--test", "tests"], "test"),
         (["hflip=0.0"], "hflip"),
         (["--std", "0.5"], "input"),
         (["--unlabeled", "--method", "distill"], "method, knobs, data"),

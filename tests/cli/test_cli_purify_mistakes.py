@@ -24,11 +24,12 @@ def linear() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 
-def fitted(folder: Path, *, shift: int = 0) -> nn.Module:
-    """One that knows the images of a folder; with a shift by the labels of other classes."""
+def fitted(folder: Path, *, shift: int = 0, swapped: bool = False) -> nn.Module:
+    """One that knows the images of a folder; with a shift by the labels of other classes, swapped two of them by each other's."""
     source, network = open_source(str(folder)), linear()
     images = np.stack([np.asarray(source.load(i)) for i in range(len(source))])
     labels = torch.from_numpy(source.labels + shift) % 10
+    labels = torch.tensor([0, 1, 3, 2, *range(4, 10)])[labels] if swapped else labels
     flat = (torch.from_numpy(images).float().flatten(1) / 255 - 0.3) / 0.4
     weights = torch.linalg.lstsq(torch.cat([flat, torch.ones(len(flat), 1)], 1), torch.eye(10)[labels], driver="gelsd").solution
     network.load_state_dict({"1.weight": weights[:-1].T.contiguous(), "1.bias": weights[-1]})
@@ -41,6 +42,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_images(tmp_path / "clean", classes=10, each=6, mode="L")
     torch.save({"net": fitted(tmp_path / "clean").state_dict()}, tmp_path / "bad.pth")
     torch.save({"net": fitted(tmp_path / "clean", shift=1).state_dict()}, tmp_path / "shifted.pth")
+    torch.save({"net": fitted(tmp_path / "clean", swapped=True).state_dict()}, tmp_path / "swapped.pth")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -102,11 +104,13 @@ RUN = ("purify", "--model", "mistaken_nets:linear", "--checkpoint", "bad.pth", *
         (["--checkpoint", "bda.pth"], ("no such file: bda.pth",)),
         (["--checkpoint", "bad.safetensors"], ("no such file: bad.safetensors",)),
         (["--checkpoint", "shifted.pth"], ("names 0.00 of the 60 clean images rightly", "check the order of classes, --mean")),
+        (["--checkpoint", "swapped.pth"], ("1.00 in another order: class 'c2', number 2 here, is its output 3; name",)),
         (["--checkpoint", "module.pth"], ("module.pth cannot be read as weights: it holds torch.nn.modules",)),
         (["--checkpoint", "nan.pth"], ("1.weight holds values that are not finite",)),
         (["--checkpoint", "wide.pth"], ("1.weight is (10, 65) in the file, (10, 64) in the network",)),
         (["--rank", "clean"], ("--rank ranks by the network that rnp has unlearn", "choose --method rnp")),
         (["--rank", "IMAGES", "--method", "rnp"], ("images has other classes than", "missing: ['c2', 'c3', 'c4']")),
+        (["--test", "clean"], ("--test clean has the images of --clean, by which the model is repaired",)),
         (["--attack", "badnets"], ("--attack measures on test images; add --test",)),
         (["--test", "clean", "attack.size=3"], ("attack.size sets an attack; name it with --attack",)),
         (["--test", "clean", "--attack", "badnet"], ("no attack 'badnet'", "did you mean 'badnets'?")),
@@ -164,4 +168,11 @@ def test_mistakes_with_a_model_of_this_package(place: Path, mistakes: Mistakes) 
     mistakes("purify", "--checkpoint", "run", "--model", "resnet18", *rest, says=("saved with model 'test_resnet'",))
     mistakes("purify", "--checkpoint", "bad.pth", *rest, says=("does not say how its network is built; add --model",))
     own = ("purify", "--checkpoint", "bad.pth", "--model", "mistaken_nets:linear", *rest)
+    bare = {"model." + name: tensor for name, tensor in linear().state_dict().items()}
+    torch.save({**bare, "norm.mean": torch.full((1, 3, 1, 1), 0.25), "norm.std": torch.ones(3)}, place / "normed.pth")
+    normed = ("purify", "--checkpoint", "normed.pth", "--model", "mistaken_nets:linear", *rest)
+    mistakes(*normed, says=("normed.pth holds norm.mean, by which its network normalises its input: add --mean 0.25,0.25,0.25",))
+    mistakes(*normed, "--mean", "0.3", says=("holds norm.std", "add --std 1,1,1"))
+    checkpoint.save(place / "bare" / "model.safetensors", network.build(), network, mean=(0.3,), std=(0.4,))
+    mistakes("evaluate", "bare", "--data", "clean", says=("does not tell the model's classes and input_size; give them to",))
     mistakes(*own, "--mean", "0.3", says=("nothing says the std of this network's input; add --std",))

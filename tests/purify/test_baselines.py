@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from io import StringIO
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,22 @@ def test_steps_are_counted_where_someone_watches(watched: bool, monkeypatch: pyt
     monkeypatch.setattr("sys.stderr", told)
     list(offered(FineTune(steps=3, rounds=1, batch_size=40), network(), bars(240)))
     assert ("FineTune" in told.getvalue() and "/3 [" in told.getvalue()) is watched
+
+
+class Aux(nn.Sequential):
+    """With more than logits while it trains."""
+
+    def forward(self, images: Tensor) -> Any:
+        logits = super().forward(images)
+        return (logits, logits) if self.training else logits
+
+
+@pytest.mark.parametrize("method", [FineTune(), FTSAM()])
+def test_a_network_that_gives_more_while_it_trains_is_refused_at_once(method: Purifier) -> None:
+    network = Pixels(Aux(nn.Flatten(), nn.Linear(64, 4)), [0.5], [0.25]).eval()
+    with pytest.raises(ValueError, match="it gives tuple; wrap it so that it gives logits alone, in training too"):
+        method.check(network, torch.rand(2, 1, 8, 8))
+    assert not network.training
 
 
 @pytest.mark.parametrize("method", [FineTune(steps=3, lr=1e30, batch_size=40), FTSAM(steps=3, lr=1e30, batch_size=40)])

@@ -75,6 +75,15 @@ def test_a_sixth_of_what_turned_is_better_but_not_repaired(start: float, measure
     assert not repaired(START, suspects=None).repaired
 
 
+def test_many_small_steps_do_not_lead_away_from_the_lowest_proxy(measured: dict[int, tuple[float, float, float]]) -> None:
+    found = []
+    for step in range(12):  # each as low as the one before, nearly, and more accurate
+        measured[step + 3] = (0.88 + 0.001 * step, 0.0, 0.05 + 0.019 * step)
+        found.append(step + 3)
+    assert repaired(*found, suspects=None).chosen == "always 4"  # 0.069, within .02 of the lowest; 5 has 0.088
+    assert repaired(*found[::-1], suspects=None).chosen == "always 4"
+
+
 class Flat(Always):
     """The same, with a slope, which is zero."""
 

@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from nab_defense.clean import CleanSet, Pixels
 from nab_defense.purify.base import divergence
@@ -107,6 +108,11 @@ def test_divergence_is_zero_where_answers_agree_and_its_gradient_keeps_its_size_
     own, theirs = (logits / 2).softmax(1), (wanted / 2).softmax(1)
     naive = 4 * (theirs * (theirs / own).log()).sum(1).mean()
     torch.testing.assert_close(divergence(logits, wanted, 2.0), naive)
+
+
+def test_weights_that_follow_from_others_are_not_redrawn() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), weight_norm(nn.Conv2d(4, 6, 3)), nn.Flatten(), nn.Linear(96, 4))
+    assert layers_by_depth(Pixels(network, [0.5], [0.25]), torch.rand(2, 1, 8, 8)) == [network[0], network[3]]
 
 
 def test_a_network_without_weights_to_redraw_is_refused() -> None:

@@ -94,15 +94,19 @@ def test_refused(change: dict[str, Any], says: str) -> None:
 class Scripted(nn.Module):
     """The class that the first pixel holds."""
 
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
     def forward(self, images: Tensor) -> Tensor:
-        return nn.functional.one_hot(images[:, 0, 0, 0].round().long(), 4).float()
+        return nn.functional.one_hot(images[:, 0, 0, 0].round().long(), self.outputs).float()
 
 
-def known(answers: Tensor, labels: Tensor) -> None:
+def known(answers: Tensor, labels: Tensor, *, outputs: int = 4) -> None:
     """Check a model that gives these answers to images of these labels."""
     pixels = answers.to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8).contiguous()
     given: dict[str, Any] = {"mean": (0.0,), "std": (1 / 255,), "runtime": Runtime(device="cpu", precision="float32", threads=1)}
-    check_known(Scripted(), CleanSet(pixels, labels), **given)
+    check_known(Scripted(outputs), CleanSet(pixels, labels), **given)
 
 
 MIXES = [(15, 15, 15, 15), (49, 1, 0, 0), (96, 2, 1, 1), (58, 2, 0, 0), (2, 2, 2, 2)]
@@ -115,6 +119,23 @@ def test_a_model_without_fault_is_known_and_one_class_for_all_is_not(counts: tup
     for answer in range(4):
         with pytest.raises(ValueError, match="clean images rightly, as a guess might; check the order of classes"):
             known(torch.full_like(labels, answer), labels)
+
+
+def test_a_model_of_another_order_of_classes_is_told_which() -> None:
+    labels = torch.arange(12).repeat_interleave(10)
+    order = torch.tensor(sorted(range(12), key=str)).argsort()  # as torchvision has folders that are named 0 to 11
+    with pytest.raises(ValueError, match=r"0\.17 of the .* 1\.00 in another order: class 2, number 2 here, is its output 4;"):
+        known(order[labels], labels, outputs=12)
+    known(labels, labels, outputs=12)
+    weak = torch.where(torch.arange(120) % 10 < 4, labels, labels.roll(37))  # right on .4 and wrong in no order
+    known(weak, labels, outputs=12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_chance_is_no_other_order(seed: int) -> None:
+    labels = torch.arange(50).repeat_interleave(2)  # of which an order that is fitted to all of them names many
+    answers = labels[torch.randperm(100, generator=torch.Generator().manual_seed(seed))]
+    known(torch.where(torch.arange(100) % 10 < 3, labels, answers), labels, outputs=50)
 
 
 def test_a_model_without_finite_answers_is_told_so_not_that_it_guesses() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from nab_defense.channels import Channel, maskable, masked, prune, ranking
 from nab_defense.clean import Pixels
@@ -94,6 +95,8 @@ def test_channels_of_each_kind_of_network() -> None:
     assert maskable(plain) == {"0.weight": 4, "2.weight": 6}
     plain[2].register_parameter("gain", nn.Parameter(torch.ones(6, 1, 1, 1)))
     assert maskable(plain) == {"0.weight": 4, "2.gain": 6}
+    computed = weight_norm(nn.Conv2d(4, 6, 3))  # a weight that follows from others cannot be scaled in place
+    assert maskable(nn.Sequential(nn.Conv2d(1, 4, 3), computed, nn.Flatten(), nn.Linear(96, 4))) == {"0.weight": 4}
     normed = nn.Sequential(nn.Conv2d(1, 4, 1), nn.GroupNorm(2, 4))
     assert maskable(normed) == {"1.weight": 4}
     # neither a narrow convolution before the head nor one of a block before one of the next is an MLP's first layer

@@ -31,6 +31,8 @@ def recentred(network: Pixels, clean: CleanSet, *, runtime: Runtime, augment: bo
         clean: Images to measure on.
         augment: Random crops and flips, as the training that follows."""
     layers = {name: norm for name, norm in norms(network).items() if norm.affine and norm.running_mean is not None}
+    if not layers:
+        return network.eval()
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     hooks = [layer.register_forward_pre_hook(partial(_noted, seen[name])) for name, layer in layers.items()]
     batches = clean.endless(PASS_BATCH, runtime=runtime, seed=runtime.seed, augment=augment)

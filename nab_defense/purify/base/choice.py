@@ -42,8 +42,7 @@ class Choice:
         self.records.append(record)
         log.info("%s: held-out accuracy %.3f, proxy %.3f", record["name"], record["accuracy"], record["proxy"])
         kind = self._kind(record)
-        fits = kind != (True, True) and may_keep(self.before, record, self.max_drop)  # what is still turned must keep to max_drop
-        if fits and (kind not in self.best or _better(record, self.best[kind][0])):
+        if self._fits(record) and (kind not in self.best or self._better(record, self.best[kind][0])):
             self.best[kind] = record, copy.deepcopy(network)
         self.kept.write("judged", self._state)
 
@@ -63,6 +62,18 @@ class Choice:
         still_turned = record["proxy"] >= TURNED * self.before["proxy"]
         return still_turned, self.before["accuracy"] - record["accuracy"] > self.max_drop
 
+    def _fits(self, record: dict[str, Any]) -> bool:
+        """What is still turned must keep to max_drop, all others may by as much as the images cannot tell."""
+        return self._kind(record) != (True, True) and may_keep(self.before, record, self.max_drop)
+
+    def _better(self, record: dict[str, Any], than: dict[str, Any]) -> bool:
+        """A clearly lower proxy, or one as low as the lowest of its kind and more accurate. Proxies are as low as the lowest, not
+        as each other: many small steps would lead away from it."""
+        rivals = [one for one in self.records if self._fits(one) and self._kind(one) == self._kind(record)]
+        bound = min(one["proxy"] for one in rivals) + TIE
+        more = record["accuracy"], -record["proxy"]
+        return bool(record["proxy"] < bound and (than["proxy"] >= bound or more > (than["accuracy"], -than["proxy"])))
+
     def _state(self) -> dict[str, Any]:
         best = [(record, dict(n if isinstance(n, dict) else n.state_dict())) for record, n in self.best.values()]
         return {"records": self.records, "seconds": self.seconds, "best": best}
@@ -76,9 +87,3 @@ def may_keep(before: dict[str, Any], record: dict[str, Any], max_drop: float) ->
 def hardly_turned(before: dict[str, Any], record: dict[str, Any]) -> bool:
     """Whether less than a sixth of what turned the original is left; nobody knows how much of the backdoor that is."""
     return bool(record["proxy"] < REPAIRED * before["proxy"])
-
-
-def _better(record: dict[str, Any], than: dict[str, Any]) -> bool:
-    """A clearly lower proxy, or the same and more accurate."""
-    gain = than["proxy"] - record["proxy"]
-    return bool(gain > TIE or (gain > -TIE and record["accuracy"] > than["accuracy"]))

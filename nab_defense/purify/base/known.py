@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from ..clean import CleanSet, Pixels
-from ..runtime import Runtime
-from .base import answers, count_outputs, frozen
+from ...clean import CleanSet, Pixels
+from ...runtime import Runtime
+from .inputs import answers, count_outputs
+from .protocol import frozen
 
 __all__ = ["check_known", "frozen_pixels"]
 
