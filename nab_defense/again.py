@@ -14,7 +14,7 @@ from torch import nn
 from .content import ALIKE, alike, beyond_content
 from .detectors import detectors
 from .examine import Unseen, examined, seen_by, shared, shows_trigger
-from .look import make_finding, stronger_halves, with_bearers
+from .look import controlled, make_finding, stronger_halves, with_bearers
 from .naming import MANY, all_bearers, control, second_choices
 from .outside import Without, foreign_parts
 from .parts import DOUBT, Part, distinct, joined, other_half, same_parts, smaller_halves, with_more_like_it
@@ -61,7 +61,8 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     report = detectors.create(recipe.scan.detector, **recipe.scan.params).detect(scan)
     selection = expand(report, scan, fraction=recipe.fraction, previous=Selection(known, before.selection.doubt), trained=True)
     selection, rises = stronger_halves(session, trained, selection, known)
-    selection = confirmed(selection, scan.labels, rises, known=known)
+    rises = controlled(session, selection, known, rises, lambda absent: without(absent, "control"))
+    selection = confirmed(selection, scan.labels, rises, known=known, few=scan.num_classes < MANY)
     selection = with_bearers(session, clearest(selection, scan.labels, [before.selection, selection]))
     cleared = [group.label for group in before.selection.groups if group.cleared]
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()

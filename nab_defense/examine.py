@@ -21,6 +21,7 @@ from .session import Session
 __all__ = ["Unseen", "examined", "seen_by", "shared", "shows_trigger"]
 
 log = logging.getLogger(__name__)
+THREE = 3  # classes, of which half of a harmless one (digits) was named after all others, as poison is
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ def shows_trigger(
     turned = imprint_by_class(
         trained, session.ordered(session.source), labels, group.label, pattern, shown=~part, runtime=session.runtime
     )
-    return bool(turned.sum() / (len(turned) - 1) >= MIN_IMPRINT)
+    return _on_average(turned, labels[~part & ~own]) >= MIN_IMPRINT
 
 
 def examined(
@@ -76,7 +77,8 @@ def examined(
     labels, label = unseen.scan.labels, group.label
     seen = naming(unseen.scan.logits, labels, part, unseen.others)
     log.info("class %d, %d samples: %s", label, group.size, seen)
-    group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=seen.spread)
+    spread = seen.spread if unseen.scan.num_classes > THREE else 0.0
+    group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=spread)
     group = dataclasses.replace(group, source=None, every=None, carried=None, same=None)  # of what was tried before
     own = labels == label
     if group.unlike and not group.foreign and (own & suspect).sum() >= MIN_SEEDS:
@@ -90,10 +92,16 @@ def examined(
             for one in (trained, unseen.network)
         )
         turned = taught - untaught
-        every = float(turned.sum() / (len(turned) - 1))
+        every = _on_average(turned, labels[shown & ~own])
         group = dataclasses.replace(group, source=float(turned.max()), every=every, carried=covers)
         log.info("class %d: turns %s of the classes, carried %.2f", label, np.round(turned, 2), covers)
     return group
+
+
+def _on_average(turned: NDArray[np.float64], shown: NDArray[np.int64]) -> float:
+    """The mean of (K,) shares over the classes of which images were shown, given the labels of these."""
+    there = np.bincount(shown, minlength=len(turned)) > 0
+    return float(turned[there].mean()) if there.any() else 0.0
 
 
 def _may_be_trigger(part: NDArray[np.bool_], own: NDArray[np.bool_]) -> bool:

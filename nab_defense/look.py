@@ -14,18 +14,18 @@ from torch import nn
 from . import imprint
 from .detectors import detectors
 from .detectors.lga import lga_loss
-from .naming import bearers
+from .naming import MANY, bearers
 from .passes import JUDGES, clear, clearest, confirmed, judged, overfull, settled
 from .plan import Finding, make_plan, paper_plan
 from .relabel import relabelers
 from .replay import fit_once, scan_key
 from .scan import EarlyScan, Scan, scan_model
-from .select import BALANCED, CLEAR_IMPRINT, MIN_SEEDS, Selection, expand, take_fraction
+from .select import BALANCED, CLEAR_IMPRINT, MIN_IMPRINT, MIN_SEEDS, Selection, expand, take_fraction
 from .session import Session
 from .train import TrainConfig
 from .types import SuspectReport
 
-__all__ = ["accuse", "look", "make_finding", "scan_whole", "stronger_halves", "with_bearers"]
+__all__ = ["accuse", "controlled", "look", "make_finding", "scan_whole", "stronger_halves", "with_bearers"]
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +65,23 @@ def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
 
     scan, network = _scan(session, watch, kept)
     report, selection = found[-1]
-    selection = clearest(confirmed(selection, scan.labels, judged(tried)), scan.labels, [one for _, one in found])
+    rises = controlled(
+        session, selection, np.zeros(len(scan), bool), judged(tried), lambda absent: _scan(session, _whole, kept, ~absent)[1]
+    )
+    selection = clearest(
+        confirmed(selection, scan.labels, rises, few=scan.num_classes < MANY), scan.labels, [one for _, one in found]
+    )
     selection = with_bearers(session, selection)
     return make_finding(session, scan, report, selection, network), network
 
 
 def scan_whole(session: Session, *, kept: bool = False) -> tuple[Scan, nn.Module]:
     """All epochs of the scan, as the paper's rule has it; no detector has a say in it. `kept` as in look."""
-    return _scan(session, lambda seen, network: False, kept)
+    return _scan(session, _whole, kept)
+
+
+def _whole(seen: Scan, network: nn.Module) -> bool:
+    return False  # it goes on to its last epoch
 
 
 def accuse(session: Session, scan: Scan, network: nn.Module) -> Finding:
@@ -98,8 +107,11 @@ def make_finding(
     return Finding(report, selection, plan, confidence)
 
 
-def _scan(session: Session, watch: Callable[[Scan, nn.Module], bool], kept: bool) -> tuple[Scan, nn.Module]:
-    source, stage = session.source, session.recipe.scan
+def _scan(
+    session: Session, watch: Callable[[Scan, nn.Module], bool], kept: bool, rows: NDArray[np.bool_] | None = None
+) -> tuple[Scan, nn.Module]:
+    """The scan's training, of all images or of `rows`, (N,) bool, alone, with a look after each epoch."""
+    source, stage = session.source if rows is None else session.source.subset(np.flatnonzero(rows)), session.recipe.scan
     network = session.build(stage.model)
     settings = TrainConfig(
         epochs=stage.epochs, batch_size=stage.batch_size, lr=stage.lr, momentum=stage.momentum,
@@ -158,6 +170,34 @@ def stronger_halves(
             log.info("class %d: the other half, %d samples, imprint %.2f", label, sizes[label], turned[label])
     swapped = tuple(dataclasses.replace(group, size=sizes.get(group.label, group.size)) for group in selection.groups)
     return Selection(suspect, doubt, swapped), turned
+
+
+def controlled(
+    session: Session,
+    selection: Selection,
+    known: NDArray[np.bool_],
+    rises: dict[int, float],
+    without: Callable[[NDArray[np.bool_]], nn.Module],
+) -> dict[int, float]:
+    """Of few classes: what the suspects of each label turn, less what the same turns in a network that never saw them.
+
+    Beside one class there is hardly another: what a style of a class shares turns half of all other images, or more, without
+    any trigger, in a network that never saw that style as well.
+
+    Args:
+        selection, known, rises: As stronger_halves takes and gives them.
+        without: Mask (N,) -> a network trained without these samples; called where there is something to try."""
+    labels = session.source.labels
+    given = [label for label, rise in rises.items() if rise >= MIN_IMPRINT]
+    if int(labels.max()) + 1 >= MANY or not given:
+        return rises
+    fresh = selection.suspect & ~known
+    groups = [fresh & (labels == label) for label in given]
+    batches = session.ordered(session.source)
+    untaught = imprint.imprints(without(selection.suspect), batches, labels, groups, runtime=session.runtime)
+    for label, other in zip(given, untaught, strict=True):
+        log.info("class %d: imprint %.2f in a network that never saw them", label, other)
+    return {**rises, **{label: rises[label] - max(0.0, other) for label, other in zip(given, untaught, strict=True)}}
 
 
 def with_bearers(session: Session, selection: Selection) -> Selection:

@@ -81,8 +81,8 @@ class Group:
         content: How surely a network that never saw its class names it, or a part of the class that is more foreign, times how
             variously, less what is typical of classes (see outside.foreign_parts), in [-1, 1]; None: not tried, and by what one
             that never saw the group makes of it (`strange`) instead.
-        doubted: Of its class others are accused, for a trigger in doubt or as clean-label poison: the two may be the halves of
-            a class of which the clean one resembles few others.
+        few: There are few classes, and beside each hardly another to turn to.
+        doubted: Of its class others are accused, for a trigger in doubt or as clean-label poison, which may be its clean half.
     """
 
     label: int
@@ -102,6 +102,7 @@ class Group:
     alike: float = 0.0
     same: float | None = None
     content: float | None = None
+    few: bool = False
     doubted: bool = False
 
     @property
@@ -111,7 +112,7 @@ class Group:
     @property
     def acquitted(self) -> bool:
         """It stood apart and shares no trigger: a class may fall in two by itself, or because half of its labels are wrong."""
-        needed = CLEAR_IMPRINT if self.share > 1 - BALANCED else MIN_IMPRINT
+        needed = CLEAR_IMPRINT if self.few or self.share > 1 - BALANCED else MIN_IMPRINT
         return self.imprint is not None and self.imprint < needed and not self.foreign
 
     @property
@@ -192,12 +193,11 @@ def expand(
 ) -> Selection:
     """Seeds and expansion: from the most suspicious few to the whole group they belong to, if there is such a group.
 
-    The seeds are the top `fraction` of the report. For each class with enough of them, a linear probe on the scan's own
-    features tells its seeds from all other samples, and a mixture of two normals splits the probe's scores within the class;
-    the higher group takes the seeds' place, a few times over. Where two groups with a valley between them remain, the higher
-    one is suspect, if it leaves MIN_SEEDS samples of its class to compare it with. Otherwise its size, and so the poison rate, is
-    never asked for. A class whose scores stay one hump is left alone: on clean data the seeds are merely the easiest images of a
-    continuum.
+    For each class with enough seeds, the top `fraction` of the report, a linear probe on the scan's features tells them from
+    all other samples, and a mixture of two normals splits its scores within the class; the higher group takes their place,
+    a few times over. Where two groups with a valley between them remain, the higher one is suspect, if it leaves MIN_SEEDS
+    samples of its class to compare it with. Otherwise its size, and so the poison rate, is never asked for. A class whose scores
+    stay one hump is left alone: on clean data the seeds are merely the easiest images of a continuum.
 
     Losses tell poison apart only for a while, features from then on: a group found on an earlier pass is grown again on this
     one, and stands wherever this pass shows none that is more distinct.
