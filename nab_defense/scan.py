@@ -98,7 +98,8 @@ def scan_model(model: nn.Module, loader: Batches, labels: NDArray[np.int64], *, 
 
 
 def _batch_by_batch(model: nn.Module, loader: Batches, runtime: Runtime) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Features, logits and labels of all batches, in order, on the CPU; of several ranks each computes some."""
+    """Features, logits and labels of all batches, in order, on the CPU; of several ranks each computes one a round, and no rank
+    holds more than a round."""
 
     def dealt() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for _, images, targets in ranks.deal(loader):
@@ -109,8 +110,12 @@ def _batch_by_batch(model: nn.Module, loader: Batches, runtime: Runtime) -> Iter
     if ranks.count() == 1:
         yield from dealt()
         return
-    own = list(dealt())
-    yield from zip(*(ranks.in_order([batch[part] for batch in own]) for part in range(3)), strict=True)
+    own, last = dealt(), False
+    while not last:
+        batch = next(own, None)
+        heard = [ranks.in_order([] if batch is None else [batch[part]]) for part in range(3)]
+        yield from zip(*heard, strict=True)
+        last = len(heard[0]) < ranks.count()
 
 
 def _rows(size: int, width: int) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nab_defense import scan
+from nab_defense import ranks, scan
 from nab_defense.runtime import Runtime
 from nab_defense.scan import EarlyScan, Scan, features_and_logits, scan_model
 
@@ -160,3 +160,28 @@ def test_a_loader_that_gives_more_than_the_labels_is_refused() -> None:
     model, batches = build(), Batches()
     with pytest.raises(ValueError, match="does not give the source's samples in order"):
         scan_model(model, batches, batches.labels.numpy()[:-1], runtime=CPU)
+
+
+def test_ranks_tell_each_other_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 of two, of which the other sees the same: every batch comes twice."""
+
+    class Twice(Batches):
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in super().__iter__():
+                yield from (batch, batch)
+
+    sent: list[int] = []
+
+    def exchange(message: bytes) -> list[bytes]:
+        sent.append(len(message))
+        return [message, message]
+
+    model, batches = build(), Twice(count=12, size=4)
+    labels = torch.cat([targets for _, targets in batches]).numpy()
+    alone = scan_model(model, batches, labels, runtime=CPU)
+    monkeypatch.setattr(ranks, "_here", ranks._Here(0, 2, 0, 2))
+    monkeypatch.setattr(ranks, "_exchange", exchange)
+    found = scan_model(model, batches, labels, runtime=CPU)
+    for name in ("features", "logits", "losses"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(alone, name))
+    assert alone.features[:4].nbytes < max(sent) < alone.features[:8].nbytes
