@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import ranks
-from .data import Distortion, ResidentLoader, Source, Store, build_loader, build_transform
+from .data import Distortion, Held, ResidentLoader, Source, Store, build_loader, build_transform
 from .dataset import NABDataset
 from .runtime import Runtime
 from .stamp import Stamp
@@ -22,8 +22,10 @@ __all__ = ["Loaders", "Ordered"]
 class Loaders:
     """Makes loaders of normalised images (B, C, size, size) and int64 labels (B,), on the runtime's device.
 
-    Small images are held there and shared by all loaders; larger ones, and augmentations that work image by image, are left to
-    timm's loader.
+    Small images are held there and shared by all loaders; larger ones, those that memory has no room for, and augmentations that
+    work image by image, are left to timm's loader. Both give the same batches, except where crop_flip takes images of 64 px,
+    distorts them, or is done by loader processes: there the two draw other numbers. So what was decided for training is kept for
+    a resumed run, and the first of several ranks decides.
 
     Args:
         size: Edge of the network's input, in pixels.
@@ -75,19 +77,31 @@ class Loaders:
         """
         if split:
             ranks.check_batch(min(batch_size, len(source) if plan is None else int(plan.keep.sum())))
-        made = self._made(source, augment, batch_size, training, plan, split)
+        found = self.store.settle(source, augment) if training else self.store.find(source, augment)
+        made = self._made(source, found, augment, batch_size, training, plan, split)
         if training or ranks.count() == 1:
             return made
-        return Ordered(
-            made, len(source), batch_size, lambda rows: self._made(source.subset(rows), augment, batch_size, False, None, False)
-        )
 
-    def _made(self, source: Source, augment: str, batch_size: int, training: bool, plan: NABPlan | None, split: bool) -> Any:
+        def part(rows: NDArray[np.int64]) -> Any:
+            own = None if found is None else (found[0], found[1][rows])
+            return self._made(source.subset(rows), own, augment, batch_size, False, None, False)
+
+        return Ordered(made, len(source), batch_size, part)
+
+    def _made(
+        self,
+        source: Source,
+        found: tuple[Held, NDArray[np.int64]] | None,
+        augment: str,
+        batch_size: int,
+        training: bool,
+        plan: NABPlan | None,
+        split: bool,
+    ) -> Any:
         given: dict[str, Any] = {
             "batch_size": batch_size, "mean": self.mean, "std": self.std, "runtime": self.runtime,
             "training": training, "split": split,
         }  # fmt: skip
-        found = self.store.find(source, augment)
         if found is not None:
             held, rows = found
             given |= {"augment": augment, "plan": plan, "stamp": self.stamp, **self.augmenting}

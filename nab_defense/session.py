@@ -81,6 +81,7 @@ class Session:
         Args: read: Fingerprints of what the run reads, by its keys in the recipe.
 
         Returns: The result, where the run to resume was finished."""
+        self.loaders.store.record = self.stages / "held.json"  # which nothing touches before it trains
         return ranks.on_first(lambda: self._claim(read))
 
     def _claim(self, read: dict[str, str]) -> dict[str, Any] | None:

@@ -245,6 +245,23 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path) -> None:
     assert (tmp_path / "whole" / "suspects.csv").read_bytes() == (tmp_path / "cut" / "suspects.csv").read_bytes()
 
 
+@pytest.mark.parametrize(("first", "later"), [(2**40, 0), (0, 2**40)], ids=["held", "read"])
+def test_a_run_resumed_with_other_free_memory_gives_the_same_bits(
+    first: int, later: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, rule="paper", train={"erase": 0.5}, data={"test": None}))
+    monkeypatch.setattr("nab_defense.data.store._free_memory", lambda device: first)
+    run(recipe, tmp_path / "run")
+    whole = weights(tmp_path / "run")
+    for name in ("finished.json", "defended.state"):
+        (tmp_path / "run" / "stages" / name).unlink()
+    monkeypatch.setattr("nab_defense.data.store._free_memory", lambda device: later)
+    run(recipe, tmp_path / "run", resume=True)
+    assert same_weights(weights(tmp_path / "run"), whole)
+    run(recipe, tmp_path / "run")  # started over, it goes by the memory that is free now
+    assert not same_weights(weights(tmp_path / "run"), whole)
+
+
 @pytest.mark.parametrize(("size", "count"), [(64, 512), (128, 128), (224, 41), (1024, 32)])
 def test_large_images_are_read_a_few_at_a_time(size: int, count: int, tmp_path: Path) -> None:
     session = Session(load_recipe(write_recipe(tmp_path), [f"data.size={size}"]), tmp_path / "run", resume=False)

@@ -61,6 +61,17 @@ def test_dealt_batches_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(found[20 * index][0], images) and np.array_equal(found[20 * index][1], labels)
 
 
+@pytest.mark.parametrize("room", [230, 120, 0])
+def test_dealt_batches_are_held_where_the_whole_is(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source("digits").subset(range(0, 400, 2))
+    loaders = Loaders(size=8, mean=(0.3,), std=(0.4,), hflip=0.5, stamp=Stamp(), runtime=CPU)
+    loaders.store.free = free = room * 64
+    pretend(monkeypatch, 1, 2)
+    for _ in range(2):
+        dealt = [len(images) for _, images, _ in ranks.deal(loaders(source, "none", 20, training=False))]
+        assert dealt == [20] * 5 and loaders.store.free == free - 200 * 64 * (room > 200)
+
+
 def test_what_many_ranks_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, 1, 3)
     with pytest.raises(ValueError, match=r"batches of 5 images cannot be split over 3 ranks.*raise train.batch_size .* to 6"):

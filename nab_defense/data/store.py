@@ -6,13 +6,14 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import ranks
+from .. import io, ranks
 from ..runtime import told_bytes
 from .folder import FileImages
 from .sources import Chosen, Loader, Source
@@ -88,11 +89,15 @@ class Store:
     Args:
         size: Edge of the network's input, in pixels.
         device: Where the images stay.
+
+    Attributes:
+        record: A file of what was decided for training, kept by a run that may be resumed; None: decided anew each time.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.device = size, device
         self.free = int(SHARE * _free_memory(device)) // (1 if device.type == "cuda" else ranks.beside())
+        self.record: Path | None = None
         self._held: dict[Loader, list[Held]] = {}
         self._told: set[str] = set()
 
@@ -111,9 +116,26 @@ class Store:
             log.log(logging.DEBUG if text in self._told else logging.INFO, text)
             self._told.add(text)
             return None
+        return self._hold(made)
+
+    def settle(self, source: Source, augment: str) -> tuple[Held, NDArray[np.int64]] | None:
+        """As find, for batches to train on, of which timm's loader draws others: as decided before, whatever is free now, and of
+        several ranks by the first."""
+        told: dict[str, bool] = io.load_json(self.record) if self.record is not None and self.record.exists() else {}
+        key = f"{augment} {source.fingerprint}"
+        found = self.find(source, augment) if told.get(key, True) else None
+        held = ranks.same(told.get(key, found is not None))
+        if self.record is not None:
+            io.save_json(self.record, {**told, key: held})
+        if held and found is None:
+            log.info("%s: held all the same, as before or on the first rank", source.name)
+            return self._hold(Held(source, augment, self.size, self.device))
+        return found if held else None
+
+    def _hold(self, made: Held) -> tuple[Held, NDArray[np.int64]]:
         self.free -= made.nbytes
-        self._held.setdefault(source.load, []).append(made)
-        return made, np.arange(len(source))
+        self._held.setdefault(made.source.load, []).append(made)
+        return made, np.arange(len(made.source))
 
     def _refusal(self, made: Held) -> str:
         """Why a source is not to be held; "" where it is."""

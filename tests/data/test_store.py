@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nab_defense import ranks
 from nab_defense.bench.attacks import create
 from nab_defense.bench.poison import poison_source, triggered_source
 from nab_defense.data import Source, Store, build_transform, open_source
@@ -125,6 +127,27 @@ def test_what_is_held_stays_within_the_share(caplog: pytest.LogCaptureFixture) -
         assert found[1] is not None and found[1][0].pixels.nbytes == 20 * 64
         assert store.find(sources[1].subset([1]), "crop_flip") is not None
     assert "here: 20 images at 8 px held in memory, 0.0 MB" in [record.message for record in caplog.records]
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_what_was_decided_for_training_stands(room: bool, tmp_path: Path) -> None:
+    source, record = Counted().source(), tmp_path / "held.json"
+    for free in (room, not room):
+        store = Store(8, CPU)
+        store.free *= free
+        assert (store.settle(source.subset([1]), "none") is not None) == free  # of no run that may be resumed
+        store.record = record
+        assert (store.settle(source, "none") is not None) == room
+        assert json.loads(record.read_text()) == {f"none {source.fingerprint}": room}
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_the_first_of_several_ranks_decides_for_training(room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(ranks, "same", lambda value: asked.append(value) or room)
+    store = Store(8, CPU)
+    store.free *= not room
+    assert (store.settle(Counted().source(), "none") is not None) == room and asked == [not room]
 
 
 def test_the_share_is_of_free_memory() -> None:
