@@ -16,10 +16,16 @@ from torch import Tensor, nn
 
 from . import ranks
 
-__all__ = ["Runtime", "fixed_seed", "keep_freed_memory", "told_bytes"]
+__all__ = ["Runtime", "fixed_seed", "keep_freed_memory", "spare_bytes", "told_bytes"]
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 LARGEST = 2**30  # bytes; a tensor above it is mapped for itself, as before
+# Linux's control groups, the second version and the first, by their name in /proc/self/cgroup: the folder below /sys/fs/cgroup,
+# the files of the limit and of what is used, and what memory.stat calls the cached files that are given up first.
+GROUPS = {
+    "": (".", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def fixed_seed(*parts: int) -> None:
@@ -49,6 +55,34 @@ def told_bytes(file: str, key: str) -> int | None:
         lines = dict(line.split(":", 1) for line in Path("/proc", file).read_text(encoding="ascii").splitlines())
         return 1024 * int(lines[key].split()[0])
     except (OSError, ValueError, KeyError):
+        return None
+
+
+def spare_bytes() -> int | None:
+    """Bytes that this process could still take: what the system has available, or less where a control group that it is in (of a
+    container, say) has a limit; None where nothing is known."""
+    found, told = [], told_bytes("meminfo", "MemAvailable")
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for kind, own in (line.split(":", 2)[1:] for line in lines):
+        if kind in GROUPS:
+            folder, limit, used, cached = GROUPS[kind]
+            top = Path("/sys/fs/cgroup", folder)
+            group = top / own.lstrip("/")
+            # A container may see its own group as the topmost, under the name that it has outside.
+            found += [_left(place, limit, used, cached) for place in (group, *group.parents) if place.is_relative_to(top)]
+    return min((count for count in (told, *found) if count is not None), default=None)
+
+
+def _left(group: Path, limit: str, used: str, cached: str) -> int | None:
+    """Bytes that a control group's limit leaves; None where it has none."""
+    try:
+        most, taken = (int((group / name).read_text(encoding="ascii")) for name in (limit, used))  # of no limit it says "max"
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        return max(0, most - taken + int(stat.get(cached, 0)))
+    except (OSError, ValueError):
         return None
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nab_defense import runtime as module
-from nab_defense.runtime import Runtime, fixed_seed
+from nab_defense.runtime import Runtime, fixed_seed, spare_bytes
 from nab_defense.train import TrainConfig, fit
 
 
@@ -126,6 +126,38 @@ def test_hardware_names_processor_memory_threads_and_precision(monkeypatch: pyte
     assert runtime.hardware().endswith(threads)
     with pytest.raises(dataclasses.FrozenInstanceError):
         runtime.seed = 1  # type: ignore[misc]
+
+
+MEMINFO, V2, V1 = {"/proc/meminfo": "MemAvailable: 8000 kB"}, "/sys/fs/cgroup", "/sys/fs/cgroup/memory"
+OWN = {"/proc/self/cgroup": "0::/a/b", f"{V2}/a/b/memory.max": "900", f"{V2}/a/b/memory.current": "700"}
+OWN |= {f"{V2}/a/b/memory.stat": "file 300\ninactive_file 50"}
+ABOVE = {f"{V2}/a/memory.max": "max", f"{V2}/memory.max": "500", f"{V2}/memory.current": "600", f"{V2}/memory.stat": "file 1"}
+FIRST = {"/proc/self/cgroup": "9:pids:/x\n4:memory:/seen/outside\n0::/", f"{V1}/memory.limit_in_bytes": "10000"}
+FIRST |= {f"{V1}/memory.usage_in_bytes": "4000", f"{V1}/memory.stat": "inactive_file 1\ntotal_inactive_file 20"}
+
+
+@pytest.mark.parametrize(
+    ("files", "bytes_"),
+    [
+        ({}, None),
+        (MEMINFO, 8_192_000),
+        (MEMINFO | {"/proc/self/cgroup": "0::/"}, 8_192_000),
+        (MEMINFO | OWN, 250),
+        (OWN, 250),
+        (MEMINFO | OWN | ABOVE, 0),
+        (MEMINFO | FIRST, 6020),
+        (MEMINFO | FIRST | {f"{V1}/memory.limit_in_bytes": str(2**63 - 4096)}, 8_192_000),
+    ],
+    ids=["other system", "no groups", "topmost", "own", "own alone", "above", "first version", "first version, no limit"],
+)
+def test_a_containers_limit_counts_as_memory(files: dict[str, str], bytes_: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_text(path: Path, **_: str) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert spare_bytes() == bytes_
 
 
 @pytest.mark.gpu

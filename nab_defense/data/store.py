@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import io, ranks
-from ..runtime import told_bytes
+from ..runtime import spare_bytes
 from .folder import FileImages
 from .sources import Chosen, Loader, Source
 from .transforms import RESIZED, resized
@@ -159,8 +159,8 @@ def _origins(source: Source) -> Iterator[tuple[Loader, NDArray[np.int64]]]:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes; what the system could give without swapping, its file cache included."""
+    """Bytes; what the system, and a container's limit, could give without swapping, file cache included."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    told = told_bytes("meminfo", "MemAvailable")
-    return ASSUMED if told is None else told
+    spare = spare_bytes()
+    return ASSUMED if spare is None else spare

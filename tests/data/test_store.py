@@ -150,8 +150,12 @@ def test_the_first_of_several_ranks_decides_for_training(room: bool, monkeypatch
     assert (store.settle(Counted().source(), "none") is not None) == room and asked == [not room]
 
 
-def test_the_share_is_of_free_memory() -> None:
+def test_the_share_is_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 << 20 < Store(8, CPU).free < 1 << 44
+    monkeypatch.setattr("nab_defense.data.store.spare_bytes", lambda: 4000)
+    assert Store(8, CPU).free == 1000
+    monkeypatch.setattr("nab_defense.data.store.spare_bytes", lambda: None)
+    assert Store(8, CPU).free == 1 << 30
 
 
 def test_an_unreadable_image_is_named_when_it_is_read_and_every_time() -> None:
