@@ -27,6 +27,8 @@ GROUPS = {
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 
+_before: int | None = None  # torch's number of threads, where a Runtime set another
+
 
 def fixed_seed(*parts: int) -> None:
     """Seed Python, numpy and torch from a tuple of integers, e.g. (seed, epoch)."""
@@ -101,6 +103,17 @@ def _cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
+def _set_threads(count: int | None) -> None:
+    """None: as many as there were before another number was set here."""
+    global _before
+    if count is not None:
+        _before = _before or torch.get_num_threads()
+        torch.set_num_threads(count)
+    elif _before is not None:
+        torch.set_num_threads(_before)
+        _before = None
+
+
 def _repeat_on_cuda() -> None:
     """Have CUDA choose kernels that give the same bits every time, as the CPU's do; where there is none it takes another."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
@@ -132,7 +145,7 @@ class Runtime:
         channels_last: Keep images and convolutions in NHWC order.
         compile: Use torch.compile.
         workers: Loader processes; 0 loads in the training process. Small images, which are held on the device, need none.
-        threads: Processor threads for torch; None: all cores. Tiny networks run best on one.
+        threads: Processor threads for torch; None: all cores, or OMP_NUM_THREADS. Tiny networks run best on one.
         sync_bn: Of several ranks, have BatchNorm take the images of all of them; on GPUs only.
         seed: Seed of everything random.
     """
@@ -190,8 +203,7 @@ class Runtime:
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device and memory format, in place; sets the number of threads and, on CUDA, repeatable kernels."""
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        _set_threads(self.threads)
         if self.torch_device.type == "cuda":
             _repeat_on_cuda()
         model = model.to(self.torch_device)

@@ -88,12 +88,17 @@ def test_a_narrow_strided_stem_trains(channels: int) -> None:
 
 
 def test_threads_are_set_by_place_alone() -> None:
+    Runtime(device="cpu").place(nn.Linear(1, 1))  # whatever other tests left
     before = torch.get_num_threads()
     try:
-        runtime = Runtime(device="cpu", threads=before + 1)
+        Runtime(device="cpu", threads=before + 1)
         assert torch.get_num_threads() == before
-        runtime.place(nn.Linear(1, 1))
-        assert torch.get_num_threads() == before + 1
+        for threads, found in ((before + 1, before + 1), (before + 2, before + 2), (None, before), (None, before)):
+            Runtime(device="cpu", threads=threads).place(nn.Linear(1, 1))
+            assert torch.get_num_threads() == found
+        torch.set_num_threads(before + 3)  # by the program that uses the package
+        Runtime(device="cpu").place(nn.Linear(1, 1))
+        assert torch.get_num_threads() == before + 3
     finally:
         torch.set_num_threads(before)
 
