@@ -18,17 +18,21 @@ from .bench.metrics import detection, relabel_accuracy
 from .bench.retune import IMAGES, STEPS
 from .check import Verdict
 from .data import Source
+from .data.folder import BROKEN
 from .plan import COVERED, Finding
 from .runtime import Runtime
 from .select import MIN_CONTENT, Group
 from .session import Session
 from .types import EvalResult, NABPlan
 
-__all__ = ["commit", "describe", "provenance", "save_ranking", "save_suspects", "short", "summarize", "summarize_models"]
+__all__ = [
+    "commit", "describe", "oddities", "provenance", "save_ranking", "save_suspects", "short", "summarize", "summarize_models",
+]  # fmt: skip
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "faiss-cpu", "albumentations")
 COLUMNS = {"acc": "ACC", "asr": "ASR", "ra": "RA", "retuned": "ASR*"}
 LEGEND = f"ASR*: the same after {STEPS} small steps on {IMAGES} triggered images with the attacker's label; compare the oracle's"
+NAMED = 5  # files of one oddity
 SUSPECTS = ("id", "label", "proposed", "score", "action", "evidence")
 Models = dict[str, EvalResult | tuple[EvalResult, EvalResult]]
 
@@ -57,12 +61,18 @@ def describe(
         "seed": session.recipe.seed,
         **provenance(session.runtime),
         "verdict": dataclasses.asdict(verdict),
-        "data": {"samples": len(plan), "fingerprint": session.source.fingerprint, "irregular": session.source.irregular},
+        "data": {"samples": len(plan), "fingerprint": session.source.fingerprint, "irregular": oddities(session.source)},
         "seconds": {**seconds, "total": sum(seconds.values())},
         "detection": {**measured, "groups": groups},
         **({} if repair is None else {"purify": repair}),
         "models": {name: _model(value) for name, value in models.items()},
     }
+
+
+def oddities(source: Source) -> dict[str, Any]:
+    """Kind of oddity -> how many files show it, and names: of all that were left out, of the first NAMED others."""
+    found = source.irregular.items()
+    return {kind: {"count": len(ids), "names": ids if kind in BROKEN else ids[:NAMED]} for kind, ids in found}
 
 
 def provenance(runtime: Runtime) -> dict[str, Any]:

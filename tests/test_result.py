@@ -65,3 +65,13 @@ def test_the_accused_are_given_their_own_evidence(groups: tuple[Group, ...], tmp
     with (tmp_path / "suspects.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 3 and all("separation 4.5, valley 0.84, imprint 0.63" in row["evidence"] for row in rows)
+
+
+def test_of_odd_files_those_left_out_are_all_named_and_of_others_a_few() -> None:
+    names = [f"{index}.png" for index in range(9)]
+    source = cast(Source, SimpleNamespace(irregular={"grey": names, "palette": names[:2], "truncated": names}))
+    assert result.oddities(source) == {
+        "grey": {"count": 9, "names": names[:5]},
+        "palette": {"count": 2, "names": names[:2]},
+        "truncated": {"count": 9, "names": names},
+    }

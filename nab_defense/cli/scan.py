@@ -15,7 +15,7 @@ from ..look import look
 from ..methods import check_methods
 from ..plan import save_finding
 from ..recipe import parse_recipe
-from ..result import save_suspects
+from ..result import oddities, save_suspects
 from ..schema import Recipe
 from ..session import Session
 from .common import Parser, check_out
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         "samples": len(finding.plan),
         "suspects": suspects,
         "fingerprint": session.source.fingerprint,
-        "irregular": session.source.irregular,
+        "irregular": oddities(session.source),
         "groups": groups,
     }
     io.save_json(out / "report.json", report)

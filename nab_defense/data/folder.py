@@ -151,6 +151,8 @@ def read_files(
         mend = "to train on them set model.in_chans=1; for a model that is trained save them as RGB"
         raise ValueError(f"all images in {root} are grey and the model takes 3 channels; {mend}")
     mode = "L" if channels == 1 or (channels is None and only_grey) else "RGB"
+    if mode == "L":
+        irregular.pop("grey", None)
     load = FileImages([files[i] for i in kept], cache, mode)
     chosen = np.asarray(kept, dtype=np.int64)
     return Folder(

@@ -44,7 +44,7 @@ class Source:
         load: Index -> PIL image in `mode`. It must pickle: where loader processes are spawned, the source is sent to them.
         mode: "RGB" or "L".
         fingerprint: Hash of ids, labels and the contents of all images.
-        irregular: Kind of oddity -> ids of the files that show it ("grey", "palette", "16-bit", "truncated", ...).
+        irregular: Kind of oddity -> ids of the files that show it ("palette", "16-bit", "truncated", ...; "grey" in color mode).
     """
 
     name: str

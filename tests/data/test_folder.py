@@ -53,6 +53,20 @@ def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     assert load_csv(tmp_path / "names.csv", ["id"]) == [{"id": "b/0.png"}, {"id": "caf\\udce9/0.png"}]
 
 
+@pytest.mark.parametrize(("channels", "told"), [(None, True), (3, True), (1, False)])
+def test_grey_images_are_odd_where_the_network_takes_color(channels: int | None, told: bool, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / name)
+        Image.new("L", (8, 8)).save(tmp_path / name / "grey.png")
+        Image.new("P", (8, 8)).save(tmp_path / name / "palette.png")
+    grey = {"grey": ["a/grey.png", "b/grey.png"]} if told else {}
+    expected = {"palette": ["a/palette.png", "b/palette.png"], **grey}
+    assert open_source(str(tmp_path), channels=channels).irregular == expected
+    for path in tmp_path.glob("*/[0p]*.png"):
+        path.unlink()
+    assert channels == 3 or open_source(str(tmp_path), channels=channels).irregular == {}
+
+
 def test_images_without_a_label_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data = [(Image.new("RGB", (4, 4)), label) for label in (0, 1, -1)]
     monkeypatch.setattr("nab_defense.data.sources.create_dataset", lambda *_, **__: data)
