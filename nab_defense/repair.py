@@ -111,7 +111,7 @@ def trusted_images(session: Session) -> Trusted | None:
     stage, recipe = session.recipe.purify, session.recipe
     if stage is None or stage.when == "never":
         return None
-    source = session.further_source(stage.clean, labelled=stage.labelled, **recipe.data.options)
+    source = session.further_source(stage.clean, labelled=stage.labelled)
     drawn, images = read_clean(
         source, size=session.size, limit=stage.clean_limit, labelled=stage.labelled, hflip=recipe.train.hflip, seed=recipe.seed
     )

@@ -184,13 +184,13 @@ class Session:
         assert name is not None  # check_methods
         return self.further_source(name)
 
-    def further_source(self, name: str, *, labelled: bool = True, **options: Any) -> Source:
-        """Images beside the training ones, for the same network.
+    def further_source(self, name: str, *, labelled: bool = True) -> Source:
+        """Images beside the training ones, read as these are, for the same network.
 
         Raises:
             ValueError: They have other classes, where their labels are to be used, or cannot be read."""
         data = self.recipe.data
-        source = open_source(name, channels=self.recipe.model.in_chans, strict=data.strict, labelled=labelled, **options)
+        source = open_source(name, channels=self.recipe.model.in_chans, strict=data.strict, labelled=labelled, **data.options)
         if labelled and source.classes != self.source.classes:
             told = difference(source.classes, self.source.classes)
             raise ValueError(f"{name} has other classes than the training data: {told}")

@@ -18,7 +18,7 @@ from nab_defense.runtime import Runtime
 from nab_defense.scan import scan_model
 from nab_defense.select import Group, Selection
 from nab_defense.session import Session
-from tests.digits_runs import ROOT, TINY, write_recipe
+from tests.digits_runs import ROOT, TINY, write_images, write_recipe
 
 ANY: Any = None
 LF = ["attack={name: lf, rate: 0.1, target: 0}", "baselines=[undefended]"]
@@ -103,6 +103,13 @@ def test_a_smaller_network_scans_and_names_where_the_recipe_says_so(tmp_path: Pa
     assert [value.shape for name, value in shipped.items() if name.endswith("fc.weight")] == [(10, 32)]
     (tmp_path / "run" / "stages" / "finished.json").unlink()  # goes on from the scan that was kept
     assert run(recipe, tmp_path / "run", resume=True)["models"] == result["models"]
+
+
+def test_trusted_images_are_read_with_the_options_of_the_data(tmp_path: Path) -> None:
+    data = {"source": "torch/image_folder", "options": {"root": str(write_images(tmp_path / "images"))}, "test": None, "limit": 5}
+    relabel = {"name": "trusted", "trusted": data["source"], "params": {}}
+    session = Session(load_recipe(write_recipe(tmp_path, data=data, relabel=relabel)), tmp_path / "run", resume=False)
+    assert session.trusted_source.fingerprint == session.whole_source.fingerprint and len(session.trusted_source) == 6
 
 
 @pytest.mark.slow
