@@ -19,6 +19,7 @@ from .passes import JUDGES, clear, clearest, confirmed, judged, overfull, settle
 from .plan import Finding, make_plan, paper_plan
 from .relabel import relabelers
 from .replay import fit_once, scan_key
+from .runtime import Runtime
 from .scan import EarlyScan, Scan, scan_model
 from .select import BALANCED, CLEAR_IMPRINT, MIN_IMPRINT, MIN_SEEDS, Selection, expand, take_fraction
 from .session import Session
@@ -72,7 +73,7 @@ def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
         confirmed(selection, scan.labels, rises, few=scan.num_classes < MANY), scan.labels, [one for _, one in found]
     )
     selection = with_bearers(session, selection)
-    return make_finding(session, scan, report, selection, network), network
+    return make_finding(session, scan, report, selection, network, own=True), network
 
 
 def scan_whole(session: Session, *, kept: bool = False) -> tuple[Scan, nn.Module]:
@@ -89,15 +90,23 @@ def accuse(session: Session, scan: Scan, network: nn.Module) -> Finding:
 
     Args: network: The scan's."""
     report = detectors.create(session.recipe.scan.detector, **session.recipe.scan.params).detect(scan)
-    return make_finding(session, scan, report, take_fraction(report, session.recipe.fraction), network)
+    return make_finding(session, scan, report, take_fraction(report, session.recipe.fraction), network, own=True)
 
 
 def make_finding(
-    session: Session, scan: Scan, report: SuspectReport, selection: Selection, namer: nn.Module, *, unseen: bool = False
+    session: Session,
+    scan: Scan,
+    report: SuspectReport,
+    selection: Selection,
+    namer: nn.Module,
+    *,
+    own: bool = False,
+    unseen: bool = False,
 ) -> Finding:
-    """From suspects to a plan; `namer` labels the suspects. `unseen`: it was trained without them, and has nothing to forget."""
+    """From suspects to a plan; `namer` labels the suspects. `own`: the scan is its own. `unseen`: it was trained without the
+    suspects, and has nothing to forget."""
     recipe = session.recipe
-    proposed, confidence = _relabel(session, scan, namer, selection.suspect, unseen)
+    proposed, confidence = _relabel(session, scan, namer, selection.suspect, own, unseen)
     if recipe.rule == "paper":
         return Finding(report, selection, paper_plan(scan, selection.suspect, proposed), confidence)
     plan = make_plan(
@@ -118,10 +127,7 @@ def _scan(
         weight_decay=stage.weight_decay, sched="none",
     )  # fmt: skip
     loss = lga_loss(stage.gamma, stage.form)
-    # What stands apart after a few epochs hangs on small differences, which bfloat16 blurs: there more scans find nothing.
-    runtime = session.runtime
-    if runtime.precision == "auto":
-        runtime = dataclasses.replace(runtime, precision="float32")
+    runtime = _exact(session.runtime)
     batches, mark = session.ordered(source), source.fingerprint
     passes = EarlyScan(batches, source.labels, look=lambda seen: watch(seen, network), runtime=runtime, fingerprint=mark)
     key = None
@@ -133,6 +139,12 @@ def _scan(
     fit_once(network, session.scan_loader(source), passes, key=key, runtime=runtime, train=settings, loss=loss)
     assert passes.last is not None  # fit runs at least one epoch
     return passes.last, network
+
+
+def _exact(runtime: Runtime) -> Runtime:
+    """What a scan trains and reads with. What stands apart after a few epochs hangs on small differences, which bfloat16 blurs:
+    there more scans find nothing, so it is used only where the recipe asks for it."""
+    return dataclasses.replace(runtime, precision="float32") if runtime.precision == "auto" else runtime
 
 
 def stronger_halves(
@@ -217,21 +229,22 @@ def with_bearers(session: Session, selection: Selection) -> Selection:
 
 
 def _relabel(
-    session: Session, scan: Scan, network: nn.Module, suspect: NDArray[np.bool_], unseen: bool
+    session: Session, scan: Scan, network: nn.Module, suspect: NDArray[np.bool_], own: bool, unseen: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    stage = session.recipe.relabel
+    stage, runtime = session.recipe.relabel, session.runtime
     if not suspect.any():
         return scan.labels, np.ones(len(scan), dtype=np.float32)
     knobs: dict[str, Any] = dict(stage.params)
     if stage.name == "unlearned":
-        knobs |= {"model": network, "loaders": session.relabel_loader, "runtime": session.runtime, "unseen": unseen}
+        knobs |= {"model": network, "loaders": session.relabel_loader, "runtime": runtime, "unseen": unseen}
     else:
         encoder = network if stage.encoder is None else session.build(stage.encoder)
-        scan = scan_model(
-            encoder, session.ordered(session.source), scan.labels, runtime=session.runtime, fingerprint=scan.fingerprint
-        )
+        # Read again where that may give other features.
+        if stage.encoder is not None or not own or _exact(runtime).amp_dtype != runtime.amp_dtype:
+            batches = session.ordered(session.source)
+            scan = scan_model(encoder, batches, scan.labels, runtime=runtime, fingerprint=scan.fingerprint)
         if stage.name == "trusted":
             verified = session.trusted_source
-            seen = scan_model(encoder, session.ordered(verified), verified.labels, runtime=session.runtime)
+            seen = scan_model(encoder, session.ordered(verified), verified.labels, runtime=runtime)
             knobs |= {"features": seen.features, "labels": seen.labels}
     return relabelers.create(stage.name, **knobs).relabel(scan, suspect)

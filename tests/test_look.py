@@ -10,13 +10,14 @@ import torch
 
 from nab_defense import io
 from nab_defense import look as looking
+from nab_defense.detectors import detectors
 from nab_defense.look import look, stronger_halves, with_bearers
 from nab_defense.passes import confirmed
 from nab_defense.pipeline import run
 from nab_defense.recipe import load_recipe
 from nab_defense.runtime import Runtime
 from nab_defense.scan import scan_model
-from nab_defense.select import Group, Selection
+from nab_defense.select import Group, Selection, take_fraction
 from nab_defense.session import Session
 from tests.digits_runs import ROOT, TINY, write_images, write_recipe
 
@@ -103,6 +104,39 @@ def test_a_smaller_network_scans_and_names_where_the_recipe_says_so(tmp_path: Pa
     assert [value.shape for name, value in shipped.items() if name.endswith("fc.weight")] == [(10, 32)]
     (tmp_path / "run" / "stages" / "finished.json").unlink()  # goes on from the scan that was kept
     assert run(recipe, tmp_path / "run", resume=True)["models"] == result["models"]
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "fast", "passes"),
+    [
+        ("knn", {}, False, 0),
+        ("nearest_center", {}, False, 0),
+        ("trusted", {"trusted": "digits"}, False, 1),
+        ("knn", {"encoder": TINY["model"]}, False, 1),
+        ("knn", {}, True, 1),
+    ],
+    ids=["knn", "nearest_center", "trusted", "encoder", "bfloat16"],
+)
+def test_images_are_not_scanned_again_for_their_labels(
+    name: str, more: dict[str, Any], fast: bool, passes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fast`: the processor has bfloat16, in which the scan is not read."""
+    monkeypatch.setattr("nab_defense.runtime._cpu_has_bfloat16", lambda: fast)
+    relabel = {"name": name, "params": {}, **more}
+    session = Session(load_recipe(write_recipe(tmp_path, rule="paper", relabel=relabel)), tmp_path / "run", resume=False)
+    scan, network = looking.scan_whole(session)
+    report = detectors.create("lga").detect(scan)
+    again = looking.make_finding(session, scan, report, take_fraction(report, session.recipe.fraction), network)
+    read: list[int] = []
+
+    def counted(network: Any, batches: Any, labels: Any, **given: Any) -> Any:
+        read.append(len(labels))
+        return scan_model(network, batches, labels, **given)
+
+    monkeypatch.setattr(looking, "scan_model", counted)
+    found = looking.accuse(session, scan, network)
+    assert len(read) == passes and found.plan.suspect.sum() > 5
+    assert np.array_equal(found.plan.new_labels, again.plan.new_labels) and np.array_equal(found.confidence, again.confidence)
 
 
 def test_trusted_images_are_read_with_the_options_of_the_data(tmp_path: Path) -> None:
