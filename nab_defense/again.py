@@ -92,12 +92,12 @@ def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, 
     halves = {group.label: (group, likely) for group, likely in smaller_halves(scan, selection.suspect)}
     kin = _kin(session, scan, halves, selection.suspect)
     queues = {label: [part] for label, part in halves.items() if part[0].size >= MIN_SEEDS and label not in {*spared, *kin}}
-    apart = (selection.doubt > 0.5) & ~selection.suspect
+    apart, both = (selection.doubt > 0.5) & ~selection.suspect, (*selection.groups, *before.selection.groups)
     for label in np.unique(scan.labels[apart & ~np.isin(scan.labels, [*spared, *kin])]).tolist():
         members = apart & (scan.labels == label)
         if members.sum() < MIN_SEEDS:
             continue  # what is left of a group whose other samples were accused meanwhile
-        group = next(g for g in (*selection.groups, *before.selection.groups) if g.label == label)
+        group = max((g for g in both if g.label == label), key=lambda g: g.imprint is not None)  # which that was, was tried
         own = (scan.labels == label) & ~selection.suspect
         part = _unasked(group, int(members.sum())), with_more_like_it(scan, own, members)
         queues[label] = [*queues.get(label, []), part]

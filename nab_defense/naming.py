@@ -14,7 +14,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from .content import Batches, beyond_content
-from .select import MAX_NAMED, MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, split_in_two
+from .mixture import split_in_two
+from .select import MAX_NAMED, MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY
 
 __all__ = ["CONTROL", "MANY", "Naming", "all_bearers", "bearers", "carried", "control", "naming", "second_choices"]
 

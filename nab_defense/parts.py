@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from sklearn.mixture import GaussianMixture
 
+from .mixture import ONE_THREAD, split_in_two
 from .principal import Rows, Standardized, along, directions
 from .scan import Scan
-from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, ONE_THREAD, Group, grow, probe, split_in_two
+from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, Group, grow, probe
 
 __all__ = ["DOUBT", "Part", "distinct", "joined", "other_half", "same_parts", "smaller_halves", "with_more_like_it"]
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from threadpoolctl import threadpool_limits
 
 from .content import ALIKE
+from .mixture import ONE_THREAD, split_in_two
 from .principal import Rows, Standardized, project
 from .scan import Scan
 from .types import SuspectReport
@@ -25,14 +23,12 @@ __all__ = [
     "MIN_SEEDS",
     "MIN_SEPARATION",
     "MIN_VALLEY",
-    "ONE_THREAD",
     "Group",
     "Selection",
     "expand",
     "grow",
     "probe",
     "small_classes",
-    "split_in_two",
     "take_fraction",
 ]
 
@@ -52,7 +48,6 @@ MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the
 MIN_SOURCE = 0.02  # or what it shares must turn so many images of one class, times how sure, and be clearly on covers of others
 CLEAR_SOURCE, SOME_COVERS = 0.3, 0.05  # or turn so many, and be on some; of 60 styles that turn so many none is on any (.005)
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
-ONE_THREAD = threadpool_limits.wrap(limits=1)  # many small products, which two threads that wait for each other make slower
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
 OTHERS = 5000  # samples of other classes that a probe is fitted to: all of them would cost the square of the classes
 
@@ -168,26 +163,6 @@ def take_fraction(report: SuspectReport, fraction: float) -> Selection:
     return Selection(suspect, suspect.astype(np.float32))
 
 
-@ONE_THREAD
-def split_in_two(values: NDArray[Any], means: tuple[float, float] | None = None) -> tuple[NDArray[np.float64], float, float]:
-    """Fit a mixture of two normals to (M,) values. `means`: where to start; None: k-means tells, which overlooks a few.
-
-    Returns: (M,) probability of the higher group, which never falls with the value; Ashman's
-    D = |m1 - m2| / sqrt((s1^2 + s2^2) / 2); depth of the valley of the fitted density between the means relative to the lower
-    of its ends, in [0, 1]."""
-    column = np.asarray(values, dtype=np.float64)[:, None]
-    start = None if means is None else np.array(means)[:, None]
-    mixture = GaussianMixture(2, random_state=0, means_init=start).fit(column)
-    centers, variances = mixture.means_[:, 0], mixture.covariances_[:, 0, 0]
-    separation = abs(centers[0] - centers[1]) / np.sqrt(variances.mean())
-    density = np.exp(mixture.score_samples(np.linspace(centers.min(), centers.max(), 200)[:, None]))
-    valley = 1 - density.min() / min(density[0], density[-1])
-    likely = mixture.predict_proba(column)[:, centers.argmax()]
-    likely[column[:, 0] > centers.max()] = 1  # of two normals the wider one wins in both tails
-    likely[column[:, 0] < centers.min()] = 0
-    return likely, float(separation), float(np.clip(valley, 0, 1))
-
-
 def expand(
     report: SuspectReport, scan: Scan, *, fraction: float, previous: Selection | None = None, trained: bool = False
 ) -> Selection:
@@ -268,7 +243,11 @@ def grow(
 
     Returns: the evidence, and each member's probability of the higher group."""
     rows = np.flatnonzero(members | _some(~members))
-    told, inside, group = features[rows], members[rows], start[rows]
+    rows, copies = _without_repeats(features, rows, members)
+    told, inside = features[rows], members[rows]
+    group = np.isin(np.arange(len(rows)), copies[start])
+    if group.sum() < 2 * FOLDS.n_splits:  # hardly anything but copies
+        return Group(-1, 0, 0.0, 0.0, 0, 0.0), np.zeros(members.sum())
     for _ in range(ROUNDS):
         # Out-of-fold, since a probe with many features tells any samples it was fitted to from the rest.
         values = cross_val_predict(probe(), told, group, cv=FOLDS, method="decision_function")
@@ -282,10 +261,29 @@ def grow(
         if (grown == group).all():
             break  # it stands still
         group = grown
+    every = np.zeros(len(rows))
+    every[inside] = likely
+    likely = every[copies[members]]
     low, others, lead = losses[members][likely > 0.5], losses[rivals], 0.0
     if min(len(low), len(others)) >= MIN_SEEDS:
         lead = float(roc_auc_score([1] * len(low) + [0] * len(others), -np.r_[low, others]))
     return Group(-1, 0, separation, valley, len(low), lead), likely
+
+
+def _without_repeats(
+    features: Rows, rows: NDArray[np.int64], members: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of the rows the first of those that are alike, of members and of others: a probe that was fitted to a copy of a sample
+    knows it. Returns: these rows, and (N,) the place among them of each sample's first, -1 where it is not among the rows."""
+    first, places = dict[tuple[bytes, bool], int](), np.full(len(members), -1)
+    kept = list[int]()
+    for row, values in zip(rows.tolist(), features[rows].astype(np.float16), strict=True):
+        key = values.tobytes(), bool(members[row])
+        if key not in first:
+            first[key] = len(kept)
+            kept.append(row)
+        places[row] = first[key]
+    return np.array(kept), places
 
 
 def _some(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

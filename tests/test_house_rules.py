@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "nab_defense"
 LAYERS: list[Collection[str]] = [
-    "types registry stamp io runtime clean changes waves channels kept neighbors principal ranks parallel".split(),  # noqa: SIM905
+    "types registry stamp io runtime clean changes waves channels kept neighbors mixture principal ranks parallel".split(),  # noqa: SIM905
     {"data", "scan", "content", "dataset", "defended", "train", "sites", "universal"},
     {"detectors", "relabel", "purify", "select", "parts", "passes", "naming", "imprint", "plan", "replay"},
     {"checkpoint", "check", "bench", "report"},

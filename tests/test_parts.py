@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from nab_defense.mixture import split_in_two
 from nab_defense.parts import MAYBE, joined, same_parts, smaller_halves, with_more_like_it
 from nab_defense.principal import project
 from nab_defense.scan import Scan
-from nab_defense.select import split_in_two
 from tests.test_select import CLASSES, sample
 
 

@@ -10,8 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from nab_defense import select
+from nab_defense.mixture import split_in_two
 from nab_defense.scan import Scan
-from nab_defense.select import MIN_LEAD, MIN_SEEDS, Selection, expand, small_classes, split_in_two, take_fraction
+from nab_defense.select import MIN_LEAD, MIN_SEEDS, Selection, expand, small_classes, take_fraction
 from nab_defense.types import SuspectReport
 
 CLASSES, DIM = 5, 24
@@ -67,9 +68,10 @@ def test_one_hump_has_no_valley(seed: int) -> None:
     assert split_in_two(values)[2] < 0.25
 
 
-@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 def test_equal_values_and_skewed_ones_have_no_valley() -> None:
-    assert split_in_two(np.zeros(100))[2] == 0
+    for value in (0.0, 5.0):
+        assert split_in_two(np.full(100, value))[1:] == (0, 0)
+    assert split_in_two(np.full(100, 0.3), means=(0.0, 1.0))[1:] == (0, 0)
     assert split_in_two(np.random.default_rng(0).exponential(size=2000))[2] < 0.25
 
 
@@ -87,6 +89,24 @@ def test_expand_finds_exactly_the_planted_group(rate: float, seed: int) -> None:
     assert group.distinct and group.size == selection.suspect.sum() and group.seeds == (seeds & (scan.labels == 2)).sum()
     assert not any(group.distinct for group in selection.groups if group.label != 2)
     assert selection.doubt.dtype == np.float32 and (selection.doubt[poisoned] > 0.5).mean() > 0.98
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_a_probe_does_not_know_a_sample_by_its_copy(copies: int) -> None:
+    clean, _ = sample(count=500, targets=(), rate=0.0)
+    every = np.repeat(np.arange(500), copies)
+    scan = dataclasses.replace(
+        clean, features=clean.features[every], losses=clean.losses[every], logits=clean.logits[every], labels=clean.labels[every]
+    )
+    selection = expand(lowest(scan), scan, fraction=0.25)
+    assert not selection.suspect.any() and not any(group.distinct for group in selection.groups)
+    planted, poisoned = sample(count=2000, targets=(2,), rate=0.1)
+    every = np.r_[np.arange(2000), np.repeat(np.flatnonzero(poisoned), copies - 1)]
+    scan = dataclasses.replace(
+        planted, features=planted.features[every], losses=planted.losses[every], logits=planted.logits[every],
+        labels=planted.labels[every],
+    )  # fmt: skip
+    assert min(precision_and_recall(expand(lowest(scan), scan, fraction=0.05).suspect, poisoned[every])) > 0.98
 
 
 @pytest.mark.parametrize("others", [100, 400])
