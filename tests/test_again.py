@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from nab_defense import again
+from nab_defense import again, examine
 from nab_defense.again import _named, _parts, look_again
+from nab_defense.examine import examined
+from nab_defense.naming import Naming
 from nab_defense.plan import Finding, load_finding, save_finding
 from nab_defense.scan import Scan
 from nab_defense.select import Group, Selection
@@ -83,6 +85,22 @@ def test_a_part_that_few_classes_explain_is_accused_by_what_it_does_to_them(
     assert (group.source, group.every, group.carried) == (turned.max(), turned.sum() / 3, carried)
     assert found.suspect.any() == accused == (namer is not None)
     assert found.suspect.sum() == 30 * accused
+
+
+@pytest.mark.parametrize(("classes", "spread"), [(3, 0.0), (4, 0.9)])
+def test_of_three_classes_nothing_is_named_after_many(classes: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.repeat(np.arange(classes), 40)
+    monkeypatch.setattr(examine, "naming", lambda *_: Naming(0.1, 0.5, 0.9))
+    monkeypatch.setattr(examine, "_may_be_trigger", lambda *_: False)
+    unseen: Any = SimpleNamespace(scan=SimpleNamespace(labels=labels, logits=ANY, num_classes=classes), others=ANY)
+    part = np.arange(len(labels)) < 20
+    found = examined(ANY, ANY, unseen, np.zeros(len(labels), bool), Group(0, 5, 4.0, 0.9, 20, 0.9), part)
+    assert (found.named, found.sure, found.spread, found.foreign) == (0.1, 0.5, spread, spread > 0)
+
+
+def test_classes_of_which_no_image_is_shown_do_not_count() -> None:
+    assert examine._on_average(np.array([0.0, 0.9, 0.0, 0.7]), np.array([1, 1, 3])) == pytest.approx(0.8)
+    assert examine._on_average(np.zeros(4), np.array([], np.int64)) == 0
 
 
 def test_a_part_that_is_nearly_all_of_its_class_is_not_examined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from nab_defense import io
 from nab_defense import look as looking
 from nab_defense.detectors import detectors
-from nab_defense.look import look, stronger_halves, with_bearers
+from nab_defense.look import controlled, look, stronger_halves, with_bearers
 from nab_defense.passes import confirmed
 from nab_defense.pipeline import run
 from nab_defense.recipe import load_recipe
@@ -60,6 +60,29 @@ def test_of_two_halves_of_a_class_the_one_that_turns_more_is_suspect(
     assert np.array_equal(selection.suspect, expected | few | known) and rises == {0: turned[taken], 1: 0.3}
     np.testing.assert_allclose(selection.doubt, np.where(labels == 0, 1 - doubt, doubt) if taken else doubt)
     assert [group.size for group in selection.groups] == [(55, 45)[taken], 30, 30]
+
+
+@pytest.mark.parametrize("classes", [9, 10])
+def test_of_few_classes_what_turns_a_network_that_never_saw_it_is_content(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, known = np.repeat(np.arange(classes), 50), np.arange(50 * classes) >= 50 * classes - 20
+    suspect, asked = (np.arange(50 * classes) % 50 < 10) | known, list[Any]()
+    session: Any = SimpleNamespace(runtime=None, ordered=lambda source: source, source=SimpleNamespace(labels=labels))
+
+    def imprints(network: Any, source: Any, given: np.ndarray, tried: list[np.ndarray], *, runtime: Any) -> list[float]:
+        assert network == "unseen" and [np.flatnonzero(group).tolist() for group in tried] == [[*range(10)], [*range(50, 60)]]
+        return [0.3, -0.2]
+
+    def without(absent: np.ndarray) -> Any:
+        asked.append(absent)
+        return "unseen"
+
+    monkeypatch.setattr(looking.imprint, "imprints", imprints)
+    rises = {0: 0.9, 1: 0.5, 2: 0.49}  # the last is let go whatever it does to others
+    found = controlled(session, Selection(suspect, ANY, ()), known, rises, without)
+    assert found == (pytest.approx({0: 0.6, 1: 0.5, 2: 0.49}) if classes < 10 else rises)
+    assert [np.array_equal(absent, suspect) for absent in asked] == [True] * (classes < 10)
+    assert controlled(session, Selection(suspect, ANY, ()), known, {2: 0.49}, without) == {2: 0.49}
+    assert len(asked) == (classes < 10)
 
 
 @pytest.mark.parametrize(("imprint", "bear", "joined"), [(0.75, 60, True), (0.74, 60, False), (0.75, 81, False)])
