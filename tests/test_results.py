@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import pytest
@@ -144,3 +144,32 @@ def test_other_defences_are_told_as_measured(title: str, seeds: tuple[int, ...])
             numbers = [float(number) for number in re.findall(r"-?[01]?\.\d\d", cell)]
             assert numbers == pytest.approx(expected, abs=0.0051), (name, row)
             assert re.findall(r"\((\d)\)", cell) == [str(bad)] * bool(bad), (name, row)
+
+
+def test_the_readme_shows_the_worst_of_every_defence() -> None:
+    read = [json.loads(path.read_text()) for path in (ROOT / "results" / "bench" / "cpu_shuffled").glob("*.json")]
+    cells = [one for one in read if one["cell"]["rate"] != 0.01 and one["cell"]["attack"] != "none" and one["status"] == "done"]
+    table = (ROOT / "README.md").read_text().split("**The highest ASR of three")[1].split("\n\n")[1]
+    head, _, *found = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    ran = {row: [one for one in cells if one["cell"]["defence"] == row] for row in head[2:]}
+    expected = [
+        [
+            max((obeyed(one["figures"]["defended"]) for one in ran[row] if one["cell"]["attack"] == attack), default=None)
+            for row in head[2:]
+        ]
+        for attack in CIFAR.values()
+    ]
+    expected.append([mean(one["figures"]["acc_gap"]["value"] for one in ran[row]) for row in head[2:]])
+    times = [[one["relative_seconds"]["total"] for one in ran[row]] for row in head[2:]]
+    assert len(head) == 11 and [row[0] for row in found[: len(CIFAR)]] == [*CIFAR]
+    for row, values in zip(found, expected, strict=False):
+        assert [float(cell) if cell else None for cell in row[2:]] == pytest.approx(values, abs=0.0051), row[0]
+    for attack, row in zip(CIFAR.values(), found, strict=False):
+        least = min(obeyed(one["twins"]["undefended"]) for one in ran["nab"] if one["cell"]["attack"] == attack)
+        assert float(row[1]) == pytest.approx(least, abs=0.0051)
+    for cell, taken in zip(found[-1][2:], times, strict=True):
+        assert shown_numbers(cell) == pytest.approx([median(taken), max(taken)], abs=0.051)
+
+
+def shown_numbers(cell: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d+(?:\.\d)?", cell)]
