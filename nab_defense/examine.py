@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from .content import ALIKE, beyond_content
 from .imprint import imprint_by_class
-from .naming import carried, naming
+from .naming import MANY, carried, naming
 from .scan import Scan, scan_model
 from .select import MIN_IMPRINT, MIN_SEEDS, SOME_COVERS, Group
 from .session import Session
@@ -78,7 +78,8 @@ def examined(
     seen = naming(unseen.scan.logits, labels, part, unseen.others)
     log.info("class %d, %d samples: %s", label, group.size, seen)
     spread = seen.spread if unseen.scan.num_classes > THREE else 0.0
-    group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=spread)
+    few = unseen.scan.num_classes < MANY
+    group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=spread, few=few)
     group = dataclasses.replace(group, source=None, every=None, carried=None, same=None)  # of what was tried before
     own = labels == label
     if group.unlike and not group.foreign and (own & suspect).sum() >= MIN_SEEDS:

@@ -69,7 +69,7 @@ class Group:
         named, sure, spread: What a network that never saw the group makes of it (see naming.naming), and `named` of all that
             are alike; None: not tried.
         source, every: Share that what it shares turns of the images of one class, the most of all, and of the others on average,
-            less those that it turns in a network that never saw the group: there it is content; None: not tried.
+            less those that it turns in a network that never saw the group; None: not tried.
         carried: How clearly some images of others show it, too (see naming.carried), in [0, 1]; None: not tried.
         alike: Share of the classes that have a part which shares what it shares (see content.alike); 0: it has nothing like it.
         same: Cosine of what it shares beyond content and of what the accused of its class share; None: not tried.
@@ -127,7 +127,8 @@ class Group:
         source, covers = self.source or 0, self.carried or 0
         one_class = source * (self.sure or 0) > MIN_SOURCE and covers > MIN_VALLEY
         one_class |= source > CLEAR_SOURCE and covers > SOME_COVERS
-        trigger = one_class or (self.every or 0) >= MIN_IMPRINT or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE
+        trigger = one_class or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE
+        trigger |= (self.every or 0) >= (CLEAR_IMPRINT if self.few else MIN_IMPRINT)
         return (many and not self.alike) or (self.unlike and trigger)
 
     @property

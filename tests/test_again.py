@@ -65,8 +65,13 @@ def test_a_style_of_a_class_is_not_accused(monkeypatch: pytest.MonkeyPatch) -> N
         ([0, 0, 0.75, 0], [0, 0, 0, 0], 0.04, False),  # a style: no cover carries it
         ([0, 0, 0.25, 0], [0, 0, 0, 0], 0.2, False),  # some may
         ([0, 0, 0.75, 0], [0, 0, 0.73, 0], 0.3, False),  # content, which turns a network that never saw the part, too
-        ([0, 0.5, 0.5, 0.5], [0, 0, 0, 0], 0.0, True),  # a trigger for all classes needs no covers
-        ([0, 0.5, 0.5, 0.25], [0, 0, 0, 0], 0.0, False),
+        (
+            [0, 0.75, 0.75, 0.75],
+            [0, 0, 0, 0],
+            0.0,
+            True,
+        ),  # a trigger for all classes needs no covers; of four it turns three quarters
+        ([0, 0.75, 0.75, 0.5], [0, 0, 0, 0], 0.0, False),
     ],
 )
 def test_a_part_that_few_classes_explain_is_accused_by_what_it_does_to_them(
