@@ -39,7 +39,7 @@ def write_recipe(folder: Path, **sections: Any) -> Path:
 
 
 # Found by the scan, on every processor: TINY's network is too small for that. Relabels, drops and covers some.
-BLEND = {
+BLEND: dict[str, dict[str, Any]] = {
     "data": {"limit": 800},
     "attack": {"name": "blend", "rate": 0.15, "params": {"alpha": 0.3}},
     "model": {"kwargs": {"stem_type": "deep", "stem_width": 8, "channels": [16, 32, 64, 128], "avg_down": False}},

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..purify import purifiers, purify
 from ..repair import read_clean
-from ..types import NABPlan
 from .base import Outcome, Task, defences
 
 __all__ = ["Repaired"]
@@ -48,4 +47,4 @@ class Repaired:
         told = "repaired" if found.repaired else "not repaired" if found.status == "accepted" else found.status
         turned = f"universal perturbations turned {found.before['proxy']:.2f}, then {found.after['proxy']:.2f}"
         note = ": ".join(part for part in (told, found.chosen, found.stopped, turned) if part is not None)
-        return Outcome(found.model, seconds, NABPlan.empty(task.source.labels), note=note)
+        return Outcome(found.model, seconds, note=note)

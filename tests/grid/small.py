@@ -11,7 +11,7 @@ from tests.digits_runs import TINY
 
 __all__ = ["small_grid"]
 
-RECIPE = {key: TINY[key] for key in ("scan", "relabel", "train", "runtime")}
+RECIPE: dict[str, Any] = {key: TINY[key] for key in ("scan", "relabel", "train", "runtime")}
 RECIPE |= {"data": {**TINY["data"], "limit": 200, "test_limit": 60}}
 
 
