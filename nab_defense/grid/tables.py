@@ -37,7 +37,8 @@ def reach(*keys: str | tuple[str, ...], end: str = "value") -> Reader:
 
 
 # Of several triggers at once the ASR of the one that works best: their mean would hide one that is whole.
-ASR_AT, GAP_AT = ("figures", "defended", ("worst", "asr")), ("figures", "acc_gap")
+OBEYED = ("worst", "asr")
+ASR_AT, GAP_AT = ("figures", "defended", OBEYED), ("figures", "acc_gap")
 ASR, GAP = reach(*ASR_AT), reach(*GAP_AT)
 
 
@@ -124,9 +125,10 @@ def markdown(results: Results) -> str:
 LEGEND = (
     "ASR / ACC gap: share of triggered test images that get the attacker's class, of several triggers at once that of the one "
     "which works best, and the oracle's accuracy less the defence's; mean over seeds ± standard deviation, seeds in brackets; of "
-    "one seed its 95 % interval. *attack failed*: the undefended network obeys the trigger on less than 70 % of the images, and "
-    "there is nothing to defend (all to all it can do so on hardly more than it names right: there ACC is the most). *failed*: "
-    "the defence could not be run. Empty: not run."
+    "one seed its 95 % interval. *attack failed*: the undefended network obeys the trigger, of several the one that works least, "
+    "on less than 70 % of the images, and there is nothing to defend (all to all it can do so on hardly more than it names "
+    "right: there ACC is the most). *failed*: the defence could not be run. Empty: not run, or not to be told, as the samples "
+    "changed by a defence that does not go sample by sample."
 )
 
 
@@ -227,6 +229,15 @@ def _table(results: Results, network: str, rate: float) -> str:
     return _lines(["attack", *results.defences], rows)
 
 
+TWINS = {
+    "ACC undefended": reach("twins", "undefended", "acc"),
+    "ASR undefended": reach("twins", "undefended", OBEYED),
+    "least of several triggers": reach("twins", "undefended", "least"),  # which tells whether the attack failed
+    "ACC oracle": reach("twins", "oracle", "acc"),
+    "ASR oracle (natural rate)": reach("twins", "oracle", OBEYED),
+}
+
+
 def _attacks(results: Results) -> str:
     """Whether each attack works, and how often a clean network names its target anyway."""
     rows = []
@@ -236,12 +247,11 @@ def _attacks(results: Results) -> str:
                 cells = {c["cell"]["seed"]: c for c in results.at(network=network, attack=attack, rate=rate) if "twins" in c}
                 if cells:
                     row = [network, attack, f"{100 * rate:g} %"]
-                    for twin, figure in (("undefended", "acc"), ("undefended", "asr"), ("oracle", "acc"), ("oracle", "asr")):
-                        values = [v for v in map(reach("twins", twin, figure), cells.values()) if v is not None]
+                    for read in TWINS.values():
+                        values = [value for value in map(read, cells.values()) if value is not None]
                         row.append(_spread(values) if values else "")
                     rows.append([*row, str(len(cells))])
-    titles = ["network", "attack", "rate", "ACC undefended", "ASR undefended", "ACC oracle", "ASR oracle (natural rate)", "seeds"]
-    return _lines(titles, rows)
+    return _lines(["network", "attack", "rate", *TWINS, "seeds"], rows)
 
 
 DETECTION = {

@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nab_defense import io
 from nab_defense.grid import cells_of, draw, load_grid, markdown, read_results
+from tests.grid.made_up import rate, rows, write
 from tests.grid.small import small_grid
 
-
-def write(folder: Path, attack: str, defence: str, seed: int, asr: float | None, gap: float = 0.0, **more: Any) -> None:
-    rate = {"value": 0.9, "n": 10, "low": 0.8, "high": 1.0}
-    rates = {"acc": rate} | ({} if asr is None else {"asr": {**rate, "value": asr}})
-    place = {"network": "resnet", "attack": attack, "rate": 0.0 if attack == "none" else 0.2, "seed": seed, "defence": defence}
-    figures = {"defended": rates, "acc_gap": gap, "detection": None, "rejects": None, "der": None}
-    twins = {"undefended": rates, "oracle": rates}
-    record = {
-        "key": f"{attack}{defence}{seed}",
-        "cell": place,
-        "status": "done",
-        "twins": twins,
-        "figures": figures,
-        "config": {"defence": {"name": defence}},
-        "wall_seconds": 1800,
-        **more,
-    }
-    io.save_json(folder / "cells" / f"{attack}-{defence}-{seed}.json", record | more)
-
-
-def rows(page: str, start: str) -> list[list[str]]:
-    return [[field.strip() for field in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith(f"| {start} |")]
+TWINS = ("undefended", "oracle")
 
 
 def test_means_marks_and_empty_cells(tmp_path: Path) -> None:
@@ -75,7 +54,6 @@ def test_defences_are_compared_where_all_of_them_ran(tmp_path: Path) -> None:
 
 
 def test_every_column_shows_its_own_figure(tmp_path: Path) -> None:
-    rate = lambda value: {"value": value, "n": 10, "low": value - 0.05, "high": value + 0.05}  # noqa: E731
     detection = {"precision": 0.11, "recall": 0.12, "auroc": 0.13, "tpr_at_1pct": 0.14, "tpr_at_01pct": 0.15}
     figures = {
         "defended": {"acc": rate(0.9), "asr": rate(0.2), "ra": rate(0.27), "retuned": rate(0.25), "worst": rate(0.4)},
@@ -91,6 +69,35 @@ def test_every_column_shows_its_own_figure(tmp_path: Path) -> None:
     assert [float(field.split()[0]) for field in found[1:]] == [0.21, 0.22, 0.23, 0.24, 0.25, 0.4, 0.27, 3.5]
     # of several triggers the one that works best counts
     assert "several at 20 % on resnet, ASR 0.400" in page and "0.400 [0.350, 0.450] / 0.010" in page
+
+
+def test_an_attack_is_told_by_its_two_twins(tmp_path: Path) -> None:
+    """Of several triggers by the one that works best; by the one that works least beside it, since that one must work, too."""
+    several = [{"acc": 0.87, "asr": 0.8, "worst": 0.95, "least": 0.72}, {"acc": 0.91, "asr": 0.1, "worst": 0.15, "least": 0.05}]
+    two = {name: {key: rate(value) for key, value in twin.items()} for name, twin in zip(TWINS, several, strict=True)}
+    another = {"undefended": {"acc": rate(0.86), "asr": rate(0.75)}, "oracle": {"acc": rate(0.94), "asr": rate(0.1)}}
+    for defence in ("drop", "nab"):  # whose twins are counted once
+        write(tmp_path, "blend", defence, 0, 0.3)
+        write(tmp_path, "several", defence, 0, 0.3, twins=two)
+    write(tmp_path, "blend", "drop", 1, 0.3, twins=another)
+    write(tmp_path, "none", "drop", 0, None)
+    page = markdown(read_results(tmp_path))
+    (titles,) = (row for row in rows(page, "network") if "ASR undefended" in row)
+    found = {row[1]: dict(zip(titles[3:], row[3:], strict=True)) for row in rows(page, "resnet") if len(row) == len(titles)}
+    assert list(found["several"].values()) == ["0.870", "0.950", "0.720", "0.910", "0.150", "1"]
+    assert list(found["none"].values()) == ["0.880", "", "", "0.920", "", "1"]
+    assert list(found["blend"].values()) == ["0.870 ± 0.014", "0.860 ± 0.156", "", "0.930 ± 0.014", "0.070 ± 0.042", "2"]
+    assert titles[3:] == [
+        "ACC undefended", "ASR undefended", "least of several triggers", "ACC oracle", "ASR oracle (natural rate)", "seeds",
+    ]  # fmt: skip
+
+
+def test_what_a_defence_does_not_say_is_left_empty(tmp_path: Path) -> None:
+    figures = {"defended": {"acc": rate(0.9), "asr": rate(0.1)}, "altered": None, "detection": None, "der": rate(0.4)}
+    write(tmp_path, "badnets", "pdb", 0, 0.1, figures=figures)
+    page = markdown(read_results(tmp_path))
+    (row,) = (row for row in rows(page, "resnet") if row[1] == "pdb" and len(row) == 11)
+    assert row[3] == "" and row[4] == "0.400 (1)"
 
 
 def test_two_cells_in_one_place_are_refused(tmp_path: Path) -> None:
