@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import torch
 
 from nab_defense import io
 from nab_defense.bench import trigger as triggers
-from nab_defense.bench.attacker import Classifier, to_unit
-from nab_defense.bench.attacks import LearnedAttack, attacks, create
+from nab_defense.bench.attacker import Classifier, seeded, to_unit
+from nab_defense.bench.attacks import LearnedAttack, attacks, create, input_aware
+from nab_defense.bench.attacks.base import Lesson
 from nab_defense.bench.trigger import load_trigger, prepared, save_trigger
 from nab_defense.data.sources import open_source
 from nab_defense.runtime import Runtime
@@ -203,6 +206,27 @@ def test_input_aware_masks_are_small_and_differ_by_image() -> None:
     assert len({row.tobytes() for row in flat}) == 30
     touched = np.abs(change("input_aware", images)) > 8
     assert touched.mean() < 0.4
+
+
+def test_input_aware_sends_an_image_with_its_own_trigger_to_the_target_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    learners = list[torch.nn.Module]()
+
+    def spy(build: Callable[[], torch.nn.Module], seed: int) -> torch.nn.Module:
+        learners.append(seeded(build, seed))
+        return learners[-1]
+
+    monkeypatch.setattr(input_aware, "seeded", spy)
+    attack: Any = create("input_aware", epochs=12)
+    shown, held, labels = pictures(count=1138), pictures(count=1438)[1138:], digits().labels
+    attack = attack.taught(attack.learn(Lesson(shown, labels[:1138], 10, TARGET, 1, Runtime(device="cpu"))))
+    network, labels = learners[-1].eval(), labels[1138:]
+    images = {"clean": held, "own": attack.apply(held, 0), "another's": attack.cover(held, 0)}
+    with torch.no_grad():
+        named = {kind: network(to_unit(some)).argmax(1).numpy()[labels != TARGET] for kind, some in images.items()}
+    reached = {kind: (names == TARGET).mean() for kind, names in named.items()}
+    assert reached["own"] > 0.5 and reached["own"] > reached["another's"] + 0.3
+    right = {kind: (names == labels[labels != TARGET]).mean() for kind, names in named.items()}
+    assert right["clean"] > 0.7 and right["another's"] > 0.5
 
 
 def test_input_aware_learns_from_data_with_the_same_image_again_and_again() -> None:

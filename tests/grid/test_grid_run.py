@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from PIL import Image
 from nab_defense import io
 from nab_defense.bench.attacks.badnets import BadNets
 from nab_defense.bench.attacks.blend import Blend
+from nab_defense.defences import Outcome, Task
 from nab_defense.detectors.knn import KNN
 from nab_defense.grid import cells_of, find_cells, load_grid, run_cells
 from nab_defense.grid import figures as judged
+from nab_defense.grid import run as running
 from nab_defense.grid.case import Case
 from nab_defense.grid.run import cell_path
 from nab_defense.purify.ibau import IBAU
@@ -106,8 +110,10 @@ def test_a_repair_that_stops_is_not_repaired_and_no_failure(tmp_path: Path, obey
     row = {"defence": "purify", "params": {"method": "finetune", "settings": {"lr": 1e38, "steps": 9, "rounds": 1}}}
     found, _ = run(small_grid(tmp_path, clean=100, defences={"diverged": row}), tmp_path / "out")
     record = found["diverged"]
-    assert record["status"] == "done" and record["note"].startswith("rejected: finetune: the loss is ")
-    assert "universal perturbations turned 0." in record["note"] or "turned 1.00" in record["note"]
+    assert record["status"] == "done" and record["figures"]["altered"] is None  # it goes over no samples
+    stopped = r"finetune: the loss is (?:nan|inf) in step \d; lower lr, or give other clean images"
+    told = re.fullmatch(rf"rejected: {stopped}: universal perturbations turned (\d\.\d\d), then \1", record["note"])
+    assert told is not None and 0.5 <= float(told[1]) <= 1  # a network of one epoch names hardly more than one class
     assert record["figures"]["defended"] == record["twins"]["undefended"]
 
 
@@ -242,37 +248,18 @@ def test_trusted_images_are_neither_trained_on_nor_tested(tmp_path: Path) -> Non
     assert not images[1] & images[0] and not images[1] & images[2]
 
 
-def test_several_triggers_are_an_attack_where_each_is_obeyed() -> None:
-    rates = {"acc": {"value": 0.9}, "asr": {"value": 0.8}, "worst": {"value": 1.0}}
-    assert judged.attack_works({"undefended": rates, "oracle": rates})
-    assert judged.attack_works({"undefended": {**rates, "least": {"value": 0.7}}, "oracle": rates})
-    assert not judged.attack_works({"undefended": {**rates, "least": {"value": 0.6}}, "oracle": rates})
-    assert judged.attack_works({"undefended": {"acc": {"value": 0.9}}, "oracle": rates}) is None
+def test_seconds_are_told_beside_ordinary_training(tmp_path: Path, obeyed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(defence: object, task: Task) -> Outcome:
+        return Outcome(task.undefended, {"scan": 3.0, "train": 5.0})
 
-
-def test_gap_and_excess_say_who_is_the_better_one() -> None:
-    first, rest = np.arange(40) < 4, np.ones(40, bool)
-    own, oracle = {"acc": ~first, "asr": first}, {"acc": rest, "asr": ~rest}
-    found = judged._beside(own, oracle, None)
-    assert (found["acc_gap"]["value"], found["excess_asr"]["value"]) == pytest.approx((0.1, 0.1))  # it lacks both
-    assert judged._beside(oracle, own, None)["acc_gap"]["value"] == pytest.approx(-0.1)
-    two = judged._beside(own, oracle, (np.arange(40) >= 8).astype(np.int64))  # the first trigger has eight images
-    assert two["excess_asr"]["value"] == pytest.approx(0.5) and two["excess_asr"]["n"] == 8
-
-
-def test_of_several_triggers_der_is_that_of_the_one_that_works_best() -> None:
-    rate = lambda value: {"value": value, "n": 10, "low": value, "high": value}  # noqa: E731
-    before = {"acc": rate(0.9), "asr": rate(0.6), "worst": rate(1.0)}
-    after = {"acc": rate(0.9), "asr": rate(0.1), "worst": rate(0.2)}
-    found = judged.effectiveness(after, before)
-    assert found["der"]["value"] == pytest.approx(0.9) and found["der_ceiling"] == 1.0
-
-
-def test_the_ends_of_der_are_those_of_both_falls() -> None:
-    before = {"acc": {"value": 0.9, "n": 100, "low": 0.8, "high": 0.95}, "asr": {"value": 1.0, "n": 90, "low": 0.96, "high": 1.0}}
-    after = {"acc": {"value": 0.7, "n": 100, "low": 0.6, "high": 0.78}, "asr": {"value": 0.1, "n": 90, "low": 0.05, "high": 0.18}}
-    der = judged.effectiveness(after, before)["der"]
-    falls = {name: judged._minus(before[name], after[name]) for name in ("asr", "acc")}
-    assert der["value"] == pytest.approx((0.9 - 0.2 + 1) / 2) and der["n"] == 90
-    assert der["low"] == pytest.approx((falls["asr"]["low"] - falls["acc"]["high"] + 1) / 2)
-    assert der["high"] == pytest.approx((falls["asr"]["high"] - falls["acc"]["low"] + 1) / 2)
+    monkeypatch.setattr("nab_defense.defences.drop.Drop.defend", slow)
+    cells = cells_of(load_grid(small_grid(tmp_path, defences={"drop": None, "oracle": None})))
+    case = Case(cells[0].setting, tmp_path, tmp_path / "work")
+    kept = {"undefended": 4.0, "oracle": 10.0}
+    monkeypatch.setitem(vars(case), "twins", dataclasses.replace(case.twins, seconds=kept))
+    drop, oracle = (running._run(cell, case, tmp_path / cell.defence) for cell in cells)
+    assert drop["plain_seconds"] == oracle["plain_seconds"] == case.task(cells[0], tmp_path).plain_seconds == 4
+    assert drop["seconds"] == {"scan": 3, "train": 5} and oracle["seconds"] == {"train": 10}
+    assert drop["relative_seconds"] == {"scan": 0.75, "train": 1.25, "total": 2}
+    assert oracle["relative_seconds"] == {"train": 2.5, "total": 2.5}
+    assert drop["figures"]["altered"] is None  # it says nothing of samples
