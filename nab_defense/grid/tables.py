@@ -128,7 +128,8 @@ LEGEND = (
     "one seed its 95 % interval. *attack failed*: the undefended network obeys the trigger, of several the one that works least, "
     "on less than 70 % of the images, and there is nothing to defend (all to all it can do so on hardly more than it names "
     "right: there ACC is the most). *failed*: the defence could not be run. Empty: not run, or not to be told, as the samples "
-    "changed by a defence that does not go sample by sample."
+    "changed by a defence that does not go sample by sample. *Detection* and *Cost*: means over the cells that a defence has, in "
+    "brackets how many; rows of unlike numbers are of unlike attacks."
 )
 
 
