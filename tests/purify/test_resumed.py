@@ -85,7 +85,7 @@ def test_killed_again_and_again_it_ends_as_if_left_alone(
     method: str, first: bool, trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if first:  # one of the first is taken, of which only the weights are left
-        monkeypatch.setattr(choice, "_better", lambda *_: False)
+        monkeypatch.setattr(choice.Choice, "_better", lambda *_: False)
     alone, state = repaired(trained, method), tmp_path / "state"
     kills, found = 0, None
     while found is None:
