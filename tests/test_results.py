@@ -78,6 +78,11 @@ CIFAR = {
     "badnets": "badnets", "blend": "blend", "lf": "lf", "sig (9 %)": "sig", "label_consistent (9 %)": "label_consistent",
     "input_aware": "input_aware", "ssba": "ssba", "stamp_aware": "stamp_aware", "adap_blend": "adap_blend",
 }  # fmt: skip
+TARGETS = {
+    "badnets, 3": "badnets", "blend, 6": "blend", "wanet, 7": "wanet", "lf, 5": "lf", "ssba, 3": "ssba",
+    "adap_blend, 9": "adap_blend", "adap_patch, 5": "adap_patch", "tact (5 %), 7 to 4": "tact", "stamp_aware, 8": "stamp_aware",
+    "badnets and blend at once, 2 and 3": "several", "label_consistent (5 %), 9": "label_consistent",
+}  # fmt: skip
 MORE = {"bpp": "bpp", "narcissus (9 %)": "narcissus", "adap_patch": "adap_patch", "badnets and blend at once": "several"}
 
 
@@ -87,6 +92,7 @@ MORE = {"bpp": "bpp", "narcissus (9 %)": "narcissus", "adap_patch": "adap_patch"
         ("scikit-learn's digits with `recipes/bench/digits.yaml`", "digits_shuffled", DIGITS, 3),
         ("12,000 CIFAR-10 images with `recipes/bench/cpu.yaml`", "cpu_shuffled", CIFAR, 3),
         ("Attacks that it leaves out, `recipes/bench/cpu_more.yaml`", "cpu_more", MORE, 1),
+        ("(`recipes/bench/digits_targets.yaml`)", "digits_targets", TARGETS, 2),
     ],
 )
 def test_a_table_of_the_benchmark_is_that_of_its_cells(title: str, folder: str, attacks: dict[str, str], seeds: int) -> None:
