@@ -194,7 +194,8 @@ def controlled(
     """Of few classes: what the suspects of each label turn, less what the same turns in a network that never saw them.
 
     Beside one class there is hardly another: what a style of a class shares turns half of all other images, or more, without
-    any trigger, in a network that never saw that style as well.
+    any trigger. Some of it turns a network that never saw that style, too (.47 of .56 on digits in two classes), and some does
+    not (0 of .6 in five), so that this alone acquits not every style.
 
     Args:
         selection, known, rises: As stronger_halves takes and gives them.
@@ -207,9 +208,11 @@ def controlled(
     groups = [fresh & (labels == label) for label in given]
     batches = session.ordered(session.source)
     untaught = imprint.imprints(without(selection.suspect), batches, labels, groups, runtime=session.runtime)
+    less = dict(rises)
     for label, other in zip(given, untaught, strict=True):
         log.info("class %d: imprint %.2f in a network that never saw them", label, other)
-    return {**rises, **{label: rises[label] - max(0.0, other) for label, other in zip(given, untaught, strict=True)}}
+        less[label] -= max(0.0, other)
+    return less
 
 
 def with_bearers(session: Session, selection: Selection) -> Selection:

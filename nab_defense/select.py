@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -244,11 +245,12 @@ def grow(
 
     Returns: the evidence, and each member's probability of the higher group."""
     rows = np.flatnonzero(members | _some(~members))
-    rows, copies = _without_repeats(features, rows, members)
-    told, inside = features[rows], members[rows]
-    group = np.isin(np.arange(len(rows)), copies[start])
+    told, inside, group = features[rows], members[rows], start[rows]
+    first, copies = _without_repeats(told, inside)
+    own_copies, told, inside = copies[inside], told[first], inside[first]
+    group = np.isin(np.arange(len(first)), copies[group])
     if group.sum() < 2 * FOLDS.n_splits:  # hardly anything but copies
-        return Group(-1, 0, 0.0, 0.0, 0, 0.0), np.zeros(members.sum())
+        return Group(-1, 0, 0.0, 0.0, 0, 0.0), np.zeros(len(own_copies))
     for _ in range(ROUNDS):
         # Out-of-fold, since a probe with many features tells any samples it was fitted to from the rest.
         values = cross_val_predict(probe(), told, group, cv=FOLDS, method="decision_function")
@@ -262,29 +264,24 @@ def grow(
         if (grown == group).all():
             break  # it stands still
         group = grown
-    every = np.zeros(len(rows))
+    every = np.zeros(len(first))
     every[inside] = likely
-    likely = every[copies[members]]
+    likely = every[own_copies]
     low, others, lead = losses[members][likely > 0.5], losses[rivals], 0.0
     if min(len(low), len(others)) >= MIN_SEEDS:
         lead = float(roc_auc_score([1] * len(low) + [0] * len(others), -np.r_[low, others]))
     return Group(-1, 0, separation, valley, len(low), lead), likely
 
 
-def _without_repeats(
-    features: Rows, rows: NDArray[np.int64], members: NDArray[np.bool_]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of the rows the first of those that are alike, of members and of others: a probe that was fitted to a copy of a sample
-    knows it. Returns: these rows, and (N,) the place among them of each sample's first, -1 where it is not among the rows."""
-    first, places = dict[tuple[bytes, bool], int](), np.full(len(members), -1)
-    kept = list[int]()
-    for row, values in zip(rows.tolist(), features[rows].astype(np.float16), strict=True):
-        key = values.tobytes(), bool(members[row])
-        if key not in first:
-            first[key] = len(kept)
-            kept.append(row)
-        places[row] = first[key]
-    return np.array(kept), places
+def _without_repeats(told: NDArray[Any], inside: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of (M, D) features the rows of the first of those that are alike, of members and of others, and (M,) the place of each
+    row's first among these: a probe that was fitted to a copy of a sample knows it."""
+    first, places, copies = list[int](), dict[tuple[bytes, bool], int](), np.zeros(len(told), dtype=np.int64)
+    for row, values in enumerate(told.astype(np.float16)):
+        copies[row] = places.setdefault((values.tobytes(), bool(inside[row])), len(first))
+        if copies[row] == len(first):
+            first.append(row)
+    return np.array(first), copies
 
 
 def _some(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -131,7 +131,8 @@ def _foreign(name: str | None, path: Path, given: dict[str, Any]) -> Suspect:
 
 def _check_normalization(path: Path, tensors: dict[str, Tensor], model: nn.Module, given: dict[str, Any]) -> None:
     """Refuse to leave out a normalisation that the file keeps beside the weights, unless the user says what it is."""
-    rests = {name: tensor for name, tensor in tensors.items() if not any(name.endswith(own) for own in model.state_dict())}
+    own = tuple(model.state_dict())
+    rests = {name: tensor for name, tensor in tensors.items() if not name.endswith(own)}
     for fact, names in (("mean", ("mean", "mu")), ("std", ("std", "sigma"))):
         found = next((name for name in rests if name.rpartition(".")[2] in names and rests[name].numel() in (1, 3)), None)
         if found is not None and fact not in given:
