@@ -7,28 +7,25 @@ import logging
 from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .content import ALIKE, alike, beyond_content
+from .candidates import TRIED, candidates, rests
 from .detectors import detectors
-from .examine import Unseen, examined, seen_by, shared, shows_trigger
+from .examine import Unseen, examined, on_covers, seen_by, shows_trigger
 from .look import controlled, make_finding, stronger_halves, with_bearers
-from .naming import MANY, all_bearers, control, second_choices
+from .naming import MANY, control
 from .outside import Without, foreign_parts
-from .parts import DOUBT, Part, distinct, joined, other_half, same_parts, smaller_halves, with_more_like_it
+from .parts import DOUBT, MAYBE, Part, halves_of_halves, joined
 from .passes import clearest, confirmed
-from .plan import Finding, clean_label_groups
+from .plan import Finding
 from .scan import Scan
-from .select import BALANCED, CLEAR_IMPRINT, MIN_ALIKE, MIN_SEEDS, Group, Selection, expand
+from .select import CLEAR_IMPRINT, MIN_SEEDS, Group, Selection, expand
 from .session import Session
 
 __all__ = ["look_again"]
 
 log = logging.getLogger(__name__)
-FEW_CLASSES = 3  # two may have styles that are alike
-TRIED = 2  # parts of a class in one look, each of which may cost a training
 LEARNED = 0.5  # share of images that it must name as labelled: a network that learned little takes any pattern for a class
 
 
@@ -66,10 +63,10 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     selection = with_bearers(session, clearest(selection, scan.labels, [before.selection, selection]))
     cleared = [group.label for group in before.selection.groups if group.cleared]
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
-    queues = {queue[0][0].label: queue for queue in _parts(session, scan, selection, before, {*cleared, *fresh})}
-    rests = {part[0].label: part for part in _rests(before, scan.labels) if part[0].label not in cleared}
-    queues |= {label: [part, *queues.get(label, [])][:TRIED] for label, part in rests.items()}
-    doubted, kin = set(rests), any(queue[0][0].alike for queue in queues.values())
+    queues = {queue[0][0].label: queue for queue in candidates(session, scan, selection, before, {*cleared, *fresh})}
+    rest = {part[0].label: part for part in rests(before, scan.labels) if part[0].label not in cleared}
+    queues |= {label: [part, *queues.get(label, [])][:TRIED] for label, part in rest.items()}
+    doubted, kin = set(rest), any(queue[0][0].alike for queue in queues.values())
     if queues and scan.num_classes >= MANY and not kin:  # a trigger of all classes is known without any one of them
         doubted |= {label for label in fresh if rises.get(label, 0.0) < CLEAR_IMPRINT}
         queues, selection, doubted = _sifted(session, trained, scan, selection, queues, doubted, without)
@@ -83,98 +80,11 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     return make_finding(session, scan, report, selection, namer or scanner, unseen=namer is not None)
 
 
-def _parts(session: Session, scan: Scan, selection: Selection, before: Finding, spared: set[int]) -> list[list[Part]]:
-    """Of each class that is to be examined by names its parts, in the order in which they are tried: one that shares what parts
-    of other classes share; else what stood apart and shared no trigger that can be added to other images, in this look or
-    before; the smaller part, where a class falls in two, and the larger one where the two are nearly alike: of these the two that
-    the trained network's second choices speak for. None of the labels in `spared`; beside a trigger beyond doubt only what
-    shares it."""
-    halves = {group.label: (group, likely) for group, likely in smaller_halves(scan, selection.suspect)}
-    kin = _kin(session, scan, halves, selection.suspect)
-    queues = {label: [part] for label, part in halves.items() if part[0].size >= MIN_SEEDS and label not in {*spared, *kin}}
-    apart, both = (selection.doubt > 0.5) & ~selection.suspect, (*selection.groups, *before.selection.groups)
-    for label in np.unique(scan.labels[apart & ~np.isin(scan.labels, [*spared, *kin])]).tolist():
-        members = apart & (scan.labels == label)
-        if members.sum() < MIN_SEEDS:
-            continue  # what is left of a group whose other samples were accused meanwhile
-        group = max((g for g in both if g.label == label), key=lambda g: g.imprint is not None)  # which that was, was tried
-        own = (scan.labels == label) & ~selection.suspect
-        part = _unasked(group, int(members.sum())), with_more_like_it(scan, own, members)
-        queues[label] = [*queues.get(label, []), part]
-    sure = {g.label for g in before.selection.groups if not g.acquitted and (g.imprint or 0) >= CLEAR_IMPRINT}
-    for label, queue in queues.items():
-        own = (scan.labels == label) & ~selection.suspect
-        queue.sort(key=lambda part: -part[0].separation)  # of two that are nearly the same the one that stands further apart
-        queue += [other_half(own, part) for part in queue if part[0].size > BALANCED * own.sum()]
-        # A network that hardly saw the class cannot tell what is foreign to it.
-        queue = [part for part in queue if part[0].size >= MIN_SEEDS and (own & (part[1] <= DOUBT)).sum() >= MIN_SEEDS]
-        if label in sure:  # more of that poison shares its trigger; and half of a class is soon named after many others
-            accused = (scan.labels == label) & selection.suspect
-            queue = [part for part in queue if shared(session, scan.labels, part[1] > 0.5, accused) >= ALIKE]
-        queues[label] = distinct(queue)
-    groups = [likely > 0.5 for queue in queues.values() for _, likely in queue]
-    seconds = iter(second_choices(scan.logits, scan.labels, groups, selection.suspect))
-    for label, queue in queues.items():
-        # The likeliest first; then the surest of the others, as what one source class gives has no spread.
-        told = [(part, *next(seconds)) for part in queue]
-        told.sort(key=lambda one: -one[1] * one[2])
-        told[1:] = sorted(told[1:], key=lambda one: -one[1])
-        queues[label] = [part for part, *_ in told[:TRIED]]
-    queues |= {label: [part] for label, part in kin.items() if label not in spared}
-    return [queue for queue in queues.values() if queue]
-
-
-def _rests(before: Finding, labels: NDArray[np.int64]) -> list[Part]:
-    """What is left of each class about half of which, or more, is accused as clean-label poison, or for a trigger that is in
-    doubt: that may be the clean half. What makes a zero turns other images to zeros, as a trigger does, where all others that are
-    labelled zero show something else."""
-    found, plan = [], before.plan
-    clean = {int(labels[group][0]) for group in clean_label_groups(labels, plan.new_labels, plan.suspect)}
-    for label in np.unique(labels[plan.suspect]).tolist():
-        own, groups = labels == label, [group for group in before.selection.groups if group.label == label]
-        accused, rest = own & plan.suspect, own & ~plan.suspect
-        sure = any(group.foreign or (group.imprint or 0) >= CLEAR_IMPRINT for group in groups)
-        if (label in clean or not sure) and rest.sum() >= MIN_SEEDS and accused.sum() > BALANCED * own.sum():
-            part = dataclasses.replace(_unasked(groups[0], int(rest.sum())), imprint=None, share=0.0)
-            found.append((part, rest.astype(np.float64)))
-    return found
-
-
-def _unasked(group: Group, size: int) -> Group:
-    """A part that was found with the group, without what was asked of that."""
-    asked = dict.fromkeys(("named", "sure", "spread", "source", "every", "carried", "same", "content"))
-    return dataclasses.replace(group, size=size, alike=0.0, doubted=False, **asked)  # type: ignore[arg-type]
-
-
 def _standing(groups: tuple[Group, ...], now: Selection, labels: NDArray[np.int64], known: NDArray[np.bool_]) -> list[Group]:
     """Of what was found before: what is accused still, and what was not looked at again."""
     examined, still = {group.label for group in now.groups}, set(np.unique(labels[known & now.suspect]).tolist())
     still -= set(np.unique(labels[known & ~now.suspect]).tolist())  # let go, but for a few that belong to the other half
     return [g for g in groups if g.label not in examined or (g.label in still and not g.acquitted and not g.cleared)]
-
-
-def _kin(session: Session, scan: Scan, halves: dict[int, Part], aside: NDArray[np.bool_]) -> dict[int, Part]:
-    """Of the halves those that share what others share, and what is like them in the classes without such a half: poison that is
-    spread over its target classes (all to all) is thin in each, but has one trigger."""
-    enough = max(FEW_CLASSES, MIN_ALIKE * scan.num_classes)
-    if len(halves) < enough:
-        return {}
-    groups = [likely > 0.5 for _, likely in halves.values()]
-    patterns = beyond_content(session.ordered(session.source), scan.labels, groups)
-    same = alike(patterns)
-    kin = {label: part for (label, part), is_alike in zip(halves.items(), same, strict=True) if is_alike}
-    log.info("parts of %d classes share the same", len(kin))
-    if len(kin) < enough:
-        return {}
-    some = np.any([likely > 0.5 for _, likely in kin.values()], axis=0)
-    kin |= {group.label: (group, likely) for group, likely in same_parts(scan, aside, some)}
-    shows = np.where(aside, 0, all_bearers(session.ordered(session.source), scan.labels, some, patterns[torch.from_numpy(same)]))
-    for label in np.unique(scan.labels[shows > 0.5]).tolist():
-        group, likely = kin.get(label, (Group(label, 0, 0.0, 0.0, 0, 0.0), np.zeros(len(shows))))
-        likely = np.maximum(likely, np.where(scan.labels == label, shows, 0))
-        kin[label] = dataclasses.replace(group, size=int((likely > 0.5).sum())), likely
-    share = len(kin) / scan.num_classes
-    return {label: (dataclasses.replace(group, alike=share), likely) for label, (group, likely) in kin.items()}
 
 
 def _sifted(
@@ -202,6 +112,9 @@ def _sifted(
     }
     left = {label for label in doubted if label in worth or (label in queues and label not in found)}
     tried = partial(shows_trigger, session, trained, scan, selection.suspect)
+    covered = partial(on_covers, session, scan.labels, selection.suspect)
+    unclear = [label for label in queues if label in found and label not in {*worth, *doubted}]
+    within = halves_of_halves(scan, selection.suspect | ~np.isin(scan.labels, unclear))
     for label, queue in queues.items():
         if label not in found:
             worth[label] = queue
@@ -210,8 +123,11 @@ def _sifted(
             unsure = label in doubted
             queue = [(dataclasses.replace(group, content=content, doubted=unsure), likely) for group, likely in queue]
             others = queue[1:] if label in doubted else queue  # the rest of a class shares its content
-            if kept := [part for part in others if tried(part[0], part[1] > 0.5)]:
-                worth[label] = kept
+            kept = [part for part in others if tried(part[0], part[1] > 0.5)]
+            inner = [(dataclasses.replace(group, content=content), likely) for group, likely in within.get(label, [])]
+            kept += [part for part in inner if covered(part[1] > 0.5)]
+            if kept:
+                worth[label] = kept[:TRIED]
             else:
                 selection = _on_record(selection, queue[0][0])
     return worth, selection, left
@@ -252,7 +168,8 @@ def _named(
             if not learned and group.content is None:
                 continue  # how foreign it is to a network that never saw its class is not known either
             members = (scan.labels == group.label) & ~selection.suspect
-            group = examined(session, trained, unseen, selection.suspect & ~back, group, likely > 0.5)
+            group, part = examined(session, trained, unseen, selection.suspect & ~back, group, likely > 0.5)
+            likely = np.where(part, likely, np.minimum(likely, MAYBE))
             if group.alike:
                 group = dataclasses.replace(group, named=kin_named)
             if not group.foreign:

@@ -18,7 +18,7 @@ from .scan import Scan, scan_model
 from .select import MIN_IMPRINT, MIN_SEEDS, SOME_COVERS, Group
 from .session import Session
 
-__all__ = ["Unseen", "examined", "seen_by", "shared", "shows_trigger"]
+__all__ = ["Unseen", "examined", "on_covers", "seen_by", "shared", "shows_trigger"]
 
 log = logging.getLogger(__name__)
 THREE = 3  # classes, of which half of a harmless one (digits) was named after all others, as poison is
@@ -68,12 +68,34 @@ def shows_trigger(
     return _on_average(turned, labels[~part & ~own]) >= MIN_IMPRINT
 
 
+def on_covers(session: Session, labels: NDArray[np.int64], suspect: NDArray[np.bool_], part: NDArray[np.bool_]) -> bool:
+    """Whether what a part of a class shares is on images of other classes; `suspect`: (N,) bool, accused by now."""
+    own = labels == labels[part][0]
+    return _may_be_trigger(part, own & ~suspect) and _trigger(session, labels, part)[1] > SOME_COVERS
+
+
 def examined(
     session: Session, trained: nn.Module, unseen: Unseen, suspect: NDArray[np.bool_], group: Group, part: NDArray[np.bool_]
-) -> Group:
-    """The group, a part of a class, with what its names and what it shares show.
+) -> tuple[Group, NDArray[np.bool_]]:
+    """The group, a part of a class, with what its names and what it shares show; or, where most of it is not what its label says
+    but some is, the same of the former alone, if that is accused: poison and a style of its class may stand apart together.
 
-    Args: suspect: (N,) bool, accused by now."""
+    Args: suspect: (N,) bool, accused by now.
+
+    Returns: the group, and (N,) bool, who is in it."""
+    whole = _examined(session, trained, unseen, suspect, group, part)
+    otherwise = part & (unseen.scan.logits.argmax(1) != group.label)
+    if whole.foreign or whole.unlike or not MIN_SEEDS <= otherwise.sum() > part.sum() / 2:
+        return whole, part
+    purer = dataclasses.replace(group, size=int(otherwise.sum()))
+    purer = _examined(session, trained, unseen, suspect, purer, otherwise)
+    # Chosen by its names, it is accused by what it shares alone.
+    return (purer, otherwise) if dataclasses.replace(purer, spread=0.0, content=None).foreign else (whole, part)
+
+
+def _examined(
+    session: Session, trained: nn.Module, unseen: Unseen, suspect: NDArray[np.bool_], group: Group, part: NDArray[np.bool_]
+) -> Group:
     labels, label = unseen.scan.labels, group.label
     seen = naming(unseen.scan.logits, labels, part, unseen.others)
     log.info("class %d, %d samples: %s", label, group.size, seen)

@@ -22,6 +22,7 @@ __all__ = ["CONTROL", "MANY", "Naming", "all_bearers", "bearers", "carried", "co
 CONTROL = 0.1  # share of the other samples that the network does not see, either
 BLOCK = 65536  # samples whose logits are copied at once
 SHOWN = 0.5  # of a pattern: more of it than not
+COVERS = 5  # images of other classes that show it, at least
 MANY = 10  # classes; of fewer a clean image has a second choice that is sure, and they are soon as various as content
 
 
@@ -140,7 +141,7 @@ def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_
         (shown,) = _shown(batches, labels, [sure], beyond_content(batches, labels, [sure]))
     likely, separation, valley = split_in_two(shown[~own], means=(0, 1))
     upper = shown[~own][likely > 0.5]
-    return valley if separation > MIN_SEPARATION and len(upper) and upper.mean() >= SHOWN else 0.0
+    return valley if separation > MIN_SEPARATION and len(upper) >= COVERS and upper.mean() >= SHOWN else 0.0
 
 
 def bearers(batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.float64]]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from nab_defense import again, examine
-from nab_defense.again import _named, _parts
+from nab_defense.again import _named
+from nab_defense.candidates import candidates
 from nab_defense.content import beyond_content
 from nab_defense.scan import Scan
 from nab_defense.select import Selection
@@ -61,4 +62,4 @@ class Networks:
         session.source, session.runtime, session.ordered = "all", None, lambda source: source
         trained: Any = "trained"
         seen = scan(self.upper)
-        return _named(session, trained, seen, NOBODY, _parts(session, seen, NOBODY, FINDING, set()), set(), self)
+        return _named(session, trained, seen, NOBODY, candidates(session, seen, NOBODY, FINDING, set()), set(), self)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from nab_defense import again, examine
-from nab_defense.again import _named, _parts, look_again
+from nab_defense.again import _named, look_again
+from nab_defense.candidates import candidates
 from nab_defense.examine import examined
 from nab_defense.naming import Naming
 from nab_defense.plan import Finding, load_finding, save_finding
@@ -97,10 +98,39 @@ def test_of_three_classes_nothing_is_named_after_many(classes: int, spread: floa
     labels = np.repeat(np.arange(classes), 40)
     monkeypatch.setattr(examine, "naming", lambda *_: Naming(0.1, 0.5, 0.9))
     monkeypatch.setattr(examine, "_may_be_trigger", lambda *_: False)
-    unseen: Any = SimpleNamespace(scan=SimpleNamespace(labels=labels, logits=ANY, num_classes=classes), others=ANY)
+    unseen: Any = SimpleNamespace(
+        scan=SimpleNamespace(labels=labels, logits=np.zeros((len(labels), classes)), num_classes=classes), others=ANY
+    )
     part = np.arange(len(labels)) < 20
-    found = examined(ANY, ANY, unseen, np.zeros(len(labels), bool), Group(0, 5, 4.0, 0.9, 20, 0.9), part)
-    assert (found.named, found.sure, found.spread, found.foreign) == (0.1, 0.5, spread, spread > 0)
+    found, same = examined(ANY, ANY, unseen, np.zeros(len(labels), bool), Group(0, 5, 4.0, 0.9, 20, 0.9), part)
+    assert (found.named, found.sure, found.spread, found.foreign) == (0.1, 0.5, spread, spread > 0) and same is part
+
+
+@pytest.mark.parametrize(
+    ("names", "carried", "accused"), [([2, 2, 0], 0.4, True), ([2, 2, 0], 0.0, False), ([2, 0, 0], 0.4, False)]
+)
+def test_of_a_part_that_holds_a_style_of_its_class_too_what_is_named_otherwise_is_accused(
+    monkeypatch: pytest.MonkeyPatch, names: list[int], carried: float, accused: bool
+) -> None:
+    networks = Networks(45, monkeypatch, part1=(names, [0]), part2=([0], [0]))
+    networks.carried, networks.turned["trained"] = carried, np.array([0.0, 0.0, 0.5, 0.0])
+    networks.turned["part2"] = np.zeros(4)
+    found, _ = networks.look()
+    otherwise = [row for row in range(45) if names[row % 3] != 0]
+    assert np.flatnonzero(found.suspect).tolist() == otherwise * accused
+    assert not accused or [group.size for group in found.groups] == [30]
+
+
+def test_what_was_chosen_by_its_names_is_not_accused_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, part = np.repeat(np.arange(10), 90), np.arange(900) < 45
+    logits = np.where(np.arange(900) % 3 == 0, 0, 2)[:, None] == np.arange(10)
+    monkeypatch.setattr(
+        examine, "naming", lambda _, __, group, ___: Naming(1 - 30 / group.sum(), 0.5, 0.1 if group.sum() == 45 else 0.9)
+    )
+    monkeypatch.setattr(examine, "_may_be_trigger", lambda *_: False)
+    unseen: Any = SimpleNamespace(scan=SimpleNamespace(labels=labels, logits=logits, num_classes=10), others=ANY)
+    group, same = examined(ANY, ANY, unseen, np.zeros(900, bool), Group(0, 5, 4.0, 0.9, 45, 0.9), part)
+    assert same is part and group.size == 45 and group.spread == 0.1 and not group.foreign
 
 
 def test_classes_of_which_no_image_is_shown_do_not_count() -> None:
@@ -114,7 +144,7 @@ def test_a_part_that_is_nearly_all_of_its_class_is_not_examined(monkeypatch: pyt
         most = Selection(np.zeros(400, bool), (np.arange(400) < upper).astype(np.float32), (Group(0, 9, 50.0, 0.8, upper, 0.9),))
         before, session, trained = cast(Any, SimpleNamespace(selection=most)), SimpleNamespace(), cast(Any, "trained")
         session.recipe, session.source, session.runtime = SimpleNamespace(seed=0), "all", None
-        parts = _parts(ANY, scan(upper), most, before, set())
+        parts = candidates(ANY, scan(upper), most, before, set())
         found, _ = _named(cast(Any, session), trained, scan(upper), most, parts, set(), networks)
         assert found.suspect.any() == accused
 
@@ -135,7 +165,7 @@ def test_the_rest_of_a_trigger_that_was_found_in_part_is_accused(
     session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None)
     session.ordered = lambda source: [(torch.from_numpy(images).float(), torch.from_numpy(LABELS))]
     finding: Any = SimpleNamespace(selection=before)
-    queues = _parts(session, seen, before, finding, set())
+    queues = candidates(session, seen, before, finding, set())
     found, _ = _named(session, cast(Any, "trained"), seen, before, queues, set(), networks)
     (group,) = found.groups
     assert group.unlike and group.same is not None and (group.same > 0.9) == same
@@ -155,18 +185,18 @@ def test_of_what_stood_apart_before_and_what_falls_in_two_now_the_clearer_part_i
     apart = np.isin(np.arange(400), [*some, *others, *few])
     let_go = tuple(Group(k, 9, d, 0.8, 40, 0.9, imprint=0.1) for k, d in enumerate((50.0, 4.0, 50.0)))
     before: Any = SimpleNamespace(selection=Selection(np.zeros(400, bool), apart.astype(np.float32), let_go))
-    first, second = _parts(ANY, scan(45), before.selection, before, set())
+    first, second = candidates(ANY, scan(45), before.selection, before, set())
     assert [(group.label, group.size) for group, _ in first] == [(0, 20), (0, 45)] and first[0][0].separation == 50
     assert [(group.label, group.size) for group, _ in second] == [(1, 22)]
     assert [np.flatnonzero(part > 0.5).tolist() for _, part in first] == [[*some], [*range(45)]]
     assert np.array_equal(np.flatnonzero(second[0][1] > 0.5), others)
     fainter = dataclasses.replace(before.selection, groups=(dataclasses.replace(let_go[0], separation=5.0), *let_go[1:]))
-    queues = _parts(ANY, scan(45), fainter, before, set())
+    queues = candidates(ANY, scan(45), fainter, before, set())
     assert [[group.size for group, _ in queue] for queue in queues] == [[45, 20], [22]]
     accused = Selection(apart, apart.astype(np.float32), let_go)
-    ((half, _),) = _parts(ANY, scan(45), accused, before, set())[0]  # what is accused already is not examined
+    ((half, _),) = candidates(ANY, scan(45), accused, before, set())[0]  # what is accused already is not examined
     assert half.label == 0 and half.size == 25
-    assert _parts(ANY, scan(45), accused, before, {0}) == []  # nor what was cleared by its names before
+    assert candidates(ANY, scan(45), accused, before, {0}) == []  # nor what was cleared by its names before
 
 
 def test_the_next_part_of_a_class_is_examined_where_the_first_is_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +204,7 @@ def test_the_next_part_of_a_class_is_examined_where_the_first_is_none_of_it(monk
     let_go = (Group(0, 9, 50.0, 0.8, 20, 0.9, imprint=0.1),)
     apart = (np.arange(400) >= 60) & (np.arange(400) < 80)
     selection = Selection(np.zeros(400, bool), apart.astype(np.float32), let_go)
-    queues = _parts(ANY, scan(30), selection, cast(Any, SimpleNamespace(selection=selection)), set())
+    queues = candidates(ANY, scan(30), selection, cast(Any, SimpleNamespace(selection=selection)), set())
     assert [group.size for group, _ in queues[0]] == [20, 30]
     networks = Networks(30, monkeypatch, part1=([0], [2]), part2=([1, 2, 3], [0]))
     session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None, ordered=lambda source: source)
@@ -187,7 +217,7 @@ def test_poison_that_an_earlier_look_missed_is_left_out_with_the_rest_of_it(monk
     let_go = Group(0, 9, 50.0, 0.8, 24, 0.9, imprint=0.4)
     selection = Selection(np.zeros(400, bool), (np.arange(400) < 24).astype(np.float32), (let_go,))
     before: Any = SimpleNamespace(selection=selection)
-    parts = _parts(ANY, scan(30), selection, before, set())
+    parts = candidates(ANY, scan(30), selection, before, set())
     assert [group.size for group, _ in parts[0]] == [24, 30]
     networks = Networks(30, monkeypatch, part1=([1, 2, 3], [0]))
     session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None)
@@ -223,7 +253,7 @@ def test_thin_parts_of_many_classes_are_accused_where_they_share_one_trigger(
     named[200:206] = 2  # the trigger looks a little like a 2
     logits = Scan(LABELS, seen.losses, 6 * np.eye(4, dtype=np.float32)[named], features)
     monkeypatch.setattr(again, "seen_by", lambda *_: logits)
-    parts = _parts(session, seen, NOBODY, FINDING, set())
+    parts = candidates(session, seen, NOBODY, FINDING, set())
     assert len(parts) == 4 * accused and all(group.alike == 1 and group.size == 10 for ((group, _),) in parts)
     found, _ = _named(session, cast(Any, "trained"), seen, NOBODY, parts, set(), cast(Any, lambda absent, part: part))
     np.testing.assert_array_equal(found.suspect, thin & accused)
@@ -235,3 +265,13 @@ def test_a_part_is_not_joined_by_all_the_others_of_its_class(monkeypatch: pytest
     monkeypatch.setattr(again, "joined", lambda seen, members, likely, *_: np.where(members, 1.0, likely))
     found, _ = networks.look()
     assert np.flatnonzero(found.suspect).tolist() == list(range(30)) and found.groups[0].size == 30
+
+
+@pytest.mark.parametrize(("carried", "size", "covered"), [(0.06, 50, True), (0.05, 50, False), (0.9, 51, False)])
+def test_a_part_of_at_most_half_of_its_class_may_be_on_covers(
+    monkeypatch: pytest.MonkeyPatch, carried: float, size: int, covered: bool
+) -> None:
+    networks = Networks(size, monkeypatch)
+    networks.carried = carried
+    session: Any = SimpleNamespace(source="all", ordered=lambda source: source)
+    assert examine.on_covers(session, LABELS, np.zeros(400, bool), np.arange(400) < size) is covered

@@ -7,8 +7,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from nab_defense import again
-from nab_defense.again import _named, _parts, _rests
+from nab_defense import candidates as candidates_room
+from nab_defense.again import _named
+from nab_defense.candidates import candidates, rests
 from nab_defense.plan import Finding
 from nab_defense.select import Group, Selection
 from nab_defense.types import NABPlan, SuspectReport
@@ -25,11 +26,11 @@ def test_where_the_clean_half_of_a_class_was_accused_the_other_half_is(
     selection = Selection(known, known.astype(np.float32), (group,))
     plan = NABPlan(LABELS, LABELS, known, ~known, np.zeros(400, bool))
     before = Finding(SuspectReport(np.zeros(400, np.float32), LABELS, "lga"), selection, plan, np.ones(400, np.float32))
-    ((rest, part),) = rests = _rests(before, LABELS)
+    [(rest, part)] = parts = rests(before, LABELS)
     assert rest.size == 45 and np.array_equal(np.flatnonzero(part), np.arange(45))
     networks = Networks(45, monkeypatch, part1=(names, [0]))
     session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None, ordered=lambda source: source)
-    found, namer = _named(session, cast(Any, "trained"), scan(45), selection, [[one] for one in rests], {0}, networks)
+    found, namer = _named(session, cast(Any, "trained"), scan(45), selection, [[one] for one in parts], {0}, networks)
     assert np.flatnonzero(found.suspect).tolist() == list(accused) and (namer == "part1") == (accused[0] == 0)
     assert networks.absent["part1"][:45].all() and networks.absent["part1"][45:100].sum() < 20  # those are trained on
 
@@ -39,8 +40,8 @@ def test_a_network_that_was_taught_the_accused_does_not_name_them(monkeypatch: p
     known = (np.arange(400) >= 150) & (np.arange(400) < 200)
     selection = Selection(known, known.astype(np.float32), (Group(1, 20, 5.0, 0.9, 50, 0.9, imprint=0.6),))
     before: Any = SimpleNamespace(plan=NABPlan(LABELS, LABELS, known, ~known, np.zeros(400, bool)), selection=selection)
-    (rest,) = _rests(before, LABELS)
-    (queue,) = _parts(ANY, scan(30), selection, before, {1})
+    (rest,) = rests(before, LABELS)
+    (queue,) = candidates(ANY, scan(30), selection, before, {1})
     networks = Networks(30, monkeypatch, part1=([1, 2, 3], [0]))
     session: Any = SimpleNamespace(recipe=SimpleNamespace(seed=0), source="all", runtime=None, ordered=lambda source: source)
     found, namer = _named(session, cast(Any, "trained"), scan(30), selection, [[rest], queue], {1}, networks)
@@ -57,10 +58,10 @@ def test_few_accused_of_a_class_are_not_its_clean_half() -> None:
             group = Group(0, 20, 5.0, 0.9, accused, 0.9, imprint=imprint)
             plan = NABPlan(LABELS, np.where(known, proposed, LABELS), known, ~known, np.zeros(400, bool))
             before: Any = SimpleNamespace(plan=plan, selection=Selection(known, known.astype(np.float32), (group,)))
-            assert len(_rests(before, LABELS)) == doubted * unsure
+            assert len(rests(before, LABELS)) == doubted * unsure
             named = dataclasses.replace(group, named=0.0, sure=0.5, spread=1.0)  # it was accused by its names
             before.selection = dataclasses.replace(before.selection, groups=(named,))
-            assert len(_rests(before, LABELS)) == doubted * (proposed is LABELS)
+            assert len(rests(before, LABELS)) == doubted * (proposed is LABELS)
 
 
 def test_beside_a_trigger_beyond_doubt_only_what_shares_it_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,14 +72,14 @@ def test_beside_a_trigger_beyond_doubt_only_what_shares_it_is_examined(monkeypat
         assert np.array_equal(accused, known)
         return likeness[int(part.sum())]
 
-    monkeypatch.setattr(again, "shared", same)
+    monkeypatch.setattr(candidates_room, "shared", same)
     for imprint, sizes in ((0.75, [25]), (0.74, [25, 35])):
         group = Group(0, 20, 5.0, 0.9, 40, 0.9, imprint=imprint)
         selection = Selection(known, known.astype(np.float32), (group,))
         before: Any = SimpleNamespace(selection=selection)
-        assert [[part.size for part, _ in queue] for queue in _parts(ANY, scan(25), selection, before, set())] == [sizes]
+        assert [[part.size for part, _ in queue] for queue in candidates(ANY, scan(25), selection, before, set())] == [sizes]
         likeness[25] = 0.59
-        assert len(_parts(ANY, scan(25), selection, before, set())) == (imprint < 0.75)
+        assert len(candidates(ANY, scan(25), selection, before, set())) == (imprint < 0.75)
         likeness[25] = 0.6
 
 
@@ -93,5 +94,5 @@ def test_the_two_parts_that_second_choices_speak_for_most_are_tried() -> None:
     for sure, sizes in (((3, 3, 0), [45, 25]), ((3, 0, 2), [55, 25]), ((0, 3, 2), [55, 45]), ((0, 0, 0), [25, 45])):
         table[:100] = 9 * np.eye(4)[0]
         table[np.arange(100), seconds] = np.repeat(sure, [25, 20, 55])
-        (queue,) = _parts(ANY, scan(45, table), before.selection, before, set())
+        (queue,) = candidates(ANY, scan(45, table), before.selection, before, set())
         assert [group.size for group, _ in queue] == sizes

@@ -11,6 +11,7 @@ import pytest
 
 from nab_defense import again, examine, outside
 from nab_defense.again import _named, _sifted
+from nab_defense.candidates import unasked
 from nab_defense.outside import COMPARED, FOLDS, foreign_parts
 from nab_defense.scan import Scan
 from nab_defense.select import MIN_CONTENT, Group, Selection
@@ -143,6 +144,22 @@ def test_what_is_foreign_is_kept_and_of_the_rest_what_may_share_a_trigger(monkey
     assert not selection.suspect.any()
 
 
+def test_a_half_of_a_half_is_kept_where_what_it_shares_is_on_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {
+        label: queue(label, 0, 20) + queue(label, 20, 30) + queue(label, 50, 25) + queue(label, 75, 22) for label in (1, 2, 3)
+    }
+    asides: list[np.ndarray] = []
+    monkeypatch.setattr(again, "shows_trigger", lambda *_: False)
+    monkeypatch.setattr(again, "halves_of_halves", lambda seen, aside: asides.append(aside) or parts)
+    monkeypatch.setattr(again, "on_covers", lambda session, labels, suspect, part: labels[part][0] == 2 and part.sum() != 20)
+    queues = {label: queue(label, 0, 60) for label in (1, 2, 3)}
+    worth, selection, _ = _sifted(SESSION, ANY, seen(), NOBODY, queues, {3}, Outside(monkeypatch))
+    assert [group.size for group, _ in worth[2]] == [30, 25]  # two of a class, at most
+    assert all(group.content is not None and not group.foreign for group, _ in worth[2])
+    assert sorted(worth) == [0, 2] and sorted(group.label for group in selection.groups) == [1, 3]
+    np.testing.assert_array_equal(asides, [~np.isin(LABELS, [1, 2])])  # what is in doubt is looked at whole
+
+
 def doubted(monkeypatch: pytest.MonkeyPatch, accused: np.ndarray) -> tuple[Selection, Any, Outside]:
     """Some of class 0 are accused, and in doubt; who is, after they were looked at with the rest of it."""
     networks = Outside(monkeypatch)
@@ -167,7 +184,7 @@ def test_what_was_accused_is_let_go_where_most_of_the_rest_is_foreign(monkeypatc
 def test_nothing_is_let_go_for_a_rest_that_resembles_few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside clean-label poison of most of its class the clean images are named after others, too, but not after many."""
     accused, real = (LABELS == 0) & ~POISON, again.examined
-    monkeypatch.setattr(again, "examined", lambda *args: dataclasses.replace(real(*args), spread=0.7))
+    monkeypatch.setattr(again, "examined", lambda *args: (dataclasses.replace(real(*args)[0], spread=0.7), real(*args)[1]))
     found, namer, _ = doubted(monkeypatch, accused)
     np.testing.assert_array_equal(found.suspect, accused)
     assert namer is None and not found.groups[-1].foreign and found.groups[-1].named == 0
@@ -194,7 +211,7 @@ def test_what_is_put_on_record_accuses_nobody(monkeypatch: pytest.MonkeyPatch) -
     old = {"named": 0.05, "source": 0.5, "every": 0.6, "carried": 0.4, "doubted": True}
     _, selection, _ = _sifted(SESSION, ANY, seen(), NOBODY, {3: queue(3, 0, 40, **old)}, set(), Outside(monkeypatch))
     assert not selection.suspect.any()
-    group = again._unasked(Group(3, 20, 4.0, 0.9, 40, 0.9, imprint=0.3, content=0.3, alike=0.5, **old), 25)
+    group = unasked(Group(3, 20, 4.0, 0.9, 40, 0.9, imprint=0.3, content=0.3, alike=0.5, **old), 25)
     assert group == Group(3, 20, 4.0, 0.9, 25, 0.9, imprint=0.3)
 
 
