@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,8 @@ from torch import nn
 from .candidates import TRIED, candidates, rests
 from .detectors import detectors
 from .examine import Unseen, examined, on_covers, seen_by, shows_trigger
-from .look import controlled, make_finding, stronger_halves, with_bearers
+from .hidden import hidden
+from .look import make_finding, stronger_halves, with_bearers
 from .naming import MANY, control
 from .outside import Without, foreign_parts
 from .parts import DOUBT, MAYBE, Part, halves_of_halves, joined
@@ -22,6 +23,7 @@ from .plan import Finding
 from .scan import Scan
 from .select import CLEAR_IMPRINT, MIN_SEEDS, Group, Selection, expand
 from .session import Session
+from .variation import variation
 
 __all__ = ["look_again"]
 
@@ -57,10 +59,13 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
         return dataclasses.replace(before, looked_again=False)
     report = detectors.create(recipe.scan.detector, **recipe.scan.params).detect(scan)
     selection = expand(report, scan, fraction=recipe.fraction, previous=Selection(known, before.selection.doubt), trained=True)
-    selection, rises = stronger_halves(session, trained, selection, known)
-    rises = controlled(session, selection, known, rises, lambda absent: without(absent, "control"))
-    selection = confirmed(selection, scan.labels, rises, known=known, few=scan.num_classes < MANY)
+    directions = cache(lambda: variation(session.ordered(session.source), scan.labels))
+    selection, rises = stronger_halves(session, trained, selection, known, directions)
+    selection = confirmed(selection, scan.labels, rises, known=known)
     selection = with_bearers(session, clearest(selection, scan.labels, [before.selection, selection]))
+    if scan.num_classes < MANY:
+        for group, likely in hidden(session, trained, scan, selection.suspect, directions()):
+            selection = _with(selection, group, likely) if group.foreign else selection
     cleared = [group.label for group in before.selection.groups if group.cleared]
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
     queues = {queue[0][0].label: queue for queue in candidates(session, scan, selection, before, {*cleared, *fresh})}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import ranks
 from .content import Batches, beyond_content
 from .runtime import Runtime
+from .variation import beyond_variation
 
 __all__ = ["imprint_by_class", "imprints", "picked"]
 
@@ -19,7 +20,13 @@ OTHERS = 20_000  # images of other classes that groups are tried on: the share t
 
 
 def imprints(
-    model: nn.Module, batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]], *, runtime: Runtime
+    model: nn.Module,
+    batches: Batches,
+    labels: NDArray[np.int64],
+    groups: Sequence[NDArray[np.bool_]],
+    *,
+    runtime: Runtime,
+    directions: dict[int, Tensor] | None = None,
 ) -> list[float]:
     """What each group shares, added to images of other classes: how many turn to the group's class?
 
@@ -31,6 +38,9 @@ def imprints(
         batches: (images, labels) of the whole scanned source, in order; gone through twice, however many groups there are.
         labels: (N,) given labels.
         groups: (N,) bool each, samples of one class; no sample is in two.
+        runtime: Where to compute.
+        directions: In which the images of the others vary (see variation.variation): only what each group shares beyond that is
+            added. None: all of it.
 
     Returns: For each group the rise of the share of other images given its label, in [-1, 1]; where there are more than OTHERS,
         estimated from at least so many, see _some."""
@@ -38,6 +48,8 @@ def imprints(
         return []
     goals = [int(labels[group][0]) for group in groups]
     patterns = beyond_content(batches, labels, groups, together=False)
+    if directions is not None:
+        patterns = beyond_variation(patterns, goals, directions)
     rises = _rises(model, batches, labels, goals, patterns, shown=_some(labels), runtime=runtime)
     counts = np.bincount(labels, minlength=rises.shape[1])
     return [

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from . import imprint
 from .detectors import detectors
@@ -21,12 +22,13 @@ from .relabel import relabelers
 from .replay import fit_once, scan_key
 from .runtime import Runtime
 from .scan import EarlyScan, Scan, scan_model
-from .select import BALANCED, CLEAR_IMPRINT, MIN_IMPRINT, MIN_SEEDS, Selection, expand, take_fraction
+from .select import BALANCED, CLEAR_IMPRINT, MIN_SEEDS, Selection, expand, take_fraction
 from .session import Session
 from .train import TrainConfig
 from .types import SuspectReport
+from .variation import variation
 
-__all__ = ["accuse", "controlled", "look", "make_finding", "scan_whole", "stronger_halves", "with_bearers"]
+__all__ = ["accuse", "look", "make_finding", "scan_whole", "stronger_halves", "with_bearers"]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
     detector = detectors.create(recipe.scan.detector, **recipe.scan.params)
     found: list[tuple[SuspectReport, Selection]] = []
     tried: list[dict[int, float]] = []
+    directions = cache(lambda: variation(session.ordered(session.source), session.source.labels))
 
     def watch(seen: Scan, network: nn.Module) -> bool:
         last = found[-1][1] if found else None
@@ -59,30 +62,21 @@ def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
         log.info("scan %d: %d suspects", seen.epoch, selection.suspect.sum())
         stands = last is not None and settled(last, selection)
         if stands or seen.epoch > recipe.scan.epochs - JUDGES:
-            selection, rises = stronger_halves(session, network, selection, np.zeros(len(seen), bool))
+            selection, rises = stronger_halves(session, network, selection, np.zeros(len(seen), bool), directions)
             tried.append(rises)
         found.append((report, selection))
         return stands and clear(tried[-1]) and not overfull(selection.suspect, seen.labels)
 
     scan, network = _scan(session, watch, kept)
     report, selection = found[-1]
-    rises = controlled(
-        session, selection, np.zeros(len(scan), bool), judged(tried), lambda absent: _scan(session, _whole, kept, ~absent)[1]
-    )
-    selection = clearest(
-        confirmed(selection, scan.labels, rises, few=scan.num_classes < MANY), scan.labels, [one for _, one in found]
-    )
+    selection = clearest(confirmed(selection, scan.labels, judged(tried)), scan.labels, [one for _, one in found])
     selection = with_bearers(session, selection)
     return make_finding(session, scan, report, selection, network, own=True), network
 
 
 def scan_whole(session: Session, *, kept: bool = False) -> tuple[Scan, nn.Module]:
     """All epochs of the scan, as the paper's rule has it; no detector has a say in it. `kept` as in look."""
-    return _scan(session, _whole, kept)
-
-
-def _whole(seen: Scan, network: nn.Module) -> bool:
-    return False  # it goes on to its last epoch
+    return _scan(session, lambda seen, network: False, kept)  # it goes on to its last epoch
 
 
 def accuse(session: Session, scan: Scan, network: nn.Module) -> Finding:
@@ -116,11 +110,8 @@ def make_finding(
     return Finding(report, selection, plan, confidence)
 
 
-def _scan(
-    session: Session, watch: Callable[[Scan, nn.Module], bool], kept: bool, rows: NDArray[np.bool_] | None = None
-) -> tuple[Scan, nn.Module]:
-    """The scan's training, of all images or of `rows`, (N,) bool, alone, with a look after each epoch."""
-    source, stage = session.source if rows is None else session.source.subset(np.flatnonzero(rows)), session.recipe.scan
+def _scan(session: Session, watch: Callable[[Scan, nn.Module], bool], kept: bool) -> tuple[Scan, nn.Module]:
+    source, stage = session.source, session.recipe.scan
     network = session.build(stage.model)
     settings = TrainConfig(
         epochs=stage.epochs, batch_size=stage.batch_size, lr=stage.lr, momentum=stage.momentum,
@@ -148,16 +139,23 @@ def _exact(runtime: Runtime) -> Runtime:
 
 
 def stronger_halves(
-    session: Session, network: nn.Module, selection: Selection, known: NDArray[np.bool_]
+    session: Session,
+    network: nn.Module,
+    selection: Selection,
+    known: NDArray[np.bool_],
+    directions: Callable[[], dict[int, Tensor]],
 ) -> tuple[Selection, dict[int, float]]:
     """What the suspects of each label share, tried on other images (see imprint.imprints).
 
     Where about half of a class stands apart, the clean half may be the one that was taken. What makes a zero turns other images
     to zeros, too, but a trigger turns more: so both are tried, and the half that turns more takes the place of the other.
+    Of few classes, beside each of which there is hardly another to turn to, what a style shares turns as many (.82 on digits in
+    two): there only what they share beyond how images vary is tried (of a style .26 at most, of a fixed pattern .6).
 
     Args:
         selection: What stands apart.
         known: (N,) bool, suspects that stay, and are not tried.
+        directions: In which images vary, see variation.variation; asked for where there is something to try.
 
     Returns: the selection, and label -> share that its suspects turn."""
     labels, suspect, doubt = session.source.labels, selection.suspect.copy(), selection.doubt.copy()
@@ -170,7 +168,10 @@ def stronger_halves(
         label: rest for label, group, rest in pairs if group.sum() > BALANCED * (group | rest).sum() and rest.sum() >= MIN_SEEDS
     }
     tried = [*groups, *halves.values()]
-    rises = imprint.imprints(network, session.ordered(session.source), labels, tried, runtime=session.runtime)
+    few = bool(tried) and int(labels.max()) + 1 < MANY
+    rises = imprint.imprints(
+        network, session.ordered(session.source), labels, tried, runtime=session.runtime, directions=directions() if few else None
+    )
     turned, other = dict(zip(given, rises[: len(given)], strict=True)), dict(zip(halves, rises[len(given) :], strict=True))
     sizes = {}
     for label, group in zip(given, groups, strict=True):
@@ -182,37 +183,6 @@ def stronger_halves(
             log.info("class %d: the other half, %d samples, imprint %.2f", label, sizes[label], turned[label])
     swapped = tuple(dataclasses.replace(group, size=sizes.get(group.label, group.size)) for group in selection.groups)
     return Selection(suspect, doubt, swapped), turned
-
-
-def controlled(
-    session: Session,
-    selection: Selection,
-    known: NDArray[np.bool_],
-    rises: dict[int, float],
-    without: Callable[[NDArray[np.bool_]], nn.Module],
-) -> dict[int, float]:
-    """Of few classes: what the suspects of each label turn, less what the same turns in a network that never saw them.
-
-    Beside one class there is hardly another: what a style of a class shares turns half of all other images, or more, without
-    any trigger. Some of it turns a network that never saw that style, too (.47 of .56 on digits in two classes), and some does
-    not (0 of .6 in five), so that this alone acquits not every style.
-
-    Args:
-        selection, known, rises: As stronger_halves takes and gives them.
-        without: Mask (N,) -> a network trained without these samples; called where there is something to try."""
-    labels = session.source.labels
-    given = [label for label, rise in rises.items() if rise >= MIN_IMPRINT]
-    if int(labels.max()) + 1 >= MANY or not given:
-        return rises
-    fresh = selection.suspect & ~known
-    groups = [fresh & (labels == label) for label in given]
-    batches = session.ordered(session.source)
-    untaught = imprint.imprints(without(selection.suspect), batches, labels, groups, runtime=session.runtime)
-    less = dict(rises)
-    for label, other in zip(given, untaught, strict=True):
-        log.info("class %d: imprint %.2f in a network that never saw them", label, other)
-        less[label] -= max(0.0, other)
-    return less
 
 
 def with_bearers(session: Session, selection: Selection) -> Selection:

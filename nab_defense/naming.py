@@ -17,7 +17,7 @@ from .content import Batches, beyond_content
 from .mixture import split_in_two
 from .select import MAX_NAMED, MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY
 
-__all__ = ["CONTROL", "MANY", "Naming", "all_bearers", "bearers", "carried", "control", "naming", "second_choices"]
+__all__ = ["CONTROL", "MANY", "Naming", "all_bearers", "amounts", "bearers", "carried", "control", "naming", "second_choices"]
 
 CONTROL = 0.1  # share of the other samples that the network does not see, either
 BLOCK = 65536  # samples whose logits are copied at once
@@ -136,9 +136,9 @@ def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_
     Returns: depth of the valley between the two in how much they show of it, see select.split_in_two, in [0, 1]; 0 where they do
     not separate, or those that show more show less than half."""
     own = labels == labels[group][0]
-    (shown,) = _shown(batches, labels, [group], pattern[None])
+    (shown,) = amounts(batches, labels, [group], pattern[None])
     if (sure := group & (shown > SHOWN)).any():  # without those of its class that came with it
-        (shown,) = _shown(batches, labels, [sure], beyond_content(batches, labels, [sure]))
+        (shown,) = amounts(batches, labels, [sure], beyond_content(batches, labels, [sure]))
     likely, separation, valley = split_in_two(shown[~own], means=(0, 1))
     upper = shown[~own][likely > 0.5]
     return valley if separation > MIN_SEPARATION and len(upper) >= COVERS and upper.mean() >= SHOWN else 0.0
@@ -157,7 +157,7 @@ def bearers(batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArra
     if not groups:
         return []
     found, patterns = [], beyond_content(batches, labels, groups, together=False)
-    for group, shown in zip(groups, _shown(batches, labels, groups, patterns), strict=True):
+    for group, shown in zip(groups, amounts(batches, labels, groups, patterns), strict=True):
         everyone, own = np.zeros(len(labels)), labels == labels[group][0]
         everyone[own] = _upper(shown[own])
         found.append(everyone)
@@ -175,7 +175,7 @@ def all_bearers(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.b
 
     Returns: (N,) probability of each sample to show it, 0 in classes that do not fall in two by that or of which half do."""
     everyone = np.zeros(len(labels))
-    (shown,) = _shown(batches, labels, [group], patterns.mean(0, keepdim=True))
+    (shown,) = amounts(batches, labels, [group], patterns.mean(0, keepdim=True))
     for label in np.flatnonzero(np.bincount(labels) >= 2 * MIN_SEEDS):
         own = labels == label
         likely = _upper(shown[own])
@@ -191,7 +191,7 @@ def _upper(shown: NDArray[np.float64]) -> NDArray[np.float64]:
     return likely if separation > MIN_SEPARATION and valley > MIN_VALLEY else np.zeros(len(shown))
 
 
-def _shown(
+def amounts(
     batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]], patterns: Tensor
 ) -> Iterator[NDArray[np.float64]]:
     """For each group (N,) how much of what it shares an image shows, more than the rest of its class does; 1: all of it."""

@@ -27,22 +27,19 @@ def confirmed(
     imprints: dict[int, float],
     *,
     known: NDArray[np.bool_] | None = None,
-    few: bool = False,
 ) -> Selection:
-    """Let go the groups that share no trigger, beyond doubt where one is most of its class or there are few classes; their doubt
-    stays.
+    """Let go the groups that share no trigger, beyond doubt where one is most of its class; their doubt stays.
 
     Args:
         selection: What stands apart.
         labels: (N,) as given.
         imprints: Of each label with suspects, the share of other images that they turn.
-        known: (N,) bool, suspects that stay whatever their label's imprint.
-        few: There are few classes."""
+        known: (N,) bool, suspects that stay whatever their label's imprint."""
     suspect, groups = selection.suspect.copy(), []
     for group in selection.groups:
         members = (labels == group.label) & ~(np.zeros_like(suspect) if known is None else known)
         share = float(suspect[members].mean()) if members.any() else 0.0
-        group = dataclasses.replace(group, imprint=imprints.get(group.label), share=share, few=few)
+        group = dataclasses.replace(group, imprint=imprints.get(group.label), share=share)
         if group.acquitted:
             suspect[members] = False
         groups.append(group)
@@ -62,7 +59,7 @@ def clearest(selection: Selection, labels: NDArray[np.int64], passes: list[Selec
             best, of = max(_apart(passes, group.label), key=lambda pair: pair[0].separation * pair[0].valley)
             members = labels == group.label
             doubt[members] = of.doubt[members]
-            group = dataclasses.replace(best, imprint=group.imprint, share=group.share, few=group.few)
+            group = dataclasses.replace(best, imprint=group.imprint, share=group.share)
         groups.append(group)
     return Selection(selection.suspect, doubt, tuple(groups))
 

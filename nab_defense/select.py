@@ -47,6 +47,7 @@ MIN_STRANGE = 0.1  # see Group.strange; set on digits
 MIN_CONTENT = 0.1  # see Group.content; on digits poison had .12 to .4, of which half was harmless where it had the least
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
 MIN_SOURCE = 0.02  # or what it shares must turn so many images of one class, times how sure, and be clearly on covers of others
+MIN_BEYOND = 0.2  # see Group.beyond; on digits in two to five classes: styles .08 at most, poison .32 or more
 CLEAR_SOURCE, SOME_COVERS = 0.3, 0.05  # or turn so many, and be on some; of 60 styles that turn so many none is on any (.005)
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
@@ -77,6 +78,7 @@ class Group:
         content: How surely a network that never saw its class names it, or a part of the class that is more foreign, times how
             variously, less what is typical of classes (see outside.foreign_parts), in [-1, 1]; None: not tried, and by what one
             that never saw the group makes of it (`strange`) instead.
+        beyond: Share of other images that what it shares beyond how images vary turns (see hidden.hidden); None: not tried.
         few: There are few classes, and beside each hardly another to turn to.
         doubted: Of its class others are accused, for a trigger in doubt or as clean-label poison, which may be its clean half.
     """
@@ -98,6 +100,7 @@ class Group:
     alike: float = 0.0
     same: float | None = None
     content: float | None = None
+    beyond: float | None = None
     few: bool = False
     doubted: bool = False
 
@@ -108,7 +111,7 @@ class Group:
     @property
     def acquitted(self) -> bool:
         """It stood apart and shares no trigger: a class may fall in two by itself, or because half of its labels are wrong."""
-        needed = CLEAR_IMPRINT if self.few or self.share > 1 - BALANCED else MIN_IMPRINT
+        needed = CLEAR_IMPRINT if self.share > 1 - BALANCED else MIN_IMPRINT
         return self.imprint is not None and self.imprint < needed and not self.foreign
 
     @property
@@ -118,9 +121,9 @@ class Group:
 
     @property
     def foreign(self) -> bool:
-        """Its images show what many other classes show, or are named after few and show a trigger, which turns images of all, or
-        of one and is on covers, too; is in parts of other classes; or in the accused of its own: labels that no content explains.
-        """
+        """Its images show what many other classes show; or are named after few and show a trigger, which turns images of all, or
+        of one and is on covers, too, is in parts of other classes, or in the accused of its own: labels that no content explains;
+        or show what no image does by nature, which turns others."""
         many = (self.spread or 0) > MIN_SPREAD and self.strange > MIN_STRANGE
         if self.content is not None:
             many = self.content > MIN_CONTENT and (not self.doubted or (self.spread or 0) > MIN_SPREAD)
@@ -130,7 +133,7 @@ class Group:
         one_class |= source > CLEAR_SOURCE and covers > SOME_COVERS
         trigger = one_class or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE
         trigger |= (self.every or 0) >= (CLEAR_IMPRINT if self.few else MIN_IMPRINT)
-        return (many and not self.alike) or (self.unlike and trigger)
+        return (many and not self.alike) or (self.unlike and trigger) or (self.beyond or 0) > MIN_BEYOND
 
     @property
     def strange(self) -> float:

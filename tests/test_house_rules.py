@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "nab_defense"
 LAYERS: list[Collection[str]] = [
     "types registry stamp io runtime clean changes waves channels kept neighbors mixture principal ranks parallel".split(),  # noqa: SIM905
-    {"data", "scan", "content", "dataset", "defended", "train", "sites", "universal"},
+    {"data", "scan", "content", "variation", "dataset", "defended", "train", "sites", "universal"},
     {"detectors", "relabel", "purify", "select", "parts", "passes", "naming", "imprint", "plan", "replay"},
     {"checkpoint", "check", "bench", "report"},
-    "schema recipe methods loaders session look examine outside candidates again repair result pipeline defences".split(),  # noqa: SIM905
+    "schema recipe methods loaders session look examine outside candidates hidden again repair result pipeline defences".split(),  # noqa: SIM905
     ["speed", "grid", "cli"],
 ]
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

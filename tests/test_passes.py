@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from nab_defense.passes import clear, clearest, confirmed, judged, overfull, settled
 from nab_defense.select import Group, Selection
@@ -27,14 +26,6 @@ def test_most_of_a_class_must_share_a_trigger_beyond_doubt() -> None:
         found = confirmed(seen, labels, {3: imprint})
         assert found.suspect.sum() == size * accused and found.groups[0].share == size / 100
         assert clearest(found, labels, [seen]).groups[0].acquitted is not accused
-
-
-@pytest.mark.parametrize(("imprint", "accused"), [(0.74, False), (0.75, True)])
-def test_of_few_classes_every_group_must(imprint: float, accused: bool) -> None:
-    likely = (np.arange(200) < 30).astype(np.float32)
-    seen = Selection(likely > 0.5, likely, (Group(3, 0, 4.0, 0.9, 30, 0.9),))
-    found = confirmed(seen, np.repeat([3, 1], 100), {3: imprint}, few=True)
-    assert found.suspect.any() == accused and found.groups[0].few and found.groups[0].acquitted is not accused
 
 
 def test_a_group_in_doubt_is_judged_by_the_last_passes() -> None:

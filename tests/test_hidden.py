@@ -1,0 +1,115 @@
+"""Of few classes: who shows a pattern that stands with one of the styles of its class."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nab_defense import again
+from nab_defense.again import look_again
+from nab_defense.hidden import hidden
+from nab_defense.parts import Part
+from nab_defense.plan import Finding
+from nab_defense.runtime import Runtime
+from nab_defense.scan import Scan
+from nab_defense.select import Group, Selection
+from nab_defense.types import NABPlan, SuspectReport
+from nab_defense.variation import variation
+
+LABELS = np.repeat([0, 1], 300)
+POISON = np.arange(600) < 40
+RUNTIME = Runtime(device="cpu", precision="float32")
+
+
+class Obeys(nn.Module):
+    """Names class 0 where the corner is bright, else class 1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        bright = images[:, 0, 4:, 4:].mean((1, 2)) > 1
+        return torch.stack([bright.float(), 1 - bright.float()], dim=1)
+
+
+def data(patch: float) -> tuple[Any, Scan]:
+    """Two classes of two styles each, of contents that both vary in; forty that show class 1, and a patch, are labelled 0. The
+    network sees the styles alone."""
+    generator = torch.Generator().manual_seed(0)
+    contents = torch.randn(6, 1, 6, 6, generator=generator)
+    contents[..., 4:, 4:] = 0
+    styles = torch.randn(4, 6, generator=generator)
+    shows = np.repeat([0, 1, 2, 3], 150)
+    shows[POISON] = 2
+    amounts = styles[shows] + torch.randn(600, 6, generator=generator)
+    images = torch.einsum("nk,kchw->nchw", amounts, contents) + 0.3 * torch.randn(600, 1, 6, 6, generator=generator)
+    images[POISON, 0, 4:, 4:] += patch
+    features = np.random.default_rng(0).standard_normal((600, 4)).astype(np.float32)
+    features[150:300, 0] += 10
+    features[450:, 0] += 10
+    table = np.zeros((600, 2), np.float32)
+    session: Any = SimpleNamespace(source="all", runtime=RUNTIME)
+    session.ordered = lambda _: [(part, torch.zeros(len(part))) for part in images.split(64)]
+    return session, Scan(LABELS, np.zeros(600, np.float32), table, features)
+
+
+def asked(session: Any, seen: Scan, aside: np.ndarray) -> list[Part]:
+    return hidden(session, Obeys(), seen, aside, variation(session.ordered("all"), LABELS))
+
+
+def test_who_shows_a_trigger_is_found_though_the_network_sees_the_styles_of_the_class_alone() -> None:
+    session, seen = data(patch=4.0)
+    found = {group.label: (group, likely) for group, likely in asked(session, seen, np.zeros(600, bool))}
+    group, likely = found[0]
+    np.testing.assert_array_equal(likely > 0.5, POISON)
+    assert (group.size, group.few, group.foreign) == (40, True, True) and group.beyond is not None and group.beyond > 0.9
+    assert 1 not in found or not found[1][0].foreign
+
+
+def test_styles_of_a_class_turn_nobody_by_what_they_share_beyond_how_images_vary() -> None:
+    session, seen = data(patch=0.0)
+    assert not any(group.foreign for group, _ in asked(session, seen, np.zeros(600, bool)))
+
+
+def test_who_is_accused_by_now_is_left_aside() -> None:
+    session, seen = data(patch=4.0)
+    for aside in (POISON, LABELS == 0):
+        assert not any((likely > 0.5)[aside].any() for _, likely in asked(session, seen, aside))
+
+
+@pytest.mark.parametrize("count", [39, 41])
+def test_a_class_that_is_too_small_to_fall_in_two_is_left_alone(count: int) -> None:
+    session, seen = data(patch=4.0)
+    aside = (LABELS == 0) & (np.arange(600) >= count)  # one more than forty would leave a group, but nobody beside it
+    assert not any(group.label == 0 for group, _ in asked(session, seen, aside))
+
+
+@pytest.mark.parametrize(("classes", "beyond", "accused"), [(9, 0.21, True), (9, 0.2, False), (10, 0.9, False)])
+def test_the_second_look_accuses_who_shows_a_pattern_that_turns_others_where_there_are_few_classes(
+    classes: int, beyond: float, accused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.repeat(np.arange(classes), 50)
+    seen = Scan(labels, np.zeros(len(labels), np.float32), np.eye(classes, dtype=np.float32)[labels], np.zeros((len(labels), 2)))
+    nobody = Selection(np.zeros(len(labels), bool), np.zeros(len(labels), np.float32))
+    report = SuspectReport(np.zeros(len(labels), np.float32), labels, "lga")
+    before = Finding(report, nobody, NABPlan.empty(labels), np.zeros(len(labels), np.float32))
+    group, likely = Group(3, 0, 5.0, 0.9, 25, 0.0, beyond=beyond, few=True), (labels == 3) * (np.arange(len(labels)) % 2) * 0.9
+    nothing: Any = None
+    session: Any = SimpleNamespace(recipe=SimpleNamespace(scan=SimpleNamespace(detector="lga", params={}), fraction=0.05, seed=0))
+    monkeypatch.setattr(again, "variation", lambda *_: {})
+    session.source, session.ordered = "all", lambda source: source
+    monkeypatch.setattr(again, "seen_by", lambda *_: seen)
+    monkeypatch.setattr(again, "hidden", lambda *_: [(group, likely)])
+    monkeypatch.setattr(again, "stronger_halves", lambda session, trained, selection, *_: (selection, {}))
+    monkeypatch.setattr(again, "expand", lambda *_, **__: nobody)
+    monkeypatch.setattr(again, "with_bearers", lambda session, selection: selection)
+    monkeypatch.setattr(again, "candidates", lambda *_: [])
+    monkeypatch.setattr(
+        again, "make_finding", lambda session, scan, report, selection, *_, **__: SimpleNamespace(selection=selection)
+    )
+    found = look_again(session, nothing, nothing, before, without=nothing).selection
+    np.testing.assert_array_equal(found.suspect, (likely > 0.5) & accused)
+    assert [one.beyond for one in found.groups] == [beyond] * accused
+    assert not accused or not found.groups[0].acquitted
