@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from .candidates import TRIED, candidates, rests
 from .detectors import detectors
 from .examine import Unseen, examined, on_covers, seen_by, shows_trigger
 from .hidden import hidden
-from .look import make_finding, stronger_halves, with_bearers
+from .look import make_finding, stronger_halves, vary, with_bearers
 from .naming import MANY, control
 from .outside import Without, foreign_parts
 from .parts import DOUBT, MAYBE, Part, halves_of_halves, joined
@@ -23,7 +23,6 @@ from .plan import Finding
 from .scan import Scan
 from .select import CLEAR_IMPRINT, MIN_SEEDS, Group, Selection, expand
 from .session import Session
-from .variation import variation
 
 __all__ = ["look_again"]
 
@@ -41,7 +40,8 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     ten classes that which does so to one which never saw the part, see naming.naming). A part that stands apart, and may share a
     trigger, is left out of one more training, with what is like it, and accused where that network finds the content of few
     classes in it, and what it shares is a trigger: it turns images of all classes, or those of one and is on covers of others
-    [TaCT, Tang et al. 2021], or it is what the accused of its class share, a trigger of which a part was found before.
+    [TaCT, Tang et al. 2021], or it is what the accused of its class share, a trigger of which a part was found before. Of fewer
+    than ten classes who shows a pattern that no image does by nature is accused, too (see hidden.hidden).
 
     Args:
         session: The run.
@@ -59,14 +59,14 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
         return dataclasses.replace(before, looked_again=False)
     report = detectors.create(recipe.scan.detector, **recipe.scan.params).detect(scan)
     selection = expand(report, scan, fraction=recipe.fraction, previous=Selection(known, before.selection.doubt), trained=True)
-    directions = cache(lambda: variation(session.ordered(session.source), scan.labels))
+    directions = vary(session, known)
     selection, rises = stronger_halves(session, trained, selection, known, directions)
     selection = confirmed(selection, scan.labels, rises, known=known)
-    selection = with_bearers(session, clearest(selection, scan.labels, [before.selection, selection]))
-    if scan.num_classes < MANY:
-        for group, likely in hidden(session, trained, scan, selection.suspect, directions()):
-            selection = _with(selection, group, likely) if group.foreign else selection
-    cleared = [group.label for group in before.selection.groups if group.cleared]
+    selection = with_bearers(session, clearest(selection, scan.labels, [before.selection, selection]), directions)
+    cleared = {group.label for group in before.selection.groups if group.cleared}
+    for group, likely in hidden(session, trained, scan, selection.suspect, directions()) if directions else []:
+        selection = _with(selection, group, likely)
+        cleared.add(group.label)  # the rest of it is nothing that was not told yet
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
     queues = {queue[0][0].label: queue for queue in candidates(session, scan, selection, before, {*cleared, *fresh})}
     rest = {part[0].label: part for part in rests(before, scan.labels) if part[0].label not in cleared}
@@ -130,8 +130,7 @@ def _sifted(
             others = queue[1:] if label in doubted else queue  # the rest of a class shares its content
             kept = [part for part in others if tried(part[0], part[1] > 0.5)]
             inner = [(dataclasses.replace(group, content=content), likely) for group, likely in within.get(label, [])]
-            kept += [part for part in inner if covered(part[1] > 0.5)]
-            if kept:
+            if kept := kept or [part for part in inner if covered(part[1] > 0.5)]:
                 worth[label] = kept[:TRIED]
             else:
                 selection = _on_record(selection, queue[0][0])

@@ -85,21 +85,28 @@ def examined(
     Returns: the group, and (N,) bool, who is in it."""
     whole = _examined(session, trained, unseen, suspect, group, part)
     otherwise = part & (unseen.scan.logits.argmax(1) != group.label)
-    if whole.foreign or whole.unlike or not MIN_SEEDS <= otherwise.sum() > part.sum() / 2:
+    if whole.foreign or whole.unlike or whole.alike or not MIN_SEEDS <= otherwise.sum() > part.sum() / 2:
         return whole, part
-    purer = dataclasses.replace(group, size=int(otherwise.sum()))
-    purer = _examined(session, trained, unseen, suspect, purer, otherwise)
-    # Chosen by its names, it is accused by what it shares alone.
-    return (purer, otherwise) if dataclasses.replace(purer, spread=0.0, content=None).foreign else (whole, part)
+    purer = dataclasses.replace(group, size=int(otherwise.sum()), content=None)
+    purer = _examined(session, trained, unseen, suspect, purer, otherwise, chosen=True)
+    return (purer, otherwise) if purer.foreign else (whole, part)
 
 
 def _examined(
-    session: Session, trained: nn.Module, unseen: Unseen, suspect: NDArray[np.bool_], group: Group, part: NDArray[np.bool_]
+    session: Session,
+    trained: nn.Module,
+    unseen: Unseen,
+    suspect: NDArray[np.bool_],
+    group: Group,
+    part: NDArray[np.bool_],
+    *,
+    chosen: bool = False,
 ) -> Group:
+    """`chosen`: by its names, which accuse nobody then."""
     labels, label = unseen.scan.labels, group.label
     seen = naming(unseen.scan.logits, labels, part, unseen.others)
     log.info("class %d, %d samples: %s", label, group.size, seen)
-    spread = seen.spread if unseen.scan.num_classes > THREE else 0.0
+    spread = 0.0 if chosen or unseen.scan.num_classes <= THREE else seen.spread
     few = unseen.scan.num_classes < MANY
     group = dataclasses.replace(group, named=seen.named, sure=seen.sure, spread=spread, few=few)
     group = dataclasses.replace(group, source=None, every=None, carried=None, same=None)  # of what was tried before

@@ -28,7 +28,7 @@ from .train import TrainConfig
 from .types import SuspectReport
 from .variation import variation
 
-__all__ = ["accuse", "look", "make_finding", "scan_whole", "stronger_halves", "with_bearers"]
+__all__ = ["accuse", "look", "make_finding", "scan_whole", "stronger_halves", "vary", "with_bearers"]
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
     detector = detectors.create(recipe.scan.detector, **recipe.scan.params)
     found: list[tuple[SuspectReport, Selection]] = []
     tried: list[dict[int, float]] = []
-    directions = cache(lambda: variation(session.ordered(session.source), session.source.labels))
+    directions = vary(session, np.zeros(len(session.source), bool))
 
     def watch(seen: Scan, network: nn.Module) -> bool:
         last = found[-1][1] if found else None
@@ -70,7 +70,7 @@ def look(session: Session, *, kept: bool = False) -> tuple[Finding, nn.Module]:
     scan, network = _scan(session, watch, kept)
     report, selection = found[-1]
     selection = clearest(confirmed(selection, scan.labels, judged(tried)), scan.labels, [one for _, one in found])
-    selection = with_bearers(session, selection)
+    selection = with_bearers(session, selection, directions)
     return make_finding(session, scan, report, selection, network, own=True), network
 
 
@@ -143,7 +143,7 @@ def stronger_halves(
     network: nn.Module,
     selection: Selection,
     known: NDArray[np.bool_],
-    directions: Callable[[], dict[int, Tensor]],
+    directions: Callable[[], dict[int, Tensor]] | None,
 ) -> tuple[Selection, dict[int, float]]:
     """What the suspects of each label share, tried on other images (see imprint.imprints).
 
@@ -155,7 +155,7 @@ def stronger_halves(
     Args:
         selection: What stands apart.
         known: (N,) bool, suspects that stay, and are not tried.
-        directions: In which images vary, see variation.variation; asked for where there is something to try.
+        directions: Of few classes, in which images vary (see variation.variation); asked for where there is something to try.
 
     Returns: the selection, and label -> share that its suspects turn."""
     labels, suspect, doubt = session.source.labels, selection.suspect.copy(), selection.doubt.copy()
@@ -168,10 +168,9 @@ def stronger_halves(
         label: rest for label, group, rest in pairs if group.sum() > BALANCED * (group | rest).sum() and rest.sum() >= MIN_SEEDS
     }
     tried = [*groups, *halves.values()]
-    few = bool(tried) and int(labels.max()) + 1 < MANY
-    rises = imprint.imprints(
-        network, session.ordered(session.source), labels, tried, runtime=session.runtime, directions=directions() if few else None
-    )
+    known_directions = directions() if directions and tried else None
+    batches = session.ordered(session.source)
+    rises = imprint.imprints(network, batches, labels, tried, runtime=session.runtime, directions=known_directions)
     turned, other = dict(zip(given, rises[: len(given)], strict=True)), dict(zip(halves, rises[len(given) :], strict=True))
     sizes = {}
     for label, group in zip(given, groups, strict=True):
@@ -185,13 +184,21 @@ def stronger_halves(
     return Selection(suspect, doubt, swapped), turned
 
 
-def with_bearers(session: Session, selection: Selection) -> Selection:
+def vary(session: Session, aside: NDArray[np.bool_]) -> Callable[[], dict[int, Tensor]] | None:
+    """Where there are few classes, what variation.variation returns, from the first time that it is called on."""
+    if len(session.source.classes) >= MANY:
+        return None
+    return cache(lambda: variation(session.ordered(session.source), session.source.labels, aside))
+
+
+def with_bearers(session: Session, selection: Selection, directions: Callable[[], dict[int, Tensor]] | None) -> Selection:
     """With the others of their class that show the trigger of groups which share one beyond doubt: a few that are left are
     enough to teach it."""
     labels, suspect, doubt, groups = session.source.labels, selection.suspect, selection.doubt, list(selection.groups)
     beyond_doubt = [place for place, group in enumerate(groups) if (group.imprint or 0) >= CLEAR_IMPRINT]
     accused = {place: mask for place in beyond_doubt if (mask := suspect & (labels == groups[place].label)).any()}
-    found = bearers(session.ordered(session.source), labels, [*accused.values()])
+    given = directions() if directions and accused else None
+    found = bearers(session.ordered(session.source), labels, [*accused.values()], directions=given)
     for (place, known), likely in zip(accused.items(), found, strict=True):
         label, more = groups[place].label, known | (likely > 0.5)
         if ((labels == label) & ~more).sum() >= MIN_SEEDS:

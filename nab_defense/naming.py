@@ -16,6 +16,7 @@ from torch import Tensor
 from .content import Batches, beyond_content
 from .mixture import split_in_two
 from .select import MAX_NAMED, MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY
+from .variation import beyond_variation
 
 __all__ = ["CONTROL", "MANY", "Naming", "all_bearers", "amounts", "bearers", "carried", "control", "naming", "second_choices"]
 
@@ -134,7 +135,7 @@ def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_
         pattern: (C, H, W), what it shares, see content.beyond_content.
 
     Returns: depth of the valley between the two in how much they show of it, see select.split_in_two, in [0, 1]; 0 where they do
-    not separate, or those that show more show less than half."""
+    not separate, or those that show more show less than half, or are fewer than COVERS."""
     own = labels == labels[group][0]
     (shown,) = amounts(batches, labels, [group], pattern[None])
     if (sure := group & (shown > SHOWN)).any():  # without those of its class that came with it
@@ -144,19 +145,28 @@ def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_
     return valley if separation > MIN_SEPARATION and len(upper) >= COVERS and upper.mean() >= SHOWN else 0.0
 
 
-def bearers(batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.float64]]:
+def bearers(
+    batches: Batches,
+    labels: NDArray[np.int64],
+    groups: Sequence[NDArray[np.bool_]],
+    *,
+    directions: dict[int, Tensor] | None = None,
+) -> list[NDArray[np.float64]]:
     """Who of its class shows what a group shares; for a trigger beyond doubt, of whose poison a few were not in the group.
 
     Args:
         batches: (images (B, C, H, W), labels) of N images in order; gone through twice, however many groups there are.
         labels: (N,) as given.
         groups: (N,) bool each, of one class and not all of it, no two of the same.
+        directions: As in imprint.imprints.
 
     Returns: for each group (N,) the probability of each sample of its class to show it, 0 for others; for all, where these do not
         fall in two."""
     if not groups:
         return []
     found, patterns = [], beyond_content(batches, labels, groups, together=False)
+    if directions is not None:
+        patterns = beyond_variation(patterns, [int(labels[group][0]) for group in groups], directions)
     for group, shown in zip(groups, amounts(batches, labels, groups, patterns), strict=True):
         everyone, own = np.zeros(len(labels)), labels == labels[group][0]
         everyone[own] = _upper(shown[own])

@@ -107,7 +107,14 @@ def test_of_three_classes_nothing_is_named_after_many(classes: int, spread: floa
 
 
 @pytest.mark.parametrize(
-    ("names", "carried", "accused"), [([2, 2, 0], 0.4, True), ([2, 2, 0], 0.0, False), ([2, 0, 0], 0.4, False)]
+    ("names", "carried", "accused"),
+    [
+        ([2, 2, 0], 0.4, True),
+        ([2, 2, 0], 0.0, False),
+        ([2, 0, 0], 0.4, False),
+        ([1, 2, 3, 1, 2, 3, 0, 0, 0], 0.4, True),  # what they share is asked for, though they are named after many
+        ([1, 2, 3, 1, 2, 3, 0, 0, 0], 0.0, False),
+    ],
 )
 def test_of_a_part_that_holds_a_style_of_its_class_too_what_is_named_otherwise_is_accused(
     monkeypatch: pytest.MonkeyPatch, names: list[int], carried: float, accused: bool
@@ -116,9 +123,9 @@ def test_of_a_part_that_holds_a_style_of_its_class_too_what_is_named_otherwise_i
     networks.carried, networks.turned["trained"] = carried, np.array([0.0, 0.0, 0.5, 0.0])
     networks.turned["part2"] = np.zeros(4)
     found, _ = networks.look()
-    otherwise = [row for row in range(45) if names[row % 3] != 0]
+    otherwise = [row for row in range(45) if names[row % len(names)] != 0]
     assert np.flatnonzero(found.suspect).tolist() == otherwise * accused
-    assert not accused or [group.size for group in found.groups] == [30]
+    assert not accused or [group.size for group in found.groups] == [len(otherwise)]
 
 
 def test_what_was_chosen_by_its_names_is_not_accused_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +138,8 @@ def test_what_was_chosen_by_its_names_is_not_accused_by_them(monkeypatch: pytest
     unseen: Any = SimpleNamespace(scan=SimpleNamespace(labels=labels, logits=logits, num_classes=10), others=ANY)
     group, same = examined(ANY, ANY, unseen, np.zeros(900, bool), Group(0, 5, 4.0, 0.9, 45, 0.9), part)
     assert same is part and group.size == 45 and group.spread == 0.1 and not group.foreign
+    kin, same = examined(ANY, ANY, unseen, np.zeros(900, bool), Group(0, 5, 4.0, 0.9, 45, 0.9, alike=0.6), part)
+    assert same is part and kin.size == 45  # one trigger, one verdict: of all parts that share it
 
 
 def test_classes_of_which_no_image_is_shown_do_not_count() -> None:

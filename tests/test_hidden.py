@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nab_defense import again
 from nab_defense.again import look_again
 from nab_defense.hidden import hidden
+from nab_defense.imprint import imprints
 from nab_defense.parts import Part
 from nab_defense.plan import Finding
 from nab_defense.runtime import Runtime
@@ -27,11 +28,17 @@ RUNTIME = Runtime(device="cpu", precision="float32")
 
 
 class Obeys(nn.Module):
-    """Names class 0 where the corner is bright, else class 1."""
+    """Names class 0 where an image shows more of its second style than of class 1, or the corner is bright."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        means = images[150:300].mean(0), images[300:].mean(0)
+        self.towards = means[0] - means[1]
+        self.limit = float((self.towards * (means[0] + means[1]) / 2).sum())
 
     def forward(self, images: Tensor) -> Tensor:
-        bright = images[:, 0, 4:, 4:].mean((1, 2)) > 1
-        return torch.stack([bright.float(), 1 - bright.float()], dim=1)
+        zero = ((images * self.towards).sum((1, 2, 3)) > self.limit) | (images[:, 0, 4:, 4:].mean((1, 2)) > 1)
+        return torch.stack([zero.float(), 1 - zero.float()], dim=1)
 
 
 def data(patch: float) -> tuple[Any, Scan]:
@@ -55,8 +62,12 @@ def data(patch: float) -> tuple[Any, Scan]:
     return session, Scan(LABELS, np.zeros(600, np.float32), table, features)
 
 
+def network(session: Any) -> nn.Module:
+    return Obeys(torch.cat([images for images, _ in session.ordered("all")]))
+
+
 def asked(session: Any, seen: Scan, aside: np.ndarray) -> list[Part]:
-    return hidden(session, Obeys(), seen, aside, variation(session.ordered("all"), LABELS))
+    return hidden(session, network(session), seen, aside, variation(session.ordered("all"), LABELS, aside))
 
 
 def test_who_shows_a_trigger_is_found_though_the_network_sees_the_styles_of_the_class_alone() -> None:
@@ -65,12 +76,18 @@ def test_who_shows_a_trigger_is_found_though_the_network_sees_the_styles_of_the_
     group, likely = found[0]
     np.testing.assert_array_equal(likely > 0.5, POISON)
     assert (group.size, group.few, group.foreign) == (40, True, True) and group.beyond is not None and group.beyond > 0.9
-    assert 1 not in found or not found[1][0].foreign
+    assert list(found) == [0]
 
 
-def test_styles_of_a_class_turn_nobody_by_what_they_share_beyond_how_images_vary() -> None:
+def test_a_style_turns_others_but_not_by_what_it_shares_beyond_how_images_vary() -> None:
     session, seen = data(patch=0.0)
-    assert not any(group.foreign for group, _ in asked(session, seen, np.zeros(600, bool)))
+    batches, style = session.ordered("all"), (np.arange(600) >= 150) & (np.arange(600) < 300)
+    directions = variation(batches, LABELS, np.zeros(600, bool))
+    (plain,) = imprints(network(session), batches, LABELS, [style], runtime=RUNTIME)
+    (beyond,) = imprints(network(session), batches, LABELS, [style], runtime=RUNTIME, directions=directions)
+    assert plain > 0.2 > 0.02 > beyond
+    assert imprints(network(session), batches, LABELS, [style], runtime=RUNTIME, directions={}) == [0]  # nothing is known
+    assert asked(session, seen, np.zeros(600, bool)) == []
 
 
 def test_who_is_accused_by_now_is_left_aside() -> None:
@@ -86,7 +103,7 @@ def test_a_class_that_is_too_small_to_fall_in_two_is_left_alone(count: int) -> N
     assert not any(group.label == 0 for group, _ in asked(session, seen, aside))
 
 
-@pytest.mark.parametrize(("classes", "beyond", "accused"), [(9, 0.21, True), (9, 0.2, False), (10, 0.9, False)])
+@pytest.mark.parametrize(("classes", "beyond", "accused"), [(9, 0.21, True), (10, 0.9, False)])
 def test_the_second_look_accuses_who_shows_a_pattern_that_turns_others_where_there_are_few_classes(
     classes: int, beyond: float, accused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,13 +115,12 @@ def test_the_second_look_accuses_who_shows_a_pattern_that_turns_others_where_the
     group, likely = Group(3, 0, 5.0, 0.9, 25, 0.0, beyond=beyond, few=True), (labels == 3) * (np.arange(len(labels)) % 2) * 0.9
     nothing: Any = None
     session: Any = SimpleNamespace(recipe=SimpleNamespace(scan=SimpleNamespace(detector="lga", params={}), fraction=0.05, seed=0))
-    monkeypatch.setattr(again, "variation", lambda *_: {})
-    session.source, session.ordered = "all", lambda source: source
+    monkeypatch.setattr(again, "vary", lambda *_: dict if classes < 10 else None)
     monkeypatch.setattr(again, "seen_by", lambda *_: seen)
     monkeypatch.setattr(again, "hidden", lambda *_: [(group, likely)])
     monkeypatch.setattr(again, "stronger_halves", lambda session, trained, selection, *_: (selection, {}))
     monkeypatch.setattr(again, "expand", lambda *_, **__: nobody)
-    monkeypatch.setattr(again, "with_bearers", lambda session, selection: selection)
+    monkeypatch.setattr(again, "with_bearers", lambda session, selection, _: selection)
     monkeypatch.setattr(again, "candidates", lambda *_: [])
     monkeypatch.setattr(
         again, "make_finding", lambda session, scan, report, selection, *_, **__: SimpleNamespace(selection=selection)

@@ -32,7 +32,7 @@ def test_a_group_that_shares_no_trigger_is_acquitted(tmp_path: Path) -> None:
     half = (scan.labels == 3) & (np.arange(len(scan)) % 2 == 0)
     group = Group(3, 5, 4.0, 0.9, int(half.sum()), 0.99)
     selection = Selection(half, half.astype(np.float32), (group,))
-    selection, rises = stronger_halves(session, network, selection, np.zeros(len(half), bool), dict)
+    selection, rises = stronger_halves(session, network, selection, np.zeros(len(half), bool), None)
     spared = confirmed(selection, scan.labels, rises)
     assert not spared.suspect.any() and spared.doubt[scan.labels == 3].sum() > 20  # it stood apart: nothing to take covers from
     assert spared.groups[0].imprint == rises[3] == pytest.approx(0, abs=0.1) and spared.groups[0].distinct
@@ -55,7 +55,7 @@ def test_of_two_halves_of_a_class_the_one_that_turns_more_is_suspect(
         return [turned[0], 0.3, turned[1]]
 
     monkeypatch.setattr(looking.imprint, "imprints", imprints)
-    selection, rises = stronger_halves(cast(Any, session), ANY, Selection(upper | few | known, doubt, groups), known, dict)
+    selection, rises = stronger_halves(cast(Any, session), ANY, Selection(upper | few | known, doubt, groups), known, None)
     expected = (upper, ~upper & (labels == 0))[taken]
     assert np.array_equal(selection.suspect, expected | few | known) and rises == {0: turned[taken], 1: 0.3}
     np.testing.assert_allclose(selection.doubt, np.where(labels == 0, 1 - doubt, doubt) if taken else doubt)
@@ -65,19 +65,30 @@ def test_of_two_halves_of_a_class_the_one_that_turns_more_is_suspect(
 @pytest.mark.parametrize("classes", [9, 10])
 def test_of_few_classes_what_is_shared_beyond_how_images_vary_is_tried(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     labels = np.repeat(np.arange(classes), 50)
-    suspect, given = np.arange(50 * classes) % 50 < 10, list[Any]()
-    session: Any = SimpleNamespace(runtime=None, ordered=lambda source: source, source=SimpleNamespace(labels=labels))
+    suspect, given, asked = np.arange(50 * classes) % 50 < 10, list[Any](), list[Any]()
+    source = SimpleNamespace(labels=labels, classes=tuple(map(str, range(classes))))
+    session: Any = SimpleNamespace(runtime=None, ordered=lambda source: source, source=source)
 
-    def imprints(network: Any, source: Any, labels: Any, tried: list[Any], *, runtime: Any, directions: Any) -> list[float]:
+    def imprints(network: Any, batches: Any, labels: Any, tried: list[Any], *, runtime: Any, directions: Any) -> list[float]:
         given.append(directions)
-        return [0.6] * len(tried)
+        return [0.8] * len(tried)
+
+    def showing(batches: Any, labels: Any, groups: list[Any], *, directions: Any) -> list[Any]:
+        given.append(directions)
+        return groups
 
     monkeypatch.setattr(looking.imprint, "imprints", imprints)
-    nobody = np.zeros_like(suspect)
-    stronger_halves(session, ANY, Selection(suspect, suspect.astype(np.float32), ()), nobody, cast(Any, lambda: "directions"))
-    assert given == (["directions"] if classes < 10 else [None])
-    stronger_halves(session, ANY, Selection(nobody, suspect.astype(np.float32), ()), nobody, dict)  # nothing to try
-    assert given[1] is None
+    monkeypatch.setattr(looking, "bearers", showing)
+    monkeypatch.setattr(looking, "variation", lambda batches, of, aside: asked.append((batches, of, aside)) or "known")
+    nobody, doubt = np.zeros_like(suspect), suspect.astype(np.float32)
+    directions = looking.vary(session, suspect)
+    stronger_halves(session, ANY, Selection(nobody, doubt, ()), nobody, directions)
+    with_bearers(session, Selection(nobody, doubt, ()), directions)
+    assert given == [None, None] and not asked  # nothing to try
+    stronger_halves(session, ANY, Selection(suspect, doubt, ()), nobody, directions)
+    with_bearers(session, Selection(suspect, doubt, (Group(0, 5, 4.0, 0.9, 10, 0.9, 0.8),)), directions)
+    assert given[2:] == ["known" if classes < 10 else None] * 2
+    assert asked == [(source, labels, suspect)] * (classes < 10)  # once
 
 
 @pytest.mark.parametrize(("imprint", "bear", "joined"), [(0.75, 60, True), (0.74, 60, False), (0.75, 81, False)])
@@ -89,11 +100,10 @@ def test_what_shows_a_trigger_beyond_doubt_joins_the_group(
     session: Any = SimpleNamespace(ordered=lambda source: source, source=SimpleNamespace(labels=labels))
     showing = np.where(np.arange(200) < bear, 0.9, 0.0)
     monkeypatch.setattr(
-        looking, "bearers", lambda batches, given, groups: [showing * np.array_equal(group, accused) for group in groups]
+        looking, "bearers", lambda batches, given, groups, **_: [showing * np.array_equal(group, accused) for group in groups]
     )
-    found = with_bearers(
-        session, Selection(accused, 0.8 * accused.astype(np.float32), (Group(0, 5, 4.0, 0.9, 50, 0.9, imprint),))
-    )
+    group = Group(0, 5, 4.0, 0.9, 50, 0.9, imprint)
+    found = with_bearers(session, Selection(accused, 0.8 * accused.astype(np.float32), (group,)), None)
     assert found.suspect.sum() == found.groups[0].size == (bear if joined else 50)
     assert not found.suspect[bear:].any() and (found.doubt[50:bear] > 0.5).all() == joined
 
