@@ -43,7 +43,7 @@ CLEAR_IMPRINT = 0.75  # beyond doubt, even where the group is most of its class,
 MAX_NAMED = 0.25  # of a group that is not what its label says: share named so by a network that never saw it
 MOST_NAMED = 0.6  # of one whose content comes second: beside poison that was not left out up to .54 were named so
 MIN_SPREAD = 0.75  # its names, as mixed as content is (entropies): half of CIFAR-10's airplanes .5 to .7, poison .78 and more
-MIN_STRANGE = 0.1  # see Group.strange; set on digits
+MIN_STRANGE, FEW_STRANGE = 0.1, 0.3  # see Group.strange, set on digits; of few classes: half of a harmless one of five had .13
 MIN_CONTENT = 0.1  # see Group.content; on digits poison had .12 to .4, of which half was harmless where it had the least
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
 MIN_SOURCE = 0.02  # or what it shares must turn so many images of one class, times how sure, and be clearly on covers of others
@@ -124,7 +124,7 @@ class Group:
         """Its images show what many other classes show; or are named after few and show a trigger, which turns images of all, or
         of one and is on covers, too, is in parts of other classes, or in the accused of its own: labels that no content explains;
         or show what no image does by nature, which turns others."""
-        many = (self.spread or 0) > MIN_SPREAD and self.strange > MIN_STRANGE
+        many = (self.spread or 0) > MIN_SPREAD and self.strange > (FEW_STRANGE if self.few else MIN_STRANGE)
         if self.content is not None:
             many = self.content > MIN_CONTENT and (not self.doubted or (self.spread or 0) > MIN_SPREAD)
         many &= (self.named or 0) < MOST_NAMED

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from nab_defense import select
 from nab_defense.mixture import split_in_two
 from nab_defense.scan import Scan
-from nab_defense.select import MIN_LEAD, MIN_SEEDS, Selection, expand, small_classes, take_fraction
+from nab_defense.select import MIN_LEAD, MIN_SEEDS, Group, Selection, expand, small_classes, take_fraction
 from nab_defense.types import SuspectReport
 
 CLASSES, DIM = 5, 24
@@ -259,3 +259,10 @@ def test_classes_in_which_nobody_can_be_accused_are_known_beforehand() -> None:
     assert small_classes(np.arange(800) % 20, 20) == 0 and small_classes(np.arange(799) % 20, 20) == 1
     assert small_classes(np.arange(30_000) % 1000, 1000) == 1000  # however many seeds there are
     assert small_classes(np.arange(60) % 3, 5) == 5  # two have no sample at all
+
+
+@pytest.mark.parametrize(
+    ("sure", "few", "accused"), [(0.34, True, True), (0.33, True, False), (0.12, False, True), (0.11, False, False)]
+)
+def test_of_few_classes_names_must_be_surer(sure: float, few: bool, accused: bool) -> None:
+    assert Group(0, 0, 4.0, 0.9, 40, 0.0, named=0.1, sure=sure, spread=0.9, few=few).foreign is accused
