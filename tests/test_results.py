@@ -83,6 +83,7 @@ TARGETS = {
     "adap_blend, 9": "adap_blend", "adap_patch, 5": "adap_patch", "tact (5 %), 7 to 4": "tact", "stamp_aware, 8": "stamp_aware",
     "badnets and blend at once, 2 and 3": "several", "label_consistent (5 %), 9": "label_consistent",
 }  # fmt: skip
+TACT = {f"{source} to {target}": f"tact_{source}_to_{target}" for source, target in ("74", "81", "06", "49", "30", "18")}
 MORE = {"bpp": "bpp", "narcissus (9 %)": "narcissus", "adap_patch": "adap_patch", "badnets and blend at once": "several"}
 
 
@@ -93,6 +94,7 @@ MORE = {"bpp": "bpp", "narcissus (9 %)": "narcissus", "adap_patch": "adap_patch"
         ("12,000 CIFAR-10 images with `recipes/bench/cpu.yaml`", "cpu_shuffled", CIFAR, 3),
         ("Attacks that it leaves out, `recipes/bench/cpu_more.yaml`", "cpu_more", MORE, 1),
         ("(`recipes/bench/digits_targets.yaml`)", "digits_targets", TARGETS, 3),
+        ("(`recipes/bench/digits_tact.yaml`)", "digits_tact", TACT, 3),
     ],
 )
 def test_a_table_of_the_benchmark_is_that_of_its_cells(title: str, folder: str, attacks: dict[str, str], seeds: int) -> None:
@@ -128,6 +130,18 @@ def test_a_table_of_the_benchmark_is_that_of_its_cells(title: str, folder: str, 
         assert [float(number) for number in gap.split(",")] == pytest.approx(
             [one["acc_gap"]["value"] for one in clean], abs=0.0051
         )
+
+
+def test_all_defences_on_digits_are_told_as_measured() -> None:
+    paths = (ROOT / "results" / "bench" / "digits_all").glob("*.json")
+    cells = {(cell["cell"]["defence"], cell["cell"]["attack"]): cell for cell in map(json.loads, map(Path.read_text, paths))}
+    table = BENCHMARK.read_text().split("**All defences of")[1].split("\n\n")[1]
+    found = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(found) == len({defence for defence, _ in cells}) - 2  # but for none and oracle
+    for defence, *told in found:
+        done = [cells[defence, attack]["figures"] for attack in ("blend_all", "adap_patch", "tact", "stamp_aware")]
+        expected = [*(obeyed(one["defended"]) for one in done), mean(one["acc_gap"]["value"] for one in done)]
+        assert [float(number) for number in told] == pytest.approx(expected, abs=0.0051), defence
 
 
 @pytest.mark.parametrize(("title", "seeds"), [("Purifiers on the undefended network", (0, 1, 2)), ("Defences of others", (2,))])
