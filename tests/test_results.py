@@ -132,6 +132,29 @@ def test_a_table_of_the_benchmark_is_that_of_its_cells(title: str, folder: str, 
         )
 
 
+def test_runs_with_few_classes_are_told_as_measured() -> None:
+    text = (ROOT / "results" / "README.md").read_text().split("## Fewer than ten classes")[1].split("\n## ")[0]
+    found = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if re.match(r"\| (two|three|five) ", line)
+    ]
+    paths = {path.stem for path in (ROOT / "results").glob("few_*.json")}
+    for classes, attack, seed, undefended, oracle, defended, suspects in found:
+        name = attack.replace(" to 0", "_target0").replace(" to 1", "_target1").replace(" ", "_")
+        paths.remove(f"few_{classes}_{name}_seed{seed}")
+        record = json.loads((ROOT / "results" / f"few_{classes}_{name}_seed{seed}.json").read_text())
+        models, detection = record["models"], record["detection"]
+        arms = ("undefended", ("acc", "asr")), ("oracle", ("asr",)), ("defended", ("acc", "asr"))
+        for cell, (arm, kinds) in zip((undefended, oracle, defended), arms, strict=True):
+            expected = [models[arm][kind]["value"] for kind in kinds if kind in models.get(arm, {})]
+            assert shown(cell) == pytest.approx(expected, abs=6e-4), (classes, attack, arm)
+        told = [detection[kind] for kind in ("precision", "recall") if detection.get(kind) is not None]
+        assert shown(suspects) == pytest.approx(told, abs=6e-4), (classes, attack)
+        assert (suspects == "nobody accused") == (detection["selected"] == 0 and attack == "none")
+    assert not paths
+
+
 def test_all_defences_on_digits_are_told_as_measured() -> None:
     paths = (ROOT / "results" / "bench" / "digits_all").glob("*.json")
     cells = {(cell["cell"]["defence"], cell["cell"]["attack"]): cell for cell in map(json.loads, map(Path.read_text, paths))}
