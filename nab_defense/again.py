@@ -66,7 +66,7 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     cleared = {group.label for group in before.selection.groups if group.cleared}
     for group, likely in hidden(session, trained, scan, selection.suspect, directions()) if directions else []:
         selection = _with(selection, group, likely)
-        cleared.add(group.label)  # the rest of it is nothing that was not told yet
+        cleared.add(group.label)  # its rest is not asked: who shows the pattern would be let go with it
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()
     queues = {queue[0][0].label: queue for queue in candidates(session, scan, selection, before, {*cleared, *fresh})}
     rest = {part[0].label: part for part in rests(before, scan.labels) if part[0].label not in cleared}
