@@ -12,12 +12,12 @@ from torch import nn
 
 from .candidates import TRIED, candidates, rests
 from .detectors import detectors
-from .examine import Unseen, examined, on_covers, seen_by, shows_trigger
+from .examine import Unseen, examined, seen_by, shows_trigger
 from .hidden import hidden
 from .look import make_finding, stronger_halves, vary, with_bearers
 from .naming import MANY, control
 from .outside import Without, foreign_parts
-from .parts import DOUBT, MAYBE, Part, halves_of_halves, joined
+from .parts import DOUBT, MAYBE, Part, joined
 from .passes import clearest, confirmed
 from .plan import Finding
 from .scan import Scan
@@ -117,9 +117,6 @@ def _sifted(
     }
     left = {label for label in doubted if label in worth or (label in queues and label not in found)}
     tried = partial(shows_trigger, session, trained, scan, selection.suspect)
-    covered = partial(on_covers, session, scan.labels, selection.suspect)
-    unclear = [label for label in queues if label in found and label not in {*worth, *doubted}]
-    within = halves_of_halves(scan, selection.suspect | ~np.isin(scan.labels, unclear))
     for label, queue in queues.items():
         if label not in found:
             worth[label] = queue
@@ -128,10 +125,8 @@ def _sifted(
             unsure = label in doubted
             queue = [(dataclasses.replace(group, content=content, doubted=unsure), likely) for group, likely in queue]
             others = queue[1:] if label in doubted else queue  # the rest of a class shares its content
-            kept = [part for part in others if tried(part[0], part[1] > 0.5)]
-            inner = [(dataclasses.replace(group, content=content), likely) for group, likely in within.get(label, [])]
-            if kept := kept or [part for part in inner if covered(part[1] > 0.5)]:
-                worth[label] = kept[:TRIED]
+            if kept := [part for part in others if tried(part[0], part[1] > 0.5)]:
+                worth[label] = kept
             else:
                 selection = _on_record(selection, queue[0][0])
     return worth, selection, left

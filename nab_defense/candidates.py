@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from .content import ALIKE, alike, beyond_content
 from .examine import shared
-from .naming import all_bearers, second_choices
+from .hidden import on_covers
+from .naming import MANY, all_bearers, second_choices
 from .parts import DOUBT, Part, distinct, other_half, same_parts, smaller_halves, with_more_like_it
 from .plan import Finding, clean_label_groups
 from .scan import Scan
@@ -29,8 +30,8 @@ def candidates(session: Session, scan: Scan, selection: Selection, before: Findi
     """Of each class that is to be examined by names its parts, in the order in which they are tried: one that shares what parts
     of other classes share; else what stood apart and shared no trigger that can be added to other images, in this look or
     before; the smaller part, where a class falls in two, and the larger one where the two are nearly alike: of these the two that
-    the trained network's second choices speak for. None of the labels in `spared`; beside a trigger beyond doubt only what
-    shares it."""
+    the trained network's second choices speak for, or what shows a pattern that is on covers, and one of them. None of the labels
+    in `spared`; beside a trigger beyond doubt only what shares it."""
     halves = {group.label: (group, likely) for group, likely in smaller_halves(scan, selection.suspect)}
     kin = _kin(session, scan, halves, selection.suspect)
     queues = {label: [part] for label, part in halves.items() if part[0].size >= MIN_SEEDS and label not in {*spared, *kin}}
@@ -62,6 +63,9 @@ def candidates(session: Session, scan: Scan, selection: Selection, before: Findi
         told.sort(key=lambda one: -one[1] * one[2])
         told[1:] = sorted(told[1:], key=lambda one: -one[1])
         queues[label] = [part for part, *_ in told[:TRIED]]
+    if not kin and scan.num_classes >= MANY:  # a trigger of all classes is on images of all
+        for part in on_covers(session, scan, selection.suspect, spared | sure):
+            queues[part[0].label] = [part, *queues.get(part[0].label, [])][:TRIED]
     queues |= {label: [part] for label, part in kin.items() if label not in spared}
     return [queue for queue in queues.values() if queue]
 

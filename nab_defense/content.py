@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import ranks
 from .runtime import Runtime
 
-__all__ = ["ALIKE", "Batches", "alike", "beyond_content", "label_by_content", "weighted_images"]
+__all__ = ["ALIKE", "Batches", "alike", "beyond_content", "label_by_content", "mixture", "weighted_images"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 ROUNDS = 5
@@ -76,7 +76,7 @@ def beyond_content(
         mixed[:, label] = rest / max(1.0, rest.sum())
         table[:, label] = factor @ mixed[:, label]
         there = mixed.any(axis=0)
-        beyond[index] = -mixed[:, there] @ _mixture(table[:, there], factor[:, classes + index])
+        beyond[index] = -mixed[:, there] @ mixture(table[:, there], factor[:, classes + index])
         beyond[index, classes + index] += 1
     return (torch.from_numpy(beyond) @ means.flatten(1).double()).float().view(len(groups), *means.shape[1:])
 
@@ -92,7 +92,7 @@ def _means(batches: Batches, codes: NDArray[np.int64], counts: NDArray[np.int64]
     return sums.div_(torch.from_numpy(counts.clip(min=1)).view(-1, 1, 1, 1))
 
 
-def _mixture(content: NDArray[np.float64], group: NDArray[np.float64]) -> NDArray[np.float64]:
+def mixture(content: NDArray[np.float64], group: NDArray[np.float64]) -> NDArray[np.float64]:
     """(K,) weights of the mixture of (M, K) that comes nearest to (M,)."""
     anchor = SUM_TO_ONE * max(np.abs(content).max(), np.abs(group).max())  # the last row, far larger, makes them sum to one
     table = np.vstack([content, np.full(content.shape[1], anchor)])

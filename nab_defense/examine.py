@@ -18,7 +18,7 @@ from .scan import Scan, scan_model
 from .select import MIN_IMPRINT, MIN_SEEDS, SOME_COVERS, Group
 from .session import Session
 
-__all__ = ["Unseen", "examined", "on_covers", "seen_by", "shared", "shows_trigger"]
+__all__ = ["Unseen", "examined", "seen_by", "shared", "shows_trigger"]
 
 log = logging.getLogger(__name__)
 THREE = 3  # classes, of which half of a harmless one (digits) was named after all others, as poison is
@@ -66,12 +66,6 @@ def shows_trigger(
         trained, session.ordered(session.source), labels, group.label, pattern, shown=~part, runtime=session.runtime
     )
     return _on_average(turned, labels[~part & ~own]) >= MIN_IMPRINT
-
-
-def on_covers(session: Session, labels: NDArray[np.int64], suspect: NDArray[np.bool_], part: NDArray[np.bool_]) -> bool:
-    """Whether what a part of a class shares is on images of other classes; `suspect`: (N,) bool, accused by now."""
-    own = labels == labels[part][0]
-    return _may_be_trigger(part, own & ~suspect) and _trigger(session, labels, part)[1] > SOME_COVERS
 
 
 def examined(
@@ -142,5 +136,5 @@ def _may_be_trigger(part: NDArray[np.bool_], own: NDArray[np.bool_]) -> bool:
 def _trigger(session: Session, labels: NDArray[np.int64], part: NDArray[np.bool_]) -> tuple[Tensor, float]:
     """What a part of a class shares, (C, H, W), and how clearly images of others carry it (see naming.carried)."""
     batches = session.ordered(session.source)
-    (pattern,) = beyond_content(batches, labels, [part])
-    return pattern, carried(batches, labels, part, pattern)
+    patterns = beyond_content(batches, labels, [part])
+    return patterns[0], carried(batches, labels, [part], patterns)[0]

@@ -1,40 +1,38 @@
-"""Of few classes: a trigger that hides in a class of several styles, found by what it shares beyond how images vary."""
+"""Triggers that hide: in a class of several styles, or in one that does not fall in two, found by who shows them."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Container, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .content import Batches, beyond_content
+from .content import beyond_content
 from .imprint import imprints
-from .mixture import split_in_two
-from .naming import amounts
-from .parts import Part
-from .principal import project
+from .naming import carried
+from .parts import MAYBE, Part, distinct
 from .scan import Scan
-from .select import BALANCED, MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, Group
+from .select import BALANCED, SOME_COVERS, Group
 from .session import Session
-from .variation import beyond_variation, reduced
+from .showing import Shown, batched, reduced_images, showing
 
-__all__ = ["hidden"]
+__all__ = ["hidden", "on_covers"]
 
 log = logging.getLogger(__name__)
-ROUNDS = 5  # of who shows what the group shares, and what those share
+AT_ONCE = 50  # classes, whose patterns are looked for in one pass over all images
+ASKED = 5  # groups of a class, at most
 
-Mask = NDArray[np.bool_]
 
+def hidden(
+    session: Session, trained: nn.Module, scan: Scan, aside: NDArray[np.bool_], directions: dict[int, Tensor]
+) -> list[Part]:
+    """Of few classes those who show a pattern that no image does by nature, and what it does to other images.
 
-def hidden(session: Session, trained: nn.Module, scan: Scan, aside: Mask, directions: dict[int, Tensor]) -> list[Part]:
-    """Of each class those who show a pattern that sets them apart, and what it does to other images.
-
-    Where there are few classes, each holds many contents, falls in two by these, and its poison stands with some of them. So
-    each half of a class along its top singular direction, and each half of these, is asked who of the class shows what it
-    shares beyond how images vary, and what these share, a few times over: of a few that are poison all become so, and of harmless
-    images nobody stands apart.
+    Where there are few classes, each holds many contents, falls in two by these, and its poison stands with some of them.
 
     Args:
         session: The run.
@@ -43,63 +41,77 @@ def hidden(session: Session, trained: nn.Module, scan: Scan, aside: Mask, direct
         aside: (N,) bool, samples that are accused, and left aside.
         directions: In which images vary, see variation.variation.
 
-    Held are all images, reduced to 32 pixels a side, at two bytes a value: .6 GB for 100,000 in color.
-
     Returns: of each class where some show it, and turn enough, those that turn most, with what they turn in `beyond`, and for
         each sample (N,) the probability of showing it."""
-    labels = scan.labels
-    held = [(reduced(images).half().cpu(), targets) for images, targets in session.ordered(session.source)]
-    starts = {label: _starts(scan, (labels == label) & ~aside) for label in directions}
-    best: dict[int, Part] = {}
-    for turn in range(max(map(len, starts.values()), default=0)):
-        groups = {label: masks[turn] for label, masks in starts.items() if turn < len(masks)}
-        parts = _who_shows(held, labels, aside, groups, directions)
+    labels, queues, best = scan.labels, list[list[Part]](), dict[int, Part]()
+    shown = showing(reduced_images(session), scan, aside, directions, directions=directions)
+    for label, starts in zip(directions, shown, strict=True):
+        own = labels == label
+        most = (1 - BALANCED) * (own & ~aside).sum()
+        fewer = [[one for one in rounds if (one.likely > 0.5).sum() <= most] for rounds in starts]
+        apart = [max(rounds, key=lambda one: one.valley) for rounds in fewer if rounds]
+        queues.append([_of_all(own, _part(label, one, one.likely)) for one in apart])
+    for parts in _in_turn(queues):
         masks, batches = [likely > 0.5 for _, likely in parts], session.ordered(session.source)
         rises = imprints(trained, batches, labels, masks, runtime=session.runtime, directions=directions)
         for (group, likely), rise in zip(parts, rises, strict=True):
             log.info("class %d: %d show a pattern, which turns %.2f", group.label, group.size, rise)
             if group.label not in best or rise > (best[group.label][0].beyond or 0.0):
-                best[group.label] = dataclasses.replace(group, beyond=rise), likely
+                best[group.label] = dataclasses.replace(group, beyond=rise, few=True), likely
     return [part for part in best.values() if part[0].foreign]
 
 
-def _starts(scan: Scan, members: Mask) -> list[Mask]:
-    """The halves of a class, and the halves of these; (N,) bool each, those that are large enough."""
-    halves = _halves(scan, members)
-    quarters = [quarter for half in halves for quarter in _halves(scan, half)]
-    return [part for part in (*halves, *quarters) if part.sum() >= MIN_SEEDS]
+def on_covers(session: Session, scan: Scan, aside: NDArray[np.bool_], spared: Container[int]) -> list[Part]:
+    """Those of a class who show a pattern that is on images of other classes, too: a trigger that works on some classes only
+    [TaCT, Tang et al. 2021], or less by itself, was taught so by covers. Poison of one class may not stand apart from another's
+    styles.
 
+    Args:
+        session, scan, aside: As in hidden.
+        spared: Labels that are not asked.
 
-def _halves(scan: Scan, members: Mask) -> list[Mask]:
-    rows, upper = np.flatnonzero(members), np.zeros_like(members)
-    if len(rows) < 2 * MIN_SEEDS:
-        return []
-    upper[rows] = split_in_two(project(scan.features, rows, 1)[:, 0])[0] > 0.5
-    return [upper, members & ~upper]
-
-
-def _who_shows(
-    held: Batches, labels: NDArray[np.int64], aside: Mask, groups: dict[int, Mask], directions: dict[int, Tensor]
-) -> list[Part]:
-    """From a group of each class to those who show what it shares, where they stood apart most."""
-    best: dict[int, Part] = {}
-    for _ in range(ROUNDS):
-        if not groups:
-            break
-        given, masks = list(groups), list(groups.values())
-        patterns = beyond_variation(beyond_content(held, labels, masks, together=False), given, directions)
-        rows = zip(given, masks, amounts(held, labels, masks, patterns), strict=True)
-        groups = {}
-        for label, mask, much in rows:
-            own = (labels == label) & ~aside
-            everyone = np.zeros(len(labels))
-            everyone[own], separation, valley = split_in_two(much[own], means=(0, 1))
-            size = int((everyone > 0.5).sum())
-            if not MIN_SEEDS <= size <= own.sum() - MIN_SEEDS:
-                continue
-            if not np.array_equal(everyone > 0.5, mask):
-                groups[label] = everyone > 0.5
-            apart = separation > MIN_SEPARATION and valley > MIN_VALLEY and size <= (1 - BALANCED) * own.sum()
-            if apart and (label not in best or valley > best[label][0].valley):
-                best[label] = Group(label, 0, separation, valley, size, 0.0, few=True), everyone
+    Returns: of each class where some share such a pattern those whose is most clearly on others (see naming.carried), and for
+        each sample (N,) 1 if it is of these, and at most MAYBE where it only shows it."""
+    labels, best, images = scan.labels, dict[int, Part](), reduced_images(session)
+    batches = batched(images, labels)
+    asked = [label for label in np.unique(labels).tolist() if label not in spared]
+    queues = zip(asked, showing(images, scan, aside, asked), strict=True)
+    while some := list(islice(queues, AT_ONCE)):
+        apart = [_most_apart(label, starts, int(((labels == label) & ~aside).sum())) for label, starts in some]
+        for small in _in_turn(apart):
+            parts = [_of_all(labels == part[0].label, part) for part in small]
+            masks = [likely > 0.5 for _, likely in parts]
+            depths = carried(batches, labels, masks, beyond_content(batches, labels, masks, together=False))
+            for (group, likely), depth in zip(parts, depths, strict=True):
+                known = best[group.label][0].carried or 0.0 if group.label in best else SOME_COVERS
+                if depth > known:
+                    best[group.label] = dataclasses.replace(group, carried=depth), likely
+    for group, _ in best.values():
+        log.info("class %d: %d show a pattern that is on covers (%.2f)", group.label, group.size, group.carried)
     return list(best.values())
+
+
+def _most_apart(label: int, starts: list[list[Shown]], total: int) -> list[Part]:
+    """The groups of a class whose pattern sets those who show it furthest apart; of what most of it share is its content."""
+    groups = [one for rounds in starts for one in rounds if 2 * one.group.sum() <= total]
+    groups.sort(key=lambda one: -one.valley)
+    parts = [_part(label, one, np.where(one.group, 1.0, np.minimum(one.likely, MAYBE))) for one in groups]
+    return distinct(parts)[:ASKED]
+
+
+def _part(label: int, shown: Shown, likely: NDArray[np.float64]) -> Part:
+    """A group of a class of M, and the probability of each of these to be in it, (M,)."""
+    return Group(label, 0, shown.separation, shown.valley, int((likely > 0.5).sum()), 0.0), likely
+
+
+def _of_all(own: NDArray[np.bool_], part: Part) -> Part:
+    """The same with the probability of each of all samples."""
+    everyone = np.zeros(len(own))
+    everyone[own] = part[1]
+    return part[0], everyone
+
+
+def _in_turn(queues: Sequence[list[Part]]) -> Iterator[list[Part]]:
+    """The first of each, the second, and so on."""
+    for turn in range(max(map(len, queues), default=0)):
+        yield [queue[turn] for queue in queues if turn < len(queue)]

@@ -122,27 +122,34 @@ def _higher(some: NDArray[np.float64], others: NDArray[np.float64]) -> float:
     return float(roc_auc_score(np.repeat([1, 0], [len(some), len(others)]), np.concatenate([some, others])))
 
 
-def carried(batches: Batches, labels: NDArray[np.int64], group: NDArray[np.bool_], pattern: Tensor) -> float:
+def carried(batches: Batches, labels: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]], patterns: Tensor) -> list[float]:
     """How clearly images of other classes fall into some that show what a group shares, and the rest.
 
     A trigger that works on one class alone had to be taught so, by covers: images of others that carry it and keep their labels
     [TaCT, Tang et al. 2021]. What a style shares is spread over all images by degrees.
 
     Args:
-        batches: (images (B, C, H, W), labels) of N images in order; gone through three times.
+        batches: (images (B, C, H, W), labels) of N images in order; gone through three times, however many groups there are.
         labels: (N,) as given.
-        group: (N,) bool, of one class and not all of it.
-        pattern: (C, H, W), what it shares, see content.beyond_content.
+        groups: (N,) bool each, of one class and not all of it; no image in two.
+        patterns: (G, C, H, W), what they share, see content.beyond_content.
 
-    Returns: depth of the valley between the two in how much they show of it, see select.split_in_two, in [0, 1]; 0 where they do
-    not separate, or those that show more show less than half, or are fewer than COVERS."""
-    own = labels == labels[group][0]
-    (shown,) = amounts(batches, labels, [group], pattern[None])
-    if (sure := group & (shown > SHOWN)).any():  # without those of its class that came with it
-        (shown,) = amounts(batches, labels, [sure], beyond_content(batches, labels, [sure]))
-    likely, separation, valley = split_in_two(shown[~own], means=(0, 1))
-    upper = shown[~own][likely > 0.5]
-    return valley if separation > MIN_SEPARATION and len(upper) >= COVERS and upper.mean() >= SHOWN else 0.0
+    Returns: for each depth of the valley between the two in how much they show of it, see select.split_in_two, in [0, 1]; 0 where
+        they do not separate, or those that show more show less than half, or are fewer than COVERS."""
+    every = list(amounts(batches, labels, groups, patterns))
+    # Without those of its class that came with it.
+    sure = {place: mask for place, group in enumerate(groups) if (mask := group & (every[place] > SHOWN)).any()}
+    if sure:
+        purer = beyond_content(batches, labels, [*sure.values()], together=False)
+        for place, shown in zip(sure, amounts(batches, labels, [*sure.values()], purer), strict=True):
+            every[place] = shown
+    depths = []
+    for group, shown in zip(groups, every, strict=True):
+        others = shown[labels != labels[group][0]]
+        likely, separation, valley = split_in_two(others, means=(0, 1))
+        upper = others[likely > 0.5]
+        depths.append(valley if separation > MIN_SEPARATION and len(upper) >= COVERS and upper.mean() >= SHOWN else 0.0)
+    return depths
 
 
 def bearers(

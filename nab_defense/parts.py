@@ -10,7 +10,7 @@ from scipy.special import softmax
 from sklearn.mixture import GaussianMixture
 
 from .mixture import ONE_THREAD, split_in_two
-from .principal import Rows, Standardized, along, directions, project
+from .principal import Rows, Standardized, along, directions
 from .scan import Scan
 from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, Group, grow, probe
 
@@ -19,7 +19,6 @@ __all__ = [
     "MAYBE",
     "Part",
     "distinct",
-    "halves_of_halves",
     "joined",
     "other_half",
     "same_parts",
@@ -52,7 +51,8 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
         aside: (N,) bool, samples that are left aside.
 
     Returns: of each such class a group, its smaller part, and for each sample of it (N,) the probability of being in that."""
-    classes = _large(scan, aside)
+    classes = [(label, (scan.labels == label) & ~aside) for label in range(scan.num_classes)]
+    classes = [(label, members) for label, members in classes if members.sum() >= 2 * MIN_SEEDS]
     axes = [directions(scan.features, np.flatnonzero(members), DIRECTIONS) for _, members in classes]  # the costly part, once
 
     def values(rank: int) -> list[NDArray[np.float32]]:
@@ -69,38 +69,6 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
         if found:
             return found
     return []
-
-
-def halves_of_halves(scan: Scan, aside: NDArray[np.bool_]) -> dict[int, list[Part]]:
-    """Of classes that fall in two, and of which a half does so again: the halves of that half.
-
-    Poison of a class with two styles stands with one of them, at first.
-
-    Args:
-        scan: What a trained network saw.
-        aside: (N,) bool, samples that are left aside.
-
-    Returns: label -> parts, each as smaller_halves gives them."""
-    found: dict[int, list[Part]] = {}
-    for group, likely in _along_one(scan, _large(scan, aside)):
-        own = (scan.labels == group.label) & ~aside
-        for half in (own & (likely > 0.5), own & ~(likely > 0.5)):
-            for part in _along_one(scan, [(group.label, half)] if half.sum() >= 2 * MIN_SEEDS else []):
-                both = part, other_half(half, part)
-                found.setdefault(group.label, []).extend(one for one in both if one[0].size >= MIN_SEEDS)
-    return found
-
-
-def _large(scan: Scan, aside: NDArray[np.bool_]) -> list[tuple[int, NDArray[np.bool_]]]:
-    """Label and (N,) samples of each class of which enough are left to fall in two."""
-    classes = [(label, (scan.labels == label) & ~aside) for label in range(scan.num_classes)]
-    return [(label, members) for label, members in classes if members.sum() >= 2 * MIN_SEEDS]
-
-
-def _along_one(scan: Scan, classes: list[tuple[int, NDArray[np.bool_]]]) -> list[Part]:
-    """Of those that fall in two along their top singular direction the smaller part."""
-    lines = [project(scan.features, np.flatnonzero(members), 1)[:, 0] for _, members in classes]
-    return _smaller(classes, [split_in_two(line) for line in lines])
 
 
 def _smaller(classes: list[tuple[int, NDArray[np.bool_]]], splits: list[Split]) -> list[Part]:

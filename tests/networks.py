@@ -38,7 +38,7 @@ class Networks:
         self.turned, self.carried = {"trained": np.zeros(4), "part1": np.zeros(4)}, 0.0
         monkeypatch.setattr(again, "seen_by", self.read)
         monkeypatch.setattr(examine, "imprint_by_class", self.imprint)
-        monkeypatch.setattr(examine, "carried", lambda *_: self.carried)
+        monkeypatch.setattr(examine, "carried", lambda *_: [self.carried])
         monkeypatch.setattr(examine, "beyond_content", self.shared)
 
     def __call__(self, absent: np.ndarray, part: str) -> Any:

@@ -274,13 +274,3 @@ def test_a_part_is_not_joined_by_all_the_others_of_its_class(monkeypatch: pytest
     monkeypatch.setattr(again, "joined", lambda seen, members, likely, *_: np.where(members, 1.0, likely))
     found, _ = networks.look()
     assert np.flatnonzero(found.suspect).tolist() == list(range(30)) and found.groups[0].size == 30
-
-
-@pytest.mark.parametrize(("carried", "size", "covered"), [(0.06, 50, True), (0.05, 50, False), (0.9, 51, False)])
-def test_a_part_of_at_most_half_of_its_class_may_be_on_covers(
-    monkeypatch: pytest.MonkeyPatch, carried: float, size: int, covered: bool
-) -> None:
-    networks = Networks(size, monkeypatch)
-    networks.carried = carried
-    session: Any = SimpleNamespace(source="all", ordered=lambda source: source)
-    assert examine.on_covers(session, LABELS, np.zeros(400, bool), np.arange(400) < size) is covered

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nab_defense import again
 from nab_defense.again import look_again
-from nab_defense.hidden import hidden
+from nab_defense.hidden import hidden, on_covers
 from nab_defense.imprint import imprints
 from nab_defense.parts import Part
 from nab_defense.plan import Finding
@@ -101,6 +101,44 @@ def test_a_class_that_is_too_small_to_fall_in_two_is_left_alone(count: int) -> N
     session, seen = data(patch=4.0)
     aside = (LABELS == 0) & (np.arange(600) >= count)  # one more than forty would leave a group, but nobody beside it
     assert not any(group.label == 0 for group, _ in asked(session, seen, aside))
+
+
+def two_styles(covers: int, size: int = 40) -> tuple[Any, Scan]:
+    """Ten classes of 120, each in one style more or less, which the network sees first; `size` show class 1 with a patch and are
+    labelled 0, where a quarter of them stand with the one half, the others with the other. `covers` of other classes carry it."""
+    generator, labels = torch.Generator().manual_seed(0), np.repeat(np.arange(10), 120)
+    contents, styles = torch.randn(2, 10, 1, 6, 6, generator=generator) * torch.tensor([1.0, 0.5]).view(2, 1, 1, 1, 1)
+    style = torch.randn(1200, generator=generator)
+    shown = np.where(np.arange(1200) < size, 1, labels)
+    images = contents[shown] + torch.einsum("n,nchw->nchw", style, styles[shown])
+    images += 0.4 * torch.randn(1200, 1, 6, 6, generator=generator)
+    patched = (np.arange(1200) < size) | np.isin(np.arange(1200), 1199 - 9 * np.arange(covers))
+    images[torch.from_numpy(patched), 0, 4:, 4:] += 4.0
+    features = np.random.default_rng(0).standard_normal((1200, 4)).astype(np.float32)
+    features[:, 0] += 10 * np.where(np.arange(1200) < size, np.arange(1200) % 4 == 0, style > 0)
+    features[:size, 1] += 3
+    session: Any = SimpleNamespace(source="all", runtime=RUNTIME)
+    session.ordered = lambda _: [(part, torch.zeros(len(part))) for part in images.split(64)]
+    return session, Scan(labels, np.zeros(1200, np.float32), np.zeros((1200, 10), np.float32), features)
+
+
+@pytest.mark.parametrize(("covers", "size"), [(40, 40), (0, 40), (40, 60), (40, 61)])
+def test_who_shows_a_pattern_that_is_on_images_of_other_classes_is_found_though_no_class_falls_in_two_by_it(
+    covers: int, size: int
+) -> None:
+    session, seen = two_styles(covers, size)
+    found = on_covers(session, seen, np.zeros(1200, bool), set())
+    assert all(group.size == (likely > 0.5).sum() <= 60 for group, likely in found)  # what most of a class share is its content
+    if size > 60:
+        return
+    if not covers:
+        assert not any((likely > 0.5)[:size].any() for _, likely in found)
+        return
+    ((group, likely),) = found
+    np.testing.assert_array_equal(likely > 0.5, np.arange(1200) < size)
+    assert (group.label, group.size) == (0, size) and group.carried is not None and group.carried > 0.5
+    assert on_covers(session, seen, np.zeros(1200, bool), {0}) == []
+    assert on_covers(session, seen, np.arange(1200) < size, set()) == []  # these are accused by now
 
 
 @pytest.mark.parametrize(("classes", "beyond", "accused"), [(9, 0.21, True), (10, 0.9, False)])

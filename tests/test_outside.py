@@ -144,22 +144,6 @@ def test_what_is_foreign_is_kept_and_of_the_rest_what_may_share_a_trigger(monkey
     assert not selection.suspect.any()
 
 
-def test_a_half_of_a_half_is_kept_where_what_it_shares_is_on_covers(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = {
-        label: queue(label, 0, 20) + queue(label, 20, 30) + queue(label, 50, 25) + queue(label, 75, 22) for label in (1, 2, 3)
-    }
-    asides: list[np.ndarray] = []
-    monkeypatch.setattr(again, "shows_trigger", lambda *_: False)
-    monkeypatch.setattr(again, "halves_of_halves", lambda seen, aside: asides.append(aside) or parts)
-    monkeypatch.setattr(again, "on_covers", lambda session, labels, suspect, part: labels[part][0] == 2 and part.sum() != 20)
-    queues = {label: queue(label, 0, 60) for label in (1, 2, 3)}
-    worth, selection, _ = _sifted(SESSION, ANY, seen(), NOBODY, queues, {3}, Outside(monkeypatch))
-    assert [group.size for group, _ in worth[2]] == [30, 25]  # two of a class, at most
-    assert all(group.content is not None and not group.foreign for group, _ in worth[2])
-    assert sorted(worth) == [0, 2] and sorted(group.label for group in selection.groups) == [1, 3]
-    np.testing.assert_array_equal(asides, [~np.isin(LABELS, [1, 2])])  # what is in doubt is looked at whole
-
-
 def doubted(monkeypatch: pytest.MonkeyPatch, accused: np.ndarray) -> tuple[Selection, Any, Outside]:
     """Some of class 0 are accused, and in doubt; who is, after they were looked at with the rest of it."""
     networks = Outside(monkeypatch)
@@ -265,7 +249,7 @@ def shows(monkeypatch: pytest.MonkeyPatch, queue: list[Any], cosine: float, cove
     """Whether it may share a trigger, beside 20 of its class that are accused."""
     monkeypatch.setattr(examine, "shared", lambda *_: cosine)
     monkeypatch.setattr(examine, "beyond_content", lambda *_: [None])
-    monkeypatch.setattr(examine, "carried", lambda *_: covers)
+    monkeypatch.setattr(examine, "carried", lambda *_: [covers])
     monkeypatch.setattr(examine, "imprint_by_class", lambda *_, **__: rises)
     ((group, likely),) = queue
     session: Any = SimpleNamespace(source=None, ordered=lambda source: source, runtime=None)

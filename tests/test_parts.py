@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nab_defense.mixture import split_in_two
-from nab_defense.parts import MAYBE, halves_of_halves, joined, same_parts, smaller_halves, with_more_like_it
+from nab_defense.parts import MAYBE, joined, same_parts, smaller_halves, with_more_like_it
 from nab_defense.principal import project
 from nab_defense.scan import Scan
 from tests.test_select import CLASSES, sample
@@ -113,17 +113,3 @@ def test_few_that_lie_on_the_slope_of_their_class_in_each_direction_stand_apart_
         assert bool(found) == bool(few and scale)
         for group, likely in found:
             assert group.valley > 0.5 and 0.95 * few < group.size < 1.15 * few and (likely[:few] > 0.5).mean() > 0.95
-
-
-def test_poison_that_stands_with_one_of_two_styles_of_its_class_is_a_half_of_that_half() -> None:
-    generator, labels = np.random.default_rng(0), np.repeat([0, 1], [200, 100])
-    features = generator.standard_normal((300, 8)).astype(np.float32)
-    features[:80, 0] += 40  # one style of class 0; the rest, another style and twenty-five of poison, is nearer to each other
-    features[80:105, 1] += 12
-    seen = Scan(labels, np.zeros(300, np.float32), np.zeros((300, 2), np.float32), features)
-    found = halves_of_halves(seen, np.zeros(300, bool))
-    assert list(found) == [0]
-    poison, style = [np.flatnonzero(likely > 0.5).tolist() for _, likely in found[0]]
-    assert poison == list(range(80, 105)) and style == list(range(105, 200))
-    assert [(group.label, group.size) for group, _ in found[0]] == [(0, 25), (0, 95)]
-    assert halves_of_halves(seen, labels == 0) == {}

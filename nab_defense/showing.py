@@ -1,0 +1,132 @@
+"""Who of a class shows a pattern that sets them apart, whatever a network makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .content import Batches, mixture
+from .mixture import split_in_two
+from .principal import project
+from .scan import Scan
+from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY
+from .session import Session
+from .variation import reduced
+
+__all__ = ["Shown", "batched", "reduced_images", "showing"]
+
+ROUNDS = 5  # of who shows what the group shares, and what those share
+NEAR = 50  # other classes whose content a group may have; more would take long where there are a thousand
+BATCH = 4096
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """Who of a class of M samples shows what some of them share.
+
+    Args:
+        group: (M,) bool, those who share it.
+        likely: (M,) probability of showing it.
+        separation, valley: Of those who do from the rest, see mixture.split_in_two.
+    """
+
+    group: Mask
+    likely: NDArray[np.float64]
+    separation: float
+    valley: float
+
+    @property
+    def apart(self) -> bool:
+        return self.separation > MIN_SEPARATION and self.valley > MIN_VALLEY
+
+
+def reduced_images(session: Session) -> Tensor:
+    """(N, C, H, W) float16 on the CPU, all images, at most 32 pixels a side: .6 GB for 100,000 in color."""
+    return torch.cat([reduced(images).half().cpu() for images, _ in session.ordered(session.source)])
+
+
+def batched(images: Tensor, labels: NDArray[np.int64]) -> Batches:
+    """As loaders give them, (images, labels), to be gone through many times."""
+    return list(zip(images.split(BATCH), torch.from_numpy(labels).split(BATCH), strict=True))
+
+
+def showing(
+    images: Tensor, scan: Scan, aside: Mask, labels: Iterable[int], *, directions: dict[int, Tensor] | None = None
+) -> Iterator[list[list[Shown]]]:
+    """Of each class who shows a pattern that sets them apart.
+
+    A class may fall in two by its styles, and poison that is labelled so may stand with one of them, or nowhere. So each half of
+    the class along its top singular direction, whether it falls in two there or not, and each half of these, is asked who of the
+    class shows what it shares beyond content, and what these share, a few times over: of a few that are poison all become so.
+
+    Args:
+        images: (N, C, H, W), small enough to be held.
+        scan: What a network that was trained on all of it saw.
+        aside: (N,) bool, samples that are accused, and left aside.
+        labels: The classes.
+        directions: In which the images of others vary (see variation.variation): only what a group shares beyond that counts.
+
+    Returns: for each class in turn, of each half and quarter, round by round where they led to who stands apart."""
+    counts = np.bincount(scan.labels, minlength=scan.num_classes)
+    sums = torch.zeros(scan.num_classes, images[0].numel())
+    for batch, targets in batched(images, scan.labels):
+        sums.index_add_(0, targets, batch.float().flatten(1))
+    means = sums / torch.from_numpy(counts.clip(min=1))[:, None]
+    for label in labels:
+        own = scan.labels == label
+        flat, free = images[torch.from_numpy(own)].flatten(1).float(), ~aside[own]
+        others = means[torch.from_numpy((counts > 0) & (np.arange(len(counts)) != label))]
+        rows = None if directions is None else directions[label]
+        rounds = (_who_show(flat, free, start[own], others, rows) for start in _starts(scan, own & ~aside))
+        yield [apart for one in rounds if (apart := [shown for shown in one if shown.apart])]
+
+
+def _starts(scan: Scan, members: Mask) -> list[Mask]:
+    """The halves of a class, and the halves of these; (N,) bool each, those that are large enough."""
+    halves = _halves(scan, members)
+    quarters = [quarter for half in halves for quarter in _halves(scan, half)]
+    return [part for part in (*halves, *quarters) if part.sum() >= MIN_SEEDS]
+
+
+def _halves(scan: Scan, members: Mask) -> list[Mask]:
+    rows, upper = np.flatnonzero(members), np.zeros_like(members)
+    if len(rows) < 2 * MIN_SEEDS:
+        return []
+    upper[rows] = split_in_two(project(scan.features, rows, 1)[:, 0])[0] > 0.5
+    return [upper, members & ~upper]
+
+
+def _who_show(flat: Tensor, free: Mask, group: Mask, others: Tensor, rows: Tensor | None) -> Iterator[Shown]:
+    """From a group to those who show what it shares, and on.
+
+    Args:
+        flat: (M, D), images of the class.
+        free: (M,) bool, which are asked.
+        group: (M,) bool, some of these.
+        others: (K, D) mean images of the other classes.
+        rows: (R, D) orthonormal, what does not count."""
+    for _ in range(ROUNDS):
+        mask = torch.from_numpy(group)
+        mean, rest = flat[mask].mean(0), flat[~mask].mean(0)
+        near = others[(others - mean).norm(dim=1).topk(min(NEAR, len(others)), largest=False).indices]
+        content = torch.vstack([rest, near]).T
+        pattern = mean - content @ torch.from_numpy(mixture(content.double().numpy(), mean.double().numpy())).float()
+        if rows is not None:
+            pattern -= (pattern @ rows.T) @ rows
+        shows = flat @ (pattern / pattern.square().sum().clamp_min(1e-12))
+        much, likely = (shows - shows[~mask].mean()).double().numpy(), np.zeros(len(group))
+        likely[free], separation, valley = split_in_two(much[free], means=(0, 1))
+        showing = likely > 0.5
+        if not MIN_SEEDS <= showing.sum() <= free.sum() - MIN_SEEDS:
+            return
+        yield Shown(group, likely, separation, valley)
+        if np.array_equal(showing, group):
+            return
+        group = showing
