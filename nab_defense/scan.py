@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from . import ranks
 from .io import cache_folder
 from .runtime import Runtime
 
-__all__ = ["EarlyScan", "Scan", "features_and_logits", "scan_model"]
+__all__ = ["EarlyScan", "Scan", "features_and_logits", "room_for", "scan_model"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 LOSSES = 2**24  # logits at once
@@ -80,7 +81,7 @@ def scan_model(model: nn.Module, loader: Batches, labels: NDArray[np.int64], *, 
     features = logits = np.empty((0, 0), dtype=np.float32)
     for batch_features, batch_logits, targets in _batch_by_batch(model, loader, runtime):
         if first == 0:
-            features, logits = (_rows(size, part.shape[1]) for part in (batch_features, batch_logits))
+            features, logits = (room_for(size, part.shape[1], np.float32) for part in (batch_features, batch_logits))
         rows = slice(first, first + len(targets))
         first = rows.stop
         if first > size:
@@ -118,14 +119,14 @@ def _batch_by_batch(model: nn.Module, loader: Batches, runtime: Runtime) -> Iter
         last = len(heard[0]) < ranks.count()
 
 
-def _rows(size: int, width: int) -> NDArray[np.float32]:
-    """An empty (size, width) array; above HELD bytes it is a file that is gone with the array, so that memory stays bounded.
+def room_for(size: int, width: int, kind: type[np.floating[Any]]) -> NDArray[Any]:
+    """An empty (size, width) array of such values; above HELD bytes a file that is gone with it, so that memory stays bounded.
 
     Raises:
         ValueError: There is no room for the file."""
-    count = 4 * size * width
+    count = np.dtype(kind).itemsize * size * width
     if count <= HELD:
-        return np.empty((size, width), dtype=np.float32)
+        return np.empty((size, width), dtype=kind)
     folder = cache_folder("scans")
     with tempfile.TemporaryFile(dir=folder) as stream:
         try:
@@ -133,8 +134,8 @@ def _rows(size: int, width: int) -> NDArray[np.float32]:
                 os.posix_fallocate(stream.fileno(), 0, count)
         except OSError as error:
             mend = "make room there, or have NAB_CACHE name a folder on another disk"
-            raise ValueError(f"{folder} has no room for {count / 1e9:.1f} GB of features ({error.strerror}); {mend}") from None
-        return np.memmap(stream, dtype=np.float32, mode="w+", shape=(size, width))
+            raise ValueError(f"{folder} has no room for {count / 1e9:.1f} GB ({error.strerror}); {mend}") from None
+        return np.memmap(stream, dtype=kind, mode="w+", shape=(size, width))
 
 
 class EarlyScan:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .content import Batches, mixture
 from .mixture import split_in_two
 from .principal import project
-from .scan import Scan
+from .scan import Scan, room_for
 from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY
 from .session import Session
 from .variation import reduced
@@ -48,8 +48,16 @@ class Shown:
 
 
 def reduced_images(session: Session) -> Tensor:
-    """(N, C, H, W) float16 on the CPU, all images, at most 32 pixels a side: .6 GB for 100,000 in color."""
-    return torch.cat([reduced(images).half().cpu() for images, _ in session.ordered(session.source)])
+    """(N, C, H, W) float16 on the CPU, all images, at most 32 pixels a side; above 256 MB, 44,000 in color, in a file."""
+    held, first = torch.empty(0), 0
+    for images, _ in session.ordered(session.source):
+        small = reduced(images).half().cpu()
+        if not first:
+            shape = len(session.source), *small.shape[1:]
+            held = torch.from_numpy(room_for(shape[0], small[0].numel(), np.float16)).view(shape)
+        held[first : first + len(small)] = small
+        first += len(small)
+    return held
 
 
 def batched(images: Tensor, labels: NDArray[np.int64]) -> Batches:

@@ -57,7 +57,7 @@ def data(patch: float) -> tuple[Any, Scan]:
     features[150:300, 0] += 10
     features[450:, 0] += 10
     table = np.zeros((600, 2), np.float32)
-    session: Any = SimpleNamespace(source="all", runtime=RUNTIME)
+    session: Any = SimpleNamespace(source=range(600), runtime=RUNTIME)
     session.ordered = lambda _: [(part, torch.zeros(len(part))) for part in images.split(64)]
     return session, Scan(LABELS, np.zeros(600, np.float32), table, features)
 
@@ -117,7 +117,7 @@ def two_styles(covers: int, size: int = 40) -> tuple[Any, Scan]:
     features = np.random.default_rng(0).standard_normal((1200, 4)).astype(np.float32)
     features[:, 0] += 10 * np.where(np.arange(1200) < size, np.arange(1200) % 4 == 0, style > 0)
     features[:size, 1] += 3
-    session: Any = SimpleNamespace(source="all", runtime=RUNTIME)
+    session: Any = SimpleNamespace(source=range(1200), runtime=RUNTIME)
     session.ordered = lambda _: [(part, torch.zeros(len(part))) for part in images.split(64)]
     return session, Scan(labels, np.zeros(1200, np.float32), np.zeros((1200, 10), np.float32), features)
 
