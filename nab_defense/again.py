@@ -35,13 +35,14 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
 
     Poison that the scan's short training does not learn faster than content (few samples, subtle triggers, a second trigger) is
     invisible to it, but once learned it stands apart in the trained network's features. A trigger that is the same in all
-    images shows in what they share. For others, where some class falls in two or did so in the scan, networks are trained without
-    whole classes, and what shows the content of many other classes to them is accused (see outside.foreign_parts; of fewer than
-    ten classes that which does so to one which never saw the part, see naming.naming). A part that stands apart, and may share a
-    trigger, is left out of one more training, with what is like it, and accused where that network finds the content of few
-    classes in it, and what it shares is a trigger: it turns images of all classes, or those of one and is on covers of others
-    [TaCT, Tang et al. 2021], or it is what the accused of its class share, a trigger of which a part was found before. Of fewer
-    than ten classes who shows a pattern that no image does by nature is accused, too (see hidden.hidden).
+    images shows in what they share. For others, where some class falls in two or did so in the scan, or some of it show a pattern
+    that is on others (see hidden.on_covers), networks are trained without whole classes, and what shows the content of many other
+    classes to them is accused (see outside.foreign_parts; of fewer than ten classes that which does so to one which never saw the
+    part, see naming.naming). A part that stands apart, and may share a trigger, is left out of one more training, with what is
+    like it, and accused where that network finds the content of few classes in it, and what it shares is a trigger: it turns
+    images of all classes, or those of one and is on covers of others [TaCT, Tang et al. 2021], or it is what the accused of its
+    class share, a trigger of which a part was found before. Of fewer than ten classes who shows a pattern that no image does by
+    nature is accused, too (see hidden.hidden).
 
     Args:
         session: The run.

@@ -49,8 +49,7 @@ def candidates(session: Session, scan: Scan, selection: Selection, before: Findi
         own = (scan.labels == label) & ~selection.suspect
         queue.sort(key=lambda part: -part[0].separation)  # of two that are nearly the same the one that stands further apart
         queue += [other_half(own, part) for part in queue if part[0].size > BALANCED * own.sum()]
-        # A network that hardly saw the class cannot tell what is foreign to it.
-        queue = [part for part in queue if part[0].size >= MIN_SEEDS and (own & (part[1] <= DOUBT)).sum() >= MIN_SEEDS]
+        queue = [part for part in queue if part[0].size >= MIN_SEEDS and _leaves_enough(part, own)]
         if label in sure:  # more of that poison shares its trigger; and half of a class is soon named after many others
             accused = (scan.labels == label) & selection.suspect
             queue = [part for part in queue if shared(session, scan.labels, part[1] > 0.5, accused) >= ALIKE]
@@ -65,9 +64,16 @@ def candidates(session: Session, scan: Scan, selection: Selection, before: Findi
         queues[label] = [part for part, *_ in told[:TRIED]]
     if not kin and scan.num_classes >= MANY:  # a trigger of all classes is on images of all
         for part in on_covers(session, scan, selection.suspect, spared | sure):
-            queues[part[0].label] = [part, *queues.get(part[0].label, [])][:TRIED]
+            label = part[0].label
+            if _leaves_enough(part, (scan.labels == label) & ~selection.suspect):
+                queues[label] = distinct([part, *queues.get(label, [])])[:TRIED]
     queues |= {label: [part] for label, part in kin.items() if label not in spared}
     return [queue for queue in queues.values() if queue]
+
+
+def _leaves_enough(part: Part, own: NDArray[np.bool_]) -> bool:
+    """Of its class, (N,) bool: a network that hardly saw that cannot tell what is foreign to it."""
+    return bool((own & (part[1] <= DOUBT)).sum() >= MIN_SEEDS)
 
 
 def rests(before: Finding, labels: NDArray[np.int64]) -> list[Part]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import ranks
 from .runtime import Runtime
 
-__all__ = ["ALIKE", "Batches", "alike", "beyond_content", "label_by_content", "mixture", "weighted_images"]
+__all__ = ["ALIKE", "Batches", "alike", "beyond_content", "label_by_content", "mean_images", "mixture", "weighted_images"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 ROUNDS = 5
@@ -62,7 +62,7 @@ def beyond_content(
     for index, group in enumerate(groups):
         codes[group] = classes + index
     counts = np.bincount(codes, minlength=classes + len(groups))
-    means = _means(batches, codes, counts)
+    means = mean_images(batches, codes, counts)
     held = np.diag(counts.astype(np.float64))[:, :classes]  # images of each code in the content of each class
     if not together:
         held[np.arange(classes, len(counts)), own] = counts[classes:]
@@ -81,7 +81,7 @@ def beyond_content(
     return (torch.from_numpy(beyond) @ means.flatten(1).double()).float().view(len(groups), *means.shape[1:])
 
 
-def _means(batches: Batches, codes: NDArray[np.int64], counts: NDArray[np.int64]) -> Tensor:
+def mean_images(batches: Batches, codes: NDArray[np.int64], counts: NDArray[np.int64]) -> Tensor:
     """(M, C, H, W) float32: the mean image of each code of M; zeros where it has none."""
     sums, first = torch.zeros(0), 0
     for images, _ in batches:

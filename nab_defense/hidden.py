@@ -48,10 +48,11 @@ def hidden(
     for label, starts in zip(directions, shown, strict=True):
         own = labels == label
         most = (1 - BALANCED) * (own & ~aside).sum()
-        fewer = [[one for one in rounds if (one.likely > 0.5).sum() <= most] for rounds in starts]
-        apart = [max(rounds, key=lambda one: one.valley) for rounds in fewer if rounds]
-        queues.append([_of_all(own, _part(label, one, one.likely)) for one in apart])
-    for parts in _in_turn(queues):
+        apart = [[one for one in rounds if one.apart and (one.likely > 0.5).sum() <= most] for rounds in starts]
+        furthest = [max(rounds, key=lambda one: one.valley) for rounds in apart if rounds]
+        queues.append([_part(label, one, one.likely) for one in furthest])
+    for small in _in_turn(queues):
+        parts = [_of_all(labels == part[0].label, part) for part in small]
         masks, batches = [likely > 0.5 for _, likely in parts], session.ordered(session.source)
         rises = imprints(trained, batches, labels, masks, runtime=session.runtime, directions=directions)
         for (group, likely), rise in zip(parts, rises, strict=True):
@@ -92,8 +93,8 @@ def on_covers(session: Session, scan: Scan, aside: NDArray[np.bool_], spared: Co
 
 
 def _most_apart(label: int, starts: list[list[Shown]], total: int) -> list[Part]:
-    """The groups of a class whose pattern sets those who show it furthest apart; of what most of it share is its content."""
-    groups = [one for rounds in starts for one in rounds if 2 * one.group.sum() <= total]
+    """The groups of a class whose pattern sets those who show it furthest apart; what most of it share is its content."""
+    groups = [one for rounds in starts for one in rounds if one.apart and 2 * one.group.sum() <= total]
     groups.sort(key=lambda one: -one.valley)
     parts = [_part(label, one, np.where(one.group, 1.0, np.minimum(one.likely, MAYBE))) for one in groups]
     return distinct(parts)[:ASKED]

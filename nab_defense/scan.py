@@ -81,7 +81,7 @@ def scan_model(model: nn.Module, loader: Batches, labels: NDArray[np.int64], *, 
     features = logits = np.empty((0, 0), dtype=np.float32)
     for batch_features, batch_logits, targets in _batch_by_batch(model, loader, runtime):
         if first == 0:
-            features, logits = (room_for(size, part.shape[1], np.float32) for part in (batch_features, batch_logits))
+            features, logits = (room_for(size, part.shape[1], np.float32, "features") for part in (batch_features, batch_logits))
         rows = slice(first, first + len(targets))
         first = rows.stop
         if first > size:
@@ -119,7 +119,7 @@ def _batch_by_batch(model: nn.Module, loader: Batches, runtime: Runtime) -> Iter
         last = len(heard[0]) < ranks.count()
 
 
-def room_for(size: int, width: int, kind: type[np.floating[Any]]) -> NDArray[Any]:
+def room_for(size: int, width: int, kind: type[np.floating[Any]], what: str) -> NDArray[Any]:
     """An empty (size, width) array of such values; above HELD bytes a file that is gone with it, so that memory stays bounded.
 
     Raises:
@@ -134,7 +134,7 @@ def room_for(size: int, width: int, kind: type[np.floating[Any]]) -> NDArray[Any
                 os.posix_fallocate(stream.fileno(), 0, count)
         except OSError as error:
             mend = "make room there, or have NAB_CACHE name a folder on another disk"
-            raise ValueError(f"{folder} has no room for {count / 1e9:.1f} GB ({error.strerror}); {mend}") from None
+            raise ValueError(f"{folder} has no room for {count / 1e9:.1f} GB of {what} ({error.strerror}); {mend}") from None
         return np.memmap(stream, dtype=kind, mode="w+", shape=(size, width))
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .content import Batches, mixture
+from .content import Batches, mean_images, mixture
 from .mixture import split_in_two
 from .principal import project
 from .scan import Scan, room_for
@@ -54,7 +54,7 @@ def reduced_images(session: Session) -> Tensor:
         small = reduced(images).half().cpu()
         if not first:
             shape = len(session.source), *small.shape[1:]
-            held = torch.from_numpy(room_for(shape[0], small[0].numel(), np.float16)).view(shape)
+            held = torch.from_numpy(room_for(shape[0], small[0].numel(), np.float16, "images")).view(shape)
         held[first : first + len(small)] = small
         first += len(small)
     return held
@@ -81,19 +81,16 @@ def showing(
         labels: The classes.
         directions: In which the images of others vary (see variation.variation): only what a group shares beyond that counts.
 
-    Returns: for each class in turn, of each half and quarter, round by round where they led to who stands apart."""
+    Returns: for each class in turn, of each half and quarter, round by round, where it led."""
     counts = np.bincount(scan.labels, minlength=scan.num_classes)
-    sums = torch.zeros(scan.num_classes, images[0].numel())
-    for batch, targets in batched(images, scan.labels):
-        sums.index_add_(0, targets, batch.float().flatten(1))
-    means = sums / torch.from_numpy(counts.clip(min=1))[:, None]
+    means = mean_images(batched(images, scan.labels), scan.labels, counts).flatten(1)
     for label in labels:
         own = scan.labels == label
         flat, free = images[torch.from_numpy(own)].flatten(1).float(), ~aside[own]
         others = means[torch.from_numpy((counts > 0) & (np.arange(len(counts)) != label))]
         rows = None if directions is None else directions[label]
         rounds = (_who_show(flat, free, start[own], others, rows) for start in _starts(scan, own & ~aside))
-        yield [apart for one in rounds if (apart := [shown for shown in one if shown.apart])]
+        yield [list(one) for one in rounds]
 
 
 def _starts(scan: Scan, members: Mask) -> list[Mask]:
@@ -108,7 +105,7 @@ def _halves(scan: Scan, members: Mask) -> list[Mask]:
     if len(rows) < 2 * MIN_SEEDS:
         return []
     upper[rows] = split_in_two(project(scan.features, rows, 1)[:, 0])[0] > 0.5
-    return [upper, members & ~upper]
+    return [upper, members & ~upper] if 0 < upper.sum() < len(rows) else []  # equal features are not halved
 
 
 def _who_show(flat: Tensor, free: Mask, group: Mask, others: Tensor, rows: Tensor | None) -> Iterator[Shown]:
@@ -120,21 +117,22 @@ def _who_show(flat: Tensor, free: Mask, group: Mask, others: Tensor, rows: Tenso
         group: (M,) bool, some of these.
         others: (K, D) mean images of the other classes.
         rows: (R, D) orthonormal, what does not count."""
+    total = flat.sum(0)
     for _ in range(ROUNDS):
-        mask = torch.from_numpy(group)
-        mean, rest = flat[mask].mean(0), flat[~mask].mean(0)
+        some, count = torch.from_numpy(group).float() @ flat, int(group.sum())
+        mean, rest = some / count, (total - some) / (len(group) - count)
         near = others[(others - mean).norm(dim=1).topk(min(NEAR, len(others)), largest=False).indices]
         content = torch.vstack([rest, near]).T
         pattern = mean - content @ torch.from_numpy(mixture(content.double().numpy(), mean.double().numpy())).float()
         if rows is not None:
             pattern -= (pattern @ rows.T) @ rows
         shows = flat @ (pattern / pattern.square().sum().clamp_min(1e-12))
-        much, likely = (shows - shows[~mask].mean()).double().numpy(), np.zeros(len(group))
+        much, likely = (shows - shows[torch.from_numpy(~group)].mean()).double().numpy(), np.zeros(len(group))
         likely[free], separation, valley = split_in_two(much[free], means=(0, 1))
-        showing = likely > 0.5
-        if not MIN_SEEDS <= showing.sum() <= free.sum() - MIN_SEEDS:
+        those = likely > 0.5
+        if not MIN_SEEDS <= those.sum() <= free.sum() - MIN_SEEDS:
             return
         yield Shown(group, likely, separation, valley)
-        if np.array_equal(showing, group):
+        if np.array_equal(those, group):
             return
-        group = showing
+        group = those

@@ -152,7 +152,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(monkeypatch: pyt
     monkeypatch.setattr(scan, "HELD", 0)
     monkeypatch.setattr("os.posix_fallocate", full)
     model, batches = build(), Batches()
-    with pytest.raises(ValueError, match=r"scans has no room for 0.0 GB \(No space left.*NAB_CACHE name a folder"):
+    with pytest.raises(ValueError, match=r"scans has no room for 0.0 GB of features \(No space left.*NAB_CACHE name a folder"):
         scan_model(model, batches, batches.labels.numpy(), runtime=CPU)
 
 
