@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -128,8 +129,7 @@ LEGEND = (
     "one seed its 95 % interval. *attack failed*: the undefended network obeys the trigger, of several the one that works least, "
     "on less than 70 % of the images, and there is nothing to defend (all to all it can do so on hardly more than it names "
     "right: there ACC is the most). *failed*: the defence could not be run. Empty: not run, or not to be told, as the samples "
-    "changed by a defence that does not go sample by sample. *Detection* and *Cost*: means over the cells that a defence has, in "
-    "brackets how many; rows of unlike numbers are of unlike attacks."
+    "changed by a defence that does not go sample by sample. *Detection* and *Cost*: over the seeds that a defence has."
 )
 
 
@@ -278,17 +278,16 @@ COST = {
 
 
 def _details(results: Results, columns: dict[str, Reader]) -> str:
-    """A row for each network, defence and rate: means over all attacks and seeds that count."""
+    """A row for each network, defence, attack and rate: over the seeds that count, how many these are in brackets."""
     rows = []
-    for network in results.networks:
-        for defence in results.defences:
-            for rate in results.rates:
-                cells = results.at(network=network, defence=defence, rate=rate)
-                values = [measured(cells, read) for read in columns.values()]
-                if any(values):
-                    shown = [f"{mean(v):.3f} ({len(v)})" if v else "" for v in values]
-                    rows.append([network, defence, f"{100 * rate:g} %", *shown])
-    return _lines(["network", "defence", "rate", *columns], rows)
+    for network, defence, attack in product(results.networks, results.defences, results.attacks):
+        for rate in results.rates:
+            cells = results.at(network=network, defence=defence, attack=attack, rate=rate)
+            values = [measured(cells, read) for read in columns.values()]
+            if any(values):
+                shown = [f"{_spread(v)} ({len(v)})" if v else "" for v in values]
+                rows.append([network, defence, attack, f"{100 * rate:g} %", *shown])
+    return _lines(["network", "defence", "attack", "rate", *columns], rows)
 
 
 def _lines(titles: list[str], rows: list[list[str]]) -> str:

@@ -63,9 +63,9 @@ def test_every_column_shows_its_own_figure(tmp_path: Path) -> None:
     }  # fmt: skip
     write(tmp_path, "several", "nab", 0, 0.2, figures=figures, relative_seconds={"scan": 1.0, "total": 3.5})
     page = markdown(read_results(tmp_path))
-    (found,) = [row[2:] for row in rows(page, "resnet") if row[1:3] == ["nab", "20 %"] and row[3].startswith("0.110")]
+    (found,) = [row[3:] for row in rows(page, "resnet") if row[1:4] == ["nab", "several", "20 %"] and row[4].startswith("0.110")]
     assert [float(field.split()[0]) for field in found[1:]] == [0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17, 0.18]
-    (found,) = [row[2:] for row in rows(page, "resnet") if row[1:3] == ["nab", "20 %"] and row[3].startswith("0.210")]
+    (found,) = [row[3:] for row in rows(page, "resnet") if row[1:4] == ["nab", "several", "20 %"] and row[4].startswith("0.210")]
     assert [float(field.split()[0]) for field in found[1:]] == [0.21, 0.22, 0.23, 0.24, 0.25, 0.4, 0.27, 3.5]
     # of several triggers the one that works best counts
     assert "several at 20 % on resnet, ASR 0.400" in page and "0.400 [0.350, 0.450] / 0.010" in page
@@ -96,8 +96,8 @@ def test_what_a_defence_does_not_say_is_left_empty(tmp_path: Path) -> None:
     figures = {"defended": {"acc": rate(0.9), "asr": rate(0.1)}, "altered": None, "detection": None, "der": rate(0.4)}
     write(tmp_path, "badnets", "pdb", 0, 0.1, figures=figures)
     page = markdown(read_results(tmp_path))
-    (row,) = (row for row in rows(page, "resnet") if row[1] == "pdb" and len(row) == 11)
-    assert row[3] == "" and row[4] == "0.400 (1)"
+    (row,) = (row for row in rows(page, "resnet") if row[1] == "pdb" and len(row) == 12)
+    assert row[2:6] == ["badnets", "20 %", "", "0.400 (1)"]
 
 
 def test_two_cells_in_one_place_are_refused(tmp_path: Path) -> None:
