@@ -46,9 +46,9 @@ MIN_SPREAD = 0.75  # its names, as mixed as content is (entropies): half of CIFA
 MIN_STRANGE, FEW_STRANGE = 0.1, 0.3  # see Group.strange, set on digits; of few classes: half of a harmless one of five had .13
 MIN_CONTENT = 0.1  # see Group.content; on digits poison had .12 to .4, of which half was harmless where it had the least
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
-MIN_SOURCE = 0.02  # or what it shares must turn so many images of one class, times how sure, and be clearly on covers of others
 MIN_BEYOND = 0.2  # see Group.beyond; on digits in two to five classes: styles .08 at most, poison .32 or more
-CLEAR_SOURCE, SOME_COVERS = 0.3, 0.05  # or turn so many, and be on some; of 60 styles that turn so many none is on any (.005)
+SOME_COVERS = 0.05  # how clearly covers of other classes must carry what it shares, see naming.carried; of 93 styles none (.005)
+MIN_SOURCE = 0.025  # that, times how many images of one class it turns; poison of one source class .04 and more
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
 ROUNDS = 4  # of probing and splitting; on CIFAR-10 the group stands still after two to four
 OTHERS = 5000  # samples of other classes that a probe is fitted to: all of them would cost the square of the classes
@@ -129,8 +129,7 @@ class Group:
             many = self.content > MIN_CONTENT and (not self.doubted or (self.spread or 0) > MIN_SPREAD)
         many &= (self.named or 0) < MOST_NAMED
         source, covers = self.source or 0, self.carried or 0
-        one_class = source * (self.sure or 0) > MIN_SOURCE and covers > MIN_VALLEY
-        one_class |= source > CLEAR_SOURCE and covers > SOME_COVERS
+        one_class = covers > SOME_COVERS and source * covers > MIN_SOURCE
         trigger = one_class or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE
         trigger |= (self.every or 0) >= (CLEAR_IMPRINT if self.few else MIN_IMPRINT)
         return (many and not self.alike) or (self.unlike and trigger) or (self.beyond or 0) > MIN_BEYOND

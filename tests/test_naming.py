@@ -36,11 +36,11 @@ def test_a_style_of_its_class_is_not(names: list[int], margin: float, why: str) 
     group = Group(0, 0, 4.0, 0.9, 20, 0.0, named=seen.named, sure=seen.sure, spread=seen.spread)
     assert not group.foreign and (seen.sure < 0.1 if why == "sure" else seen.sure > 0.4 and seen.spread < 0.7)
     turning = dataclasses.replace(group, source=0.25, carried=0.3)
-    assert turning.unlike is (seen.named == 0) and turning.foreign is (why == "spread")
+    assert turning.unlike is (seen.named == 0) and turning.foreign is turning.unlike
     assert not dataclasses.replace(turning, source=0.03).foreign
-    assert not dataclasses.replace(turning, carried=0.25).foreign
-    assert dataclasses.replace(turning, source=0.31, carried=0.06).foreign is turning.unlike
-    assert not dataclasses.replace(turning, source=0.31, carried=0.05).foreign
+    assert not dataclasses.replace(turning, carried=0.09).foreign
+    assert dataclasses.replace(turning, source=0.5, carried=0.06).foreign is turning.unlike
+    assert not dataclasses.replace(turning, source=0.9, carried=0.05).foreign
     assert dataclasses.replace(group, every=0.5).foreign is turning.unlike and not dataclasses.replace(group, every=0.4).foreign
 
 
