@@ -46,8 +46,7 @@ def hidden(
     labels, queues, best = scan.labels, list[list[Part]](), dict[int, Part]()
     shown = showing(reduced_images(session), scan, aside, directions, directions=directions)
     for label, starts in zip(directions, shown, strict=True):
-        own = labels == label
-        most = (1 - BALANCED) * (own & ~aside).sum()
+        most = (1 - BALANCED) * ((labels == label) & ~aside).sum()
         apart = [[one for one in rounds if one.apart and (one.likely > 0.5).sum() <= most] for rounds in starts]
         furthest = [max(rounds, key=lambda one: one.valley) for rounds in apart if rounds]
         queues.append([_part(label, one, one.likely) for one in furthest])
@@ -76,7 +75,7 @@ def on_covers(session: Session, scan: Scan, aside: NDArray[np.bool_], spared: Co
     labels, best, images = scan.labels, dict[int, Part](), reduced_images(session)
     batches = batched(images, labels)
     asked = [label for label in np.unique(labels).tolist() if label not in spared]
-    queues = zip(asked, showing(images, scan, aside, asked), strict=True)
+    queues, clearest = zip(asked, showing(images, scan, aside, asked), strict=True), dict.fromkeys(asked, SOME_COVERS)
     while some := list(islice(queues, AT_ONCE)):
         apart = [_most_apart(label, starts, int(((labels == label) & ~aside).sum())) for label, starts in some]
         for small in _in_turn(apart):
@@ -84,8 +83,8 @@ def on_covers(session: Session, scan: Scan, aside: NDArray[np.bool_], spared: Co
             masks = [likely > 0.5 for _, likely in parts]
             depths = carried(batches, labels, masks, beyond_content(batches, labels, masks, together=False))
             for (group, likely), depth in zip(parts, depths, strict=True):
-                known = best[group.label][0].carried or 0.0 if group.label in best else SOME_COVERS
-                if depth > known:
+                if depth > clearest[group.label]:
+                    clearest[group.label] = depth
                     best[group.label] = dataclasses.replace(group, carried=depth), likely
     for group, _ in best.values():
         log.info("class %d: %d show a pattern that is on covers (%.2f)", group.label, group.size, group.carried)
