@@ -20,6 +20,7 @@ from .schema import NONE, ORACLE
 __all__ = ["ATTACK_FAILED", "DONE", "FAILED", "Record", "Runner", "as_record", "cell_path", "records", "run_cells"]
 
 DONE, ATTACK_FAILED, FAILED = "done", "attack failed", "failed"
+OF_TWINS = ("status", "commit", "hardware", "versions", "twins", "twins_made", "plain_seconds")  # all that such a cell holds
 Record = dict[str, Any]
 log = logging.getLogger(__name__)
 Tell = Callable[[str], None]
@@ -35,7 +36,8 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell, runner: Runner | None
 
     A cell that cannot be run is written down as failed with its one line, and the others go on; the next run tries it again,
     since what failed may be mended by then, such as a folder that was not there. Faults of the program are logged whole. Where
-    the attack does not work on the undefended network no defence is trained: there is nothing to defend.
+    the attack does not work on the undefended network no defence is trained: there is nothing to defend; and where a cell says
+    so already, not even the twins of the others.
 
     Args:
         cells: In their order.
@@ -46,6 +48,9 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell, runner: Runner | None
     Returns: records of the cells that failed; "fault" says whether it is the program's, and not of what it was given."""
     io.check_folder(out)
     there = {cell: found for cell in cells if (found := _there(cell_path(out, cell))) is not None}
+    for cell, record in _not_to_be_run(cells, there):
+        io.save_json(cell_path(out, cell), record)
+        there[cell] = record
     missing = [cell for cell in cells if cell not in there]
     done, failed, begun = len(there), list[Record](), time.perf_counter()
     if there:
@@ -63,6 +68,14 @@ def _there(path: Path) -> Record | None:
     """A cell's record, where it need not be run."""
     record = io.load_json(path) if path.exists() else None
     return None if record is None or record["status"] == FAILED else record
+
+
+def _not_to_be_run(cells: list[Cell], there: dict[Cell, Record]) -> list[tuple[Cell, Record]]:
+    """Missing cells of settings where a cell tells that the attack failed, with their records: what it tells of the twins."""
+    failed = {cell.setting: record for cell, record in there.items() if record["status"] == ATTACK_FAILED}
+    missing = [cell for cell in cells if cell not in there and cell.setting in failed and cell.kind not in (NONE, ORACLE)]
+    told = {setting: {name: value for name, value in record.items() if name in OF_TWINS} for setting, record in failed.items()}
+    return [(cell, as_record(cell, told[cell.setting], 0.0)) for cell in missing]
 
 
 def _of_others(there: dict[Cell, Record], *, here: bool) -> str:

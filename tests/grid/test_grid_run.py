@@ -218,6 +218,23 @@ def test_where_the_attack_fails_nothing_is_defended(tmp_path: Path) -> None:
     assert "figures" in found["none"] and "figures" not in found["nab"]
 
 
+def test_where_an_attack_is_known_to_fail_no_twin_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    defences = {"none": None, "oracle": None, "nab": None, "abl": None}
+    grid = small_grid(tmp_path, defences=defences)
+    found, _ = run(grid, tmp_path / "out")
+    assert found["none"]["status"] == "attack failed"
+    cells = {cell.defence: cell_path(tmp_path / "out", cell) for cell in cells_of(load_grid(grid))}
+    cells["nab"].unlink()
+    cells["abl"].unlink()
+    monkeypatch.setattr(running, "records", lambda cells, out: pytest.fail("run") if cells else iter(()))
+    again, told = run(grid, tmp_path / "out")
+    assert again == {**found, **{name: {**found[name], "wall_seconds": 0.0} for name in ("nab", "abl")}}
+    assert told == ["4 of 4 cells are there already"]
+    cells["oracle"].unlink()  # it has figures of its own
+    with pytest.raises(pytest.fail.Exception, match="run"):
+        run(grid, tmp_path / "out")
+
+
 def test_harmless_data_has_no_asr_and_one_twin(tmp_path: Path) -> None:
     found, _ = run(small_grid(tmp_path, attacks={"none": None}, defences={"none": None, "drop": None}), tmp_path / "out")
     figures = found["drop"]["figures"]
