@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from .run import DONE
@@ -16,6 +17,7 @@ from .tables import ASR, GAP, Record, Results, measured
 __all__ = ["draw"]
 
 MARKERS = "osD^vP*X"
+SHADES: Any = colormaps["tab20"]  # dark and light by turns
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -37,6 +39,11 @@ def draw(results: Results, folder: Path) -> list[Path]:
     return drawn
 
 
+def _style(number: int) -> dict[str, Any]:
+    """Color and marker of a defence, unlike those of forty others: the ten dark colors come first."""
+    return {"color": SHADES(2 * number % 20 + number // 10 % 2), "marker": MARKERS[number % len(MARKERS)]}
+
+
 def _means(cells: list[Record], key: str, value: Any) -> tuple[list[float], list[float]]:
     chosen = [cell for cell in cells if cell["cell"][key] == value and cell["cell"]["rate"]]
     return measured(chosen, ASR), measured(chosen, GAP)
@@ -48,7 +55,7 @@ def _against(figure: Figure, results: Results, cells: list[Record]) -> None:
     for number, defence in enumerate(results.defences):
         rates, gaps = _means(cells, "defence", defence)
         if rates:
-            axes.scatter(gaps, rates, label=defence, marker=MARKERS[number % len(MARKERS)], alpha=0.7)
+            axes.scatter(gaps, rates, label=defence, alpha=0.7, **_style(number))
     axes.set(xlabel="ACC gap to the oracle", ylabel="ASR", title="every cell whose attack works")
     axes.legend(fontsize="small")
 
@@ -60,8 +67,8 @@ def _by_rate(figure: Figure, results: Results, cells: list[Record]) -> None:
         titles = [defence]
         for attack in results.attacks:
             if points := _rates([cell for cell in cells if cell["cell"]["attack"] == attack], results, defence):
-                (line,) = axes.plot(*zip(*points, strict=True), color=f"C{number}", alpha=0.6)
-                line.set(marker=MARKERS[number % len(MARKERS)], label=titles.pop() if titles else None)
+                (line,) = axes.plot(*zip(*points, strict=True), alpha=0.6, **_style(number))
+                line.set(label=titles.pop() if titles else None)
     axes.set(xlabel="poison rate, %", ylabel="ASR of each attack that works", xscale="log")
     axes.legend(fontsize="small")
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nab_defense.grid import draw, read_results
-from nab_defense.grid.plots import PICTURES
+from nab_defense.grid.plots import PICTURES, _style
 from tests.grid.made_up import rate, write
 
 
@@ -73,3 +73,8 @@ def test_heat_is_mean_asr_by_attack_and_defence(axes: dict[str, Axes]) -> None:
     found = {(attacks[row], columns[column]): value for (row, column), value in np.ndenumerate(values) if np.isfinite(value)}
     assert found == {place: pytest.approx(value) for place, value in expected.items()}
     assert sorted(text.get_text() for text in heat.texts) == sorted(f"{value:.2f}" for value in expected.values())
+
+
+def test_forty_defences_look_unlike() -> None:
+    looks = {(style["color"], style["marker"]) for style in map(_style, range(40))}
+    assert len(looks) == 40 and len({_style(number)["color"] for number in range(20)}) == 20
