@@ -13,6 +13,7 @@ from .detectors import detectors
 from .purify import purifiers
 from .relabel import relabelers
 from .schema import Recipe
+from .stamp import Stamp
 
 __all__ = ["check_methods"]
 
@@ -29,6 +30,7 @@ def check_methods(recipe: Recipe) -> None:
     Raises:
         ValueError: Names the setting, what is allowed, and the nearest right spelling."""
     stage, attack = recipe.relabel, recipe.attack
+    Stamp(**recipe.stamp.model_dump())
     detectors.create(recipe.scan.detector, **recipe.scan.params)
     handed = HANDED.get(stage.name, {})
     own = [name for name in stage.params if name in handed]

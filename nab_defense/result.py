@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 from importlib.metadata import version
@@ -86,9 +87,10 @@ def _model(value: EvalResult | tuple[EvalResult, EvalResult]) -> dict[str, Any]:
     return to_dict(value)
 
 
+@functools.cache  # of a long run it is that which began it
 def commit() -> str:
     """The commit of the package's checkout, with "+" when it has local changes; "" where the package is installed otherwise, also
-    inside another repository."""
+    inside another repository. As it was when first asked for."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str:

@@ -31,17 +31,18 @@ def test_a_commit_is_named_where_it_holds_the_package(tmp_path: Path, monkeypatc
     file = package / "result.py"
     file.write_text("first")
     monkeypatch.setattr(result, "__file__", str(file))
-    assert result.commit() == ""
+    named = result.commit.__wrapped__
+    assert named() == ""
     git(tmp_path, "init", "--quiet")
     (tmp_path / "other.txt").write_text("a project of somebody's")
     git(tmp_path, "add", "other.txt")
     git(tmp_path, "commit", "--quiet", "-m", "theirs")
-    assert result.commit() == ""  # installed inside another repository
+    assert named() == ""  # installed inside another repository
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "-m", "ours")
-    assert result.commit() == git(tmp_path, "rev-parse", "HEAD")
+    assert named() == git(tmp_path, "rev-parse", "HEAD")
     file.write_text("second")
-    assert result.commit() == git(tmp_path, "rev-parse", "HEAD") + "+"
+    assert named() == git(tmp_path, "rev-parse", "HEAD") + "+"
 
 
 ACCUSED = Group(0, 9, 4.5, 0.84, 3, 0.9, imprint=0.63)

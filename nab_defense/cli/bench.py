@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     if args.summarize:
         return _summarize(out, grid, None)
     cells = cells_of(grid, str(args.grid))
-    cells = own_share(cells) if args.cell is None else find_cells(cells, args.cell)
+    cells = own_share(cells if args.cell is None else find_cells(cells, args.cell))
     runner = on_ray(args.workers) if args.launcher == "ray" else None
     failed = run_cells(cells, out, tell=lambda line: print(line, flush=True), runner=runner)
     print(f"{len(cells)} cells, {len(failed)} failed; written to {out}")

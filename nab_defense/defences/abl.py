@@ -35,7 +35,8 @@ class ABL:
     """The lowest losses of a scan under the LGA loss are isolated; the trained network climbs the loss on them.
 
     We leave the paper where the network to be unlearned is trained on all images, not on all but the isolated ones, which hold
-    a small part of the poison: so it is the undefended one, the same for all defences.
+    a small part of the poison: so it is the undefended one, the same for all defences. As in the authors' code it only climbs,
+    where eq. 5 descends on the rest, too; and the first training takes the epochs of the recipe's scan.
 
     Args:
         fraction: Isolated share; .01 in the paper.

@@ -29,19 +29,21 @@ SHIFT = 0.2  # of the edge, at most
 SPREAD = TrainConfig(epochs=10, batch_size=128, lr=0.01, sched="none")  # as the authors'
 
 
-def turned(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image rotated by any angle and moved by up to a fifth of its edge, zeros outside; (B, C, H, W)."""
+def turned(images: Tensor, black: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image rotated by any angle and moved by up to a fifth of its edge, black outside; (B, C, H, W).
+
+    Args: black: What that is in the images, (C, 1, 1)."""
     count = len(images)
     angle = (2 * torch.rand(count, generator=generator) - 1) * math.pi
     shift = (2 * torch.rand(count, 2, 1, generator=generator) - 1) * 2 * SHIFT  # the edge is 2 in grid units
     rows = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(count, 2, 2)
     grid = F.affine_grid(torch.cat([rows, shift], dim=2), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid.to(images), align_corners=False)
+    return F.grid_sample(images - black, grid.to(images), align_corners=False) + black
 
 
 @torch.inference_mode()
 def consistency(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, runtime: Runtime, seed: int
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], black: Tensor, *, runtime: Runtime, seed: int
 ) -> NDArray[np.float32]:
     """FCT: squared distance between the features of an image and of its transformed self [section 3.2]; (N,), larger for poison,
     whose features hang on a trigger that the transformation breaks.
@@ -49,13 +51,14 @@ def consistency(
     Args:
         model: A timm network that obeys the trigger.
         batches: Normalised images, in order.
+        black: What that is in them, (C, 1, 1).
         seed: Of the transformations."""
     model.eval()
-    generator, found = torch.Generator().manual_seed(seed), []
+    generator, found, black = torch.Generator().manual_seed(seed), [], black.to(runtime.torch_device)
     for images, _ in batches:
         images = runtime.put(images)
         with runtime.autocast():
-            plain, moved = (features_and_logits(model, x)[0].float() for x in (images, turned(images, generator)))
+            plain, moved = (features_and_logits(model, x)[0].float() for x in (images, turned(images, black, generator)))
         found.append((plain - moved).square().sum(1).cpu())
     return torch.cat(found).numpy()
 
@@ -142,17 +145,19 @@ class DBR:
     def defend(self, task: Task) -> Outcome:
         session, source, classes, small = task.session(), task.source, len(task.source.classes), _batch(len(task.source))
         begun = time.perf_counter()
-        scores = consistency(_sensitive(session), session.ordered(source), runtime=session.runtime, seed=session.recipe.seed)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in session.normalization)
+        batches, black, seed = session.ordered(source), -mean / std, session.recipe.seed
+        scores = consistency(_sensitive(session), batches, black, runtime=session.runtime, seed=seed)
         order, split = np.argsort(scores, kind="stable"), time.perf_counter()
         least, most = (max(1, int(share * len(order))) for share in (self.clean, self.poisoned))
         clean, poison = order[:least], order[-most:]
         marked = source.replaced(labels=source.labels + classes, load=source.load, change="unlearn")
-        batches = [
+        parts = [
             session.loaders(part, session.recipe.train.augment, small, training=True)
             for part in (marked.subset(poison), source.subset(clean))
         ]
         network = copy.deepcopy(task.undefended)
-        loader, loss = OneAfterTheOther((batches[0], batches[1])), unlearn_relearn(classes)
+        loader, loss = OneAfterTheOther((parts[0], parts[1])), unlearn_relearn(classes)
         fit(network, loader, runtime=session.runtime, train=self._settings(small), loss=loss, title="unlearn")
         seconds = {"train": task.plain_seconds, "scan": split - begun, "unlearn": time.perf_counter() - split}
         suspect = np.isin(np.arange(len(source)), poison)

@@ -30,6 +30,8 @@ class Repaired:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.settings, dict):
+            raise ValueError(f"settings must be keys and values, got {self.settings!r}")
         purifiers.create(self.method, **self.settings)
 
     @property

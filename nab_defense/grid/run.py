@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .schema import NONE, ORACLE
 __all__ = ["ATTACK_FAILED", "DONE", "FAILED", "Record", "Runner", "as_record", "cell_path", "records", "run_cells"]
 
 DONE, ATTACK_FAILED, FAILED = "done", "attack failed", "failed"
-OF_TWINS = ("status", "commit", "hardware", "versions", "twins", "twins_made", "plain_seconds")  # all that such a cell holds
+OF_TWINS = ("status", "twins", "plain_seconds")  # what a cell tells of the others of its setting, if its attack failed
 Record = dict[str, Any]
 log = logging.getLogger(__name__)
 Tell = Callable[[str], None]
@@ -36,8 +37,8 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell, runner: Runner | None
 
     A cell that cannot be run is written down as failed with its one line, and the others go on; the next run tries it again,
     since what failed may be mended by then, such as a folder that was not there. Faults of the program are logged whole. Where
-    the attack does not work on the undefended network no defence is trained: there is nothing to defend; and where a cell says
-    so already, not even the twins of the others.
+    the attack does not work on the undefended network no defence is trained: there is nothing to defend; and where another cell
+    says so already, nothing at all.
 
     Args:
         cells: In their order.
@@ -48,17 +49,21 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell, runner: Runner | None
     Returns: records of the cells that failed; "fault" says whether it is the program's, and not of what it was given."""
     io.check_folder(out)
     there = {cell: found for cell in cells if (found := _there(cell_path(out, cell))) is not None}
-    for cell, record in _not_to_be_run(cells, there):
+    told = _told(cells, there)
+    for cell, record in told.items():
         io.save_json(cell_path(out, cell), record)
-        there[cell] = record
-    missing = [cell for cell in cells if cell not in there]
-    done, failed, begun = len(there), list[Record](), time.perf_counter()
+    missing = [cell for cell in cells if cell not in there and cell not in told]
+    done, failed, begun = len(there) + len(told), list[Record](), time.perf_counter()
+    others = _of_others(there, here=runner is None)  # also: which commit runs, before anything does
     if there:
-        tell(f"{done} of {len(cells)} cells are there already{_of_others(there, here=runner is None)}")
+        more = f"; the attack of {len(told)} more has failed, as they tell" * bool(told)
+        tell(f"{len(there)} of {len(cells)} cells are there already{more}{others}")
     for number, (cell, record) in enumerate((runner or records)(missing, out), start=1):
         io.save_json(cell_path(out, cell), record)
         if record["status"] == FAILED:
             failed.append(record)
+            if record["fault"]:
+                log.error("the program failed\n%s", record.get("trace", record["error"]))
         left = (time.perf_counter() - begun) / number * (len(missing) - number)
         tell(f"{done + number}/{len(cells)} {cell.name}: {in_short(record)}; {left / 3600:.1f} h left")
     return failed
@@ -66,16 +71,31 @@ def run_cells(cells: list[Cell], out: Path, *, tell: Tell, runner: Runner | None
 
 def _there(path: Path) -> Record | None:
     """A cell's record, where it need not be run."""
-    record = io.load_json(path) if path.exists() else None
-    return None if record is None or record["status"] == FAILED else record
+    if not path.exists():
+        return None
+    try:
+        record = io.load_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it, and its cell is run again") from None
+    if not isinstance(record, dict) or "status" not in record:
+        raise ValueError(f"{path} holds no cell; delete it, and its cell is run again")
+    return None if record["status"] == FAILED else record
 
 
-def _not_to_be_run(cells: list[Cell], there: dict[Cell, Record]) -> list[tuple[Cell, Record]]:
-    """Missing cells of settings where a cell tells that the attack failed, with their records: what it tells of the twins."""
-    failed = {cell.setting: record for cell, record in there.items() if record["status"] == ATTACK_FAILED}
-    missing = [cell for cell in cells if cell not in there and cell.setting in failed and cell.kind not in (NONE, ORACLE)]
-    told = {setting: {name: value for name, value in record.items() if name in OF_TWINS} for setting, record in failed.items()}
-    return [(cell, as_record(cell, told[cell.setting], 0.0)) for cell in missing]
+def _told(cells: list[Cell], there: dict[Cell, Record]) -> dict[Cell, Record]:
+    """Missing cells of settings of which all others tell that the attack failed, and of the same twins, with their records."""
+    of: dict[Setting, list[Record]] = {}
+    for cell, record in there.items():
+        of.setdefault(cell.setting, []).append(record)
+    told = {}
+    for cell in cells:
+        if cell in there or cell.kind in (NONE, ORACLE) or cell.setting not in of:
+            continue
+        first, *others = of[cell.setting]
+        if first["status"] == ATTACK_FAILED and all(first[name] == other[name] for other in others for name in OF_TWINS[:2]):
+            by = {"told_by": first.get("told_by", first["key"])}
+            told[cell] = as_record(cell, {**{name: first[name] for name in OF_TWINS}, **by}, 0.0)
+    return told
 
 
 def _of_others(there: dict[Cell, Record], *, here: bool) -> str:
@@ -126,11 +146,11 @@ def _found(cell: Cell, case: Case | Record, folder: Path) -> Record:
 
 def _failed(error: Exception) -> Record:
     """One fault must not keep a grid of many hours from the cells behind it."""
-    line, fault = " ".join(str(error).split()), not isinstance(error, ValueError | OSError)
-    if fault:
-        log.error("the program failed", exc_info=error)
-        line = f"{type(error).__name__}: {line}"
-    return {"status": FAILED, "error": line, "fault": fault}
+    line = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError):
+        return {"status": FAILED, "error": line, "fault": False}
+    trace = "".join(traceback.format_exception(error))  # a worker's log is not seen
+    return {"status": FAILED, "error": f"{type(error).__name__}: {line}", "fault": True, "trace": trace}
 
 
 def as_record(cell: Cell, found: Record, seconds: float) -> Record:

@@ -76,7 +76,7 @@ def read_results(folder: Path, grid: Grid | None = None) -> Results:
     Raises:
         ValueError: There is none, or one place has two, of other settings each."""
     found = [io.load_json(path) for path in sorted(folder.rglob("*.json"))]
-    records = [value for value in found if isinstance(value, dict) and {"key", "cell", "status"} <= set(value)]
+    records = [value for value in found if isinstance(value, dict) and {"key", "cell", "config", "status"} <= set(value)]
     if grid is not None:
         keys = {cell.key for cell in cells_of(grid)}
         records = [record for record in records if record["key"] in keys]
@@ -137,7 +137,9 @@ def _counts(results: Results) -> str:
     kinds = {kind: sum(r["status"] == kind for r in results.records) for kind in (DONE, ATTACK_FAILED, FAILED)}
     hours = sum(record["wall_seconds"] for record in results.records) / 3600
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    return f"{len(results.records)} cells: {counts}; {hours:.1f} h, added up."
+    told = sum("told_by" in record for record in results.records)
+    without = f" ({told} told by another cell)" * bool(told)
+    return f"{len(results.records)} cells: {counts}{without}; {hours:.1f} h, added up."
 
 
 def _made(results: Results) -> str:
@@ -163,12 +165,14 @@ def _worst(results: Results) -> list[str]:
                     cells = measured(results.at(network=network, attack=attack, rate=rate, defence=defence), ASR)
                     if cells:
                         places.append((mean(cells), max(cells), len(cells), f"{attack} at {100 * rate:g} % on {network}"))
+        broken = sum(record["status"] == FAILED for record in results.at(defence=defence))
         if places:
             (asr, _, count, where), (_, most, _, cell) = max(places), max(places, key=lambda place: place[1])
             tried = f"{len(places)} settings whose attack works were tried"
-            broken = sum(record["status"] == FAILED for record in results.at(defence=defence))
             tried += f"; {broken} cells failed" * bool(broken)
             lines.append(f"- {defence}: {where}, ASR {asr:.3f} ({count}); its worst cell is of {cell}, {most:.3f}; {tried}")
+        elif broken:
+            lines.append(f"- {defence}: nothing is known; {broken} cells failed")
     return ["## Worst attack of each defence", "\n".join(lines), *_common(results)] if lines else []
 
 
@@ -177,6 +181,7 @@ def _common(results: Results) -> list[str]:
     rows = [name for name in results.defences if results.kind(name) not in (NONE, ORACLE)]
     found = {name: {_place(one): one for one in results.at(defence=name) if measured([one], ASR)} for name in rows}
     by = {name: cells for name, cells in found.items() if cells}
+    but = " and ".join(name for name in rows if name not in by)
     shared = set.intersection(*(set(cells) for cells in by.values())) if len(by) > 1 else set()
     if not shared:
         return []
@@ -184,7 +189,7 @@ def _common(results: Results) -> list[str]:
     for name, cells in by.items():
         asr, gap = (measured([cells[place] for place in sorted(shared)], read) for read in (ASR, GAP))
         lines.append([name, _spread(asr), f"{max(asr):.3f}", _spread(gap), f"{max(gap):.3f}"])
-    title = f"On the {len(shared)} settings with an attack, seeds counted, that all defences have:"
+    title = f"On the {len(shared)} settings with an attack, seeds counted, that all defences{f' but {but}' * bool(but)} have:"
     return [title, _lines(["defence", "ASR", "highest", "ACC gap", "largest"], lines)]
 
 

@@ -39,9 +39,15 @@ def test_reserved_images_follow_the_source_with_the_next_label() -> None:
 
 def test_turned_keeps_what_has_no_direction() -> None:
     disc = (torch.linspace(-1, 1, 33)[:, None] ** 2 + torch.linspace(-1, 1, 33) ** 2 < 0.3).float().expand(6, 1, 33, 33)
-    moved = turned(disc, torch.Generator().manual_seed(0))
+    moved = turned(disc, torch.zeros(1, 1, 1), torch.Generator().manual_seed(0))
     assert moved.shape == disc.shape and torch.allclose(moved.sum((1, 2, 3)), disc.sum((1, 2, 3)), rtol=0.05)
     assert not torch.equal(moved, disc)
+
+
+def test_what_turning_leaves_free_is_black() -> None:
+    black = torch.tensor([-1.0, -2.0, 0.5]).view(3, 1, 1)
+    dark = black.expand(4, 3, 8, 8)
+    assert torch.allclose(turned(dark, black, torch.Generator().manual_seed(0)), dark)
 
 
 class Corner(nn.Module):
@@ -58,7 +64,7 @@ def test_a_network_that_hangs_on_a_corner_gives_the_corner_away() -> None:
     images = torch.zeros(40, 1, 8, 8)
     images[:, :, 2:6, 2:6] = 1
     images[10:20, 0, -1, -1] = 1
-    scores = consistency(Corner(), [(images, torch.zeros(40))], runtime=Runtime(device="cpu"), seed=0)
+    scores = consistency(Corner(), [(images, torch.zeros(40))], torch.zeros(1, 1, 1), runtime=Runtime(device="cpu"), seed=0)
     assert scores[10:20].min() > scores[np.r_[0:10, 20:40]].max()
 
 

@@ -142,14 +142,16 @@ def test_a_setting_that_cannot_be_made_is_tried_once(tmp_path: Path, monkeypatch
     assert [record["error"] for record in found.values()] == ["the loss is nan"] * 3 and tried == ["twin"]
 
 
-def test_a_fault_of_the_program_is_written_down_too(tmp_path: Path, obeyed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_program_is_written_down_too(
+    tmp_path: Path, obeyed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(self: object, task: object) -> None:
         raise RuntimeError("out of\nmemory")
 
     monkeypatch.setattr("nab_defense.defences.drop.Drop.defend", broken)
     found, _ = run(small_grid(tmp_path, defences={"drop": None, "none": None}), tmp_path / "out")
     assert found["drop"]["status"] == "failed" and found["drop"]["error"] == "RuntimeError: out of memory"
-    assert found["drop"]["fault"]
+    assert found["drop"]["fault"] and "Traceback" in found["drop"]["trace"] and found["drop"]["trace"] in caplog.text
     assert found["none"]["status"] == "done"
 
 
@@ -216,23 +218,6 @@ def test_where_the_attack_fails_nothing_is_defended(tmp_path: Path) -> None:
     assert found["none"]["twins"]["undefended"]["asr"]["value"] < 0.7  # one epoch
     assert {record["status"] for record in found.values()} == {"attack failed"}
     assert "figures" in found["none"] and "figures" not in found["nab"]
-
-
-def test_where_an_attack_is_known_to_fail_no_twin_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    defences = {"none": None, "oracle": None, "nab": None, "abl": None}
-    grid = small_grid(tmp_path, defences=defences)
-    found, _ = run(grid, tmp_path / "out")
-    assert found["none"]["status"] == "attack failed"
-    cells = {cell.defence: cell_path(tmp_path / "out", cell) for cell in cells_of(load_grid(grid))}
-    cells["nab"].unlink()
-    cells["abl"].unlink()
-    monkeypatch.setattr(running, "records", lambda cells, out: pytest.fail("run") if cells else iter(()))
-    again, told = run(grid, tmp_path / "out")
-    assert again == {**found, **{name: {**found[name], "wall_seconds": 0.0} for name in ("nab", "abl")}}
-    assert told == ["4 of 4 cells are there already"]
-    cells["oracle"].unlink()  # it has figures of its own
-    with pytest.raises(pytest.fail.Exception, match="run"):
-        run(grid, tmp_path / "out")
 
 
 def test_harmless_data_has_no_asr_and_one_twin(tmp_path: Path) -> None:

@@ -50,6 +50,10 @@ def test_mistakes_name_the_key_and_the_nearest(tmp_path: Path) -> None:
     assert "changes no label" in refused(tmp_path, attacks={"several": several})
     assert "class 1 is both the target and a source" in refused(tmp_path, attacks={"tact": {"target": 1}})
     assert "networks.r: timm has no model 'resnet19'" in refused(tmp_path, networks={"r": {"model": {"name": "resnet19"}}})
+    middle = {"nab": {"recipe": {"stamp": {"corner": "middle"}}}}
+    assert "defences.nab with networks.resnet: stamp corner must be one of" in refused(tmp_path, defences=middle)
+    empty = {"ibau": {"defence": "purify", "params": {"settings": None}}}
+    assert "defences.ibau: settings must be keys and values, got None" in refused(tmp_path, defences=empty)
     assert "recipe.scan is empty" in refused(tmp_path, defences={"nab": {"recipe": {"scan": None}}})
 
 

@@ -49,6 +49,11 @@ def test_defences_are_compared_where_all_of_them_ran(tmp_path: Path) -> None:
     assert "On the 1 settings with an attack, seeds counted, that all defences have:" in page
     assert ["nab", "0.100", "0.100", "0.020", "0.020"] in rows(page, "nab") and not rows(page, "oracle")
     assert page.count("2 settings whose attack works were tried; 1 cells failed") == 1
+    write(tmp_path, "sig", "abl", 0, 0.9, status="failed", error="no")
+    write(tmp_path, "bpp", "nab", 0, 0.9, status="attack failed", told_by="another")
+    page = markdown(read_results(tmp_path))
+    assert "that all defences but abl have:" in page and "- abl: nothing is known; 1 cells failed" in page
+    assert "1 attack failed, 2 failed (1 told by another cell);" in page
     (tmp_path / "cells" / "badnets-nab-0.json").unlink()
     assert "that all defences have" not in markdown(read_results(tmp_path))
 
