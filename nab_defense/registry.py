@@ -23,6 +23,12 @@ def _is_kind(value: object, kind: str) -> bool:
     return isinstance(value, KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
 
 
+def _takes_float(annotation: Any) -> bool:
+    """Whether a setting is a float, or a float or None; annotations are text where a module imports them from __future__."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return set(text.replace("Optional[float]", "float | None").split(" | ")) in ({"float"}, {"float", "None"})
+
+
 class Registry(Generic[T]):
     """A table of classes or functions of one kind, by name.
 
@@ -69,19 +75,23 @@ class Registry(Generic[T]):
         return {**self.defaults(name), **getattr(self.create(name, **knobs), "inner", {})}
 
     def create(self, name: str, /, **knobs: Any) -> T:
-        """Build the entry `name`; an unknown knob raises ValueError naming the known ones."""
-        item = self.get(name)
-        known = [k for k in inspect.signature(item).parameters]
-        for knob in knobs:
+        """Build the entry `name`; an unknown knob raises ValueError naming the known ones. A whole number becomes a float where a
+        float is taken, so that entries that are equal are told alike."""
+        item, given = self.get(name), dict(knobs)
+        parameters = inspect.signature(item).parameters
+        known = list(parameters)
+        for knob, value in knobs.items():
             if knob not in known:
                 raise ValueError(
                     f"{self.kind} {name!r} has no setting {knob!r}; known: {', '.join(known) or 'none'}{nearest(knob, known)}"
                 )
-            kind = str(inspect.signature(item).parameters[knob].annotation)
-            if kind in KINDS and not _is_kind(knobs[knob], kind):
-                raise ValueError(f"{self.kind} {name!r}: {knob} must be {kind}, got {knobs[knob]!r}")
+            kind = str(parameters[knob].annotation)
+            if kind in KINDS and not _is_kind(value, kind):
+                raise ValueError(f"{self.kind} {name!r}: {knob} must be {kind}, got {value!r}")
+            if _takes_float(parameters[knob].annotation) and _is_kind(value, "int") and abs(value) <= 2**53:  # which is exact
+                given[knob] = float(value)
         try:
-            return item(**knobs)
+            return item(**given)
         except TypeError as error:
             raise ValueError(f"{self.kind} {name!r}: {error}") from error
 

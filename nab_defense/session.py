@@ -20,7 +20,7 @@ from .bench.attacks import JointAttack, attacks
 from .bench.evaluate import Cases
 from .bench.poison import Truth, painted_by, poison_source, read_truth, triggered_source
 from .bench.retune import draw_lesson
-from .bench.trigger import load_trigger, prepared, save_trigger
+from .bench.trigger import load_trigger, prepared, save_trigger, warn_if_shrunk
 from .checkpoint import Network
 from .data import Distortion, Source, open_source
 from .loaders import Loaders
@@ -153,12 +153,11 @@ class Session:
         """The attack of training and test: with what it learned from the training images that it poisons, or from its file."""
         attack = self.recipe.attack
         assert attack is not None  # asked for where there is one
-        made, target = attacks.create(attack.name, **attack.params), _target(attack)
+        made, target, seed = attacks.create(attack.name, **attack.params), _target(attack), self.recipe.attack_seed
+        warn_if_shrunk(made, self.clean_source, self.size)
         if attack.trigger is not None:
             return load_trigger(Path(attack.trigger).expanduser(), made, target=target)
-        if not attack.poison:
-            return made
-        return prepared(made, self.clean_source, target=target, seed=self.recipe.attack_seed, runtime=self.runtime)
+        return prepared(made, self.clean_source, target=target, seed=seed, runtime=self.runtime) if attack.poison else made
 
     @property
     def source(self) -> Source:
@@ -201,7 +200,7 @@ class Session:
         """Edge of the network's input: the recipe's, or that of the images, at most 224."""
         if self.recipe.data.size is not None:
             return self.recipe.data.size
-        return min(224, self.source.edge())
+        return min(224, self.clean_source.edge())
 
     @cached_property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, make_dataclass
+from typing import Any, Optional
 
 import pytest
 
@@ -61,6 +61,33 @@ def test_a_bad_value_keeps_its_own_message(parts: Registry[Any]) -> None:
 def test_a_value_of_the_wrong_type_is_a_users_mistake(parts: Registry[Any]) -> None:
     with pytest.raises(ValueError, match=r"part 'wheel': size must be int, got 'big'"):
         parts.create("wheel", size="big")
+
+
+@dataclass(frozen=True)
+class Knobs:
+    share: float = 0.5
+    least: float | None = None
+    most: Optional[float] = None  # noqa: UP045
+    count: int = 1
+    given: Any = None
+
+
+def plain_types() -> type[Any]:
+    """As Knobs, with annotations that are types, as without the import from __future__."""
+    fields = [("share", float), ("least", float | None), ("most", Optional[float]), ("count", int), ("given", Any)]  # noqa: UP045
+    return make_dataclass("Plain", fields, frozen=True)
+
+
+@pytest.mark.parametrize("entry", [Knobs, plain_types()])
+def test_a_whole_number_becomes_a_float_where_one_is_taken(entry: type[Any]) -> None:
+    parts: Registry[Any] = Registry("part")
+    parts.register("knobs")(entry)
+    given = {"share": 16, "least": 2, "most": 3, "count": 4, "given": 5}
+    made = parts.create("knobs", **given)
+    assert repr(made).endswith("(share=16.0, least=2.0, most=3.0, count=4, given=5)")
+    assert given["share"] == 16 and isinstance(given["share"], int)  # what was handed in stays
+    left = parts.create("knobs", share=10**400, least=None, most=True, count=4, given=5)  # for the entry to judge
+    assert (left.share, left.least, left.most) == (10**400, None, True)
 
 
 def test_nearest() -> None:

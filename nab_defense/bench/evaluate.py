@@ -57,6 +57,9 @@ def predict(model: nn.Module, loader: Loader, runtime: Runtime) -> NDArray[np.in
 
     The model must be on the runtime's device. It runs in eval mode; every module then gets its own mode back. Of several ranks,
     each computes some of the batches.
+
+    Raises:
+        ValueError: Outputs that are not finite: the first class would be taken for their largest.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -64,7 +67,8 @@ def predict(model: nn.Module, loader: Loader, runtime: Runtime) -> NDArray[np.in
     try:
         with torch.inference_mode(), runtime.autocast():
             for _, images, _ in ranks.deal(loader):
-                predicted.append(model(runtime.put(images)).argmax(dim=1))
+                logits = model(runtime.put(images))
+                predicted.append(logits.argmax(dim=1).where(logits.isfinite().all(dim=1), -1))
     finally:
         for module, mode in modes:
             module.training = mode
@@ -72,14 +76,20 @@ def predict(model: nn.Module, loader: Loader, runtime: Runtime) -> NDArray[np.in
     sizes = [len(part) for part in predicted]
     own = torch.cat(predicted).cpu().split(sizes) if predicted else []
     found = ranks.in_order(own)
-    return torch.cat(found).numpy() if found else np.zeros(0, dtype=np.int64)
+    classes = torch.cat(found).numpy() if found else np.zeros(0, dtype=np.int64)
+    if dead := np.count_nonzero(classes < 0):
+        raise ValueError(
+            f"the network's outputs for {dead} of {len(classes)} images are not finite; train it at a lower learning rate, "
+            "or with runtime.precision=float32"
+        )
+    return classes
 
 
 def answers(model: nn.Module, cases: Cases, runtime: Runtime) -> Answers:
     """Image by image what "acc", and with triggered images "asr" and "ra", are shares of: (N,) bool and (M,) bool.
 
     Raises:
-        ValueError: A loader yields another number of images than there are labels."""
+        ValueError: A loader yields another number of images than there are labels, or see predict."""
     found = {"acc": _agreement(predict(model, cases.clean, runtime), cases.clean_labels)}
     if cases.triggered is not None and cases.wanted_labels is not None and cases.true_labels is not None:
         predicted = predict(model, cases.triggered, runtime)
@@ -99,7 +109,7 @@ def evaluate(model: nn.Module, cases: Cases, runtime: Runtime, *, given: Answers
         are None without triggered images, retuned also without a lesson.
 
     Raises:
-        ValueError: A loader yields another number of images than there are labels, or none.
+        ValueError: A loader yields another number of images than there are labels, or none; or see predict.
     """
     own, again = answers(model, cases, runtime) if given is None else given, None
     acc, obeyed = share(own["acc"]), own.get("asr")

@@ -81,6 +81,7 @@ def choose_poison(
     num_classes: int,
     rng: np.random.Generator,
     allowed: BoolArray | None = None,
+    shares: int = 1,
 ) -> IntArray:
     """Draw the samples to poison, uniformly among those the attack can use.
 
@@ -89,32 +90,35 @@ def choose_poison(
 
     Args:
         labels: (N,) int64 in 0..K-1.
-        rate: Share of the WHOLE training set to poison, in (0, 1).
+        rate: Share of the WHOLE training set to poison, in (0, 1), by all attacks together.
         target, mode, clean_label, num_classes: The attacker's goal.
         rng: Where the randomness comes from.
         allowed: (N,) bool, the only samples to draw from; None: all.
+        shares: Number of attacks that share the rate in equal parts; this is one of them.
 
     Returns:
-        (round(rate * N),) int64, ascending.
+        (round(rate / shares * N),) int64, ascending.
 
     Raises:
         ValueError: A senseless goal, or fewer samples to draw from than `rate` asks for.
     """
     check_goal(target=target, mode=mode, clean_label=clean_label, num_classes=num_classes)
     check_rate(rate)
-    total, count = len(labels), round(rate * len(labels))
+    total, count = len(labels), round(rate / shares * len(labels))
+    asked = f"rate {rate}" if shares == 1 else f"rate {rate}, of which each of the {shares} attacks gets rate / {shares},"
     if count == 0:
-        raise ValueError(f"rate {rate} of {total} images poisons none; the smallest possible is {1 / total:.2g}")
+        raise ValueError(f"{asked} of {total} images poisons none; the smallest possible is {shares / total:.2g}")
     free = np.ones(total, dtype=bool) if allowed is None else allowed
     if mode == "all_to_one":
         free = free & (labels == target if clean_label else labels != target)
     eligible = np.flatnonzero(free)
     if count > len(eligible):
-        largest = math.floor(1e6 * len(eligible) / total) / 1e6
+        largest = math.floor(1e6 * shares * len(eligible) / total) / 1e6
         whose = "those of the target class" if clean_label else "the other classes"
         if allowed is not None:
             whose = "the images that are left to this attack"
-        raise ValueError(f"rate {rate} needs {count} images, {whose} hold {len(eligible)}; the largest possible is {largest:g}")
+        mend = "the largest possible is" if shares == 1 else "lower it, say to"  # at a lower one the others leave more
+        raise ValueError(f"{asked} needs {count} images, {whose} hold {len(eligible)}; {mend} {largest:g}")
     return np.sort(rng.choice(eligible, size=count, replace=False))
 
 
@@ -153,8 +157,8 @@ def poison_source(
         allowed = _allowed(part, source.labels) & (which < 0)
         clean_label = part.clean_label
         chosen = choose_poison(
-            source.labels, rate=rate / len(parts), target=goal, mode=mode, clean_label=clean_label, num_classes=classes,
-            rng=rng, allowed=None if allowed.all() else allowed,
+            source.labels, rate=rate, target=goal, mode=mode, clean_label=clean_label, num_classes=classes,
+            rng=rng, allowed=None if allowed.all() else allowed, shares=len(parts),
         )  # fmt: skip
         which[chosen], poisoned[chosen] = len(painters), True
         painters.append(part.apply)

@@ -17,7 +17,7 @@ from .attacker import exact
 from .attacks.base import Attack, Images, LearnedAttack, Lesson
 from .poison import check_parts, parts_of
 
-__all__ = ["load_trigger", "prepared", "save_trigger"]
+__all__ = ["load_trigger", "prepared", "save_trigger", "warn_if_shrunk"]
 
 log = logging.getLogger(__name__)
 CODE = Path(__file__).parent
@@ -95,6 +95,18 @@ def load_trigger(path: Path, attack: Attack, *, target: int | None) -> Attack:
                 f"{path} holds a trigger of {what} {theirs}, and {ours} is asked for; give the settings it was made with"
             )
     return attack.taught(tensors)
+
+
+def warn_if_shrunk(attack: Attack, source: Source, size: int) -> None:
+    """Say so where shrinking the painted images of the source to the network's input, size x size, wipes the trigger out."""
+    for part, _ in parts_of(attack, None, len(source.classes)):
+        painter = getattr(part, "painter", part)
+        if getattr(painter, "fine", False) and (edge := source.edge()) > size:
+            log.warning(
+                "%s paints %s at %d px and the network is shown %d px, so that little of the trigger is left; shrink the images "
+                "first, or raise data.size",
+                type(painter).__name__, source.name, edge, size,
+            )  # fmt: skip
 
 
 def _lesson(source: Source, goals: list[int | None], *, target: int | None, seed: int, runtime: Runtime) -> Lesson:

@@ -131,6 +131,10 @@ def test_sig_period_and_amplitude() -> None:
     assert np.abs(np.fft.rfft(wave(32, delta=20, frequency=6))).argmax() == 6
 
 
+def test_sig_folds_back_above_half_the_width() -> None:
+    np.testing.assert_allclose(wave(8, delta=20, frequency=6), -wave(8, delta=20, frequency=2), atol=1e-9)
+
+
 def test_sig_clips_and_does_not_wrap() -> None:
     white = np.full((1, 32, 32, 1), 250, np.uint8)
     triggered = create("sig").apply(white, 0)
@@ -165,12 +169,25 @@ def test_wanet_strength_is_the_same_in_pixels_at_every_size() -> None:
     torch.testing.assert_close(large[[0, 0, -1, -1], [0, -1, 0, -1]], small[[0, 0, -1, -1], [0, -1, 0, -1]])
 
 
-def test_wanet_warp_equals_a_plain_shift() -> None:
-    # A ramp of 4 grey levels a column, sampled half a pixel (times (W - 1) / W) to the right.
-    ramp = np.broadcast_to(4 * np.arange(33, dtype=np.uint8)[None, None, :, None], (1, 5, 33, 1)).copy()
-    shift = torch.zeros(5, 33, 2)
-    shift[..., 0] = 1.0
-    np.testing.assert_array_equal(warp(ramp, shift)[0, :, :-1, 0], ramp[0, :, :-1, 0] + 2)
+@pytest.mark.parametrize(("width", "step", "moved"), [(9, 31, 28), (33, 7, 7), (129, 1, 1)])
+def test_wanet_warp_equals_a_plain_shift(width: int, step: int, moved: int) -> None:
+    # A ramp of so many grey levels a column, sampled one pixel (times (W - 1) / W) to the right; and the same downwards.
+    ramp = np.broadcast_to(step * np.arange(width, dtype=np.uint8)[None, None, :, None], (1, 5, width, 1)).copy()
+    shift = torch.zeros(5, width, 2)
+    shift[..., 0] = 2.0
+    np.testing.assert_array_equal(warp(ramp, shift)[0, :, :-1, 0], ramp[0, :, :-1, 0] + moved)
+    down = warp(ramp.transpose(0, 2, 1, 3), shift.permute(1, 0, 2).flip(-1))
+    np.testing.assert_array_equal(down[0, :-1, :, 0], ramp[0, :, :-1, 0].T + moved)
+
+
+@pytest.mark.parametrize("edge", [9, 33, 129])
+def test_wanet_covers_are_shaken_by_up_to_half_a_pixel(edge: int) -> None:
+    attack = create("wanet", s=1e-6, covers=1)
+    stripes = np.broadcast_to(255 * (np.arange(edge, dtype=np.uint8) % 2)[None, None, :, None], (4, edge, edge, 1)).copy()
+    for images in (stripes, stripes.transpose(0, 2, 1, 3).copy()):  # a shift of a pixel takes a stripe to the next
+        change = np.abs(attack.cover(images, 3).astype(int) - images) / 255
+        assert 0.4 < change.max() <= 0.5 and change.mean() == pytest.approx(0.25, abs=0.06)
+        assert len({image.tobytes() for image in change}) == 4  # drawn for each
 
 
 def test_wanet_fields_differ_by_their_seed() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nab_defense.bench.evaluate import Cases, evaluate, predict, to_dict
+from nab_defense.bench.evaluate import Cases, answers, evaluate, predict, to_dict
 from nab_defense.bench.metrics import wilson
 from nab_defense.runtime import Runtime
 from nab_defense.types import EvalResult
@@ -43,6 +43,23 @@ def test_predict_keeps_the_order_across_batches() -> None:
     predicted = predict(ReadsPixel(), batches(classes), RUNTIME)
     assert predicted.dtype == np.int64 and predicted.tolist() == classes
     assert predict(ReadsPixel(), [], RUNTIME).shape == (0,)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_outputs_that_are_not_finite_name_no_class(value: float) -> None:
+    class Dies(nn.Module):
+        """Its outputs for class 0 are finite no more from the fourth image on."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits = torch.nn.functional.one_hot(images[:, 0, 0, 0].long(), 10).float()
+            return torch.where((images[:, 0, 0, 0] >= 3)[:, None] & (torch.arange(10) == 0), value, logits)
+
+    told = "outputs for 2 of 5 images are not finite; train it at a lower learning rate"
+    with pytest.raises(ValueError, match=told):
+        predict(Dies(), batches([0, 1, 2, 3, 4]), RUNTIME)
+    dead = batches([0, 1, 2, 3, 4])
+    with pytest.raises(ValueError, match=told):
+        answers(Dies(), Cases(batches([1]), np.array([1]), dead, np.zeros(5, dtype=int), np.arange(5)), RUNTIME)
 
 
 def test_predict_leaves_the_network_as_it_was() -> None:

@@ -19,6 +19,7 @@ from nab_defense.bench.trigger import load_trigger, prepared, save_trigger
 from nab_defense.data.sources import open_source
 from nab_defense.runtime import Runtime
 from tests.bench.quick import QUICK, TARGET, digits, ready
+from tests.bench.test_attacks import noise
 from tests.digits_runs import write_images
 
 NAMES = ["input_aware", "label_consistent", "narcissus", "ssba"]
@@ -55,6 +56,19 @@ def test_any_size_and_both_kinds_of_color(name: str, mode: str, edge: int, tmp_p
         triggered = attack.apply(images, 0)
         assert triggered.shape == images.shape and triggered.dtype == np.uint8
         assert name == "ssba" or (triggered != images).any((1, 2, 3)).all()  # in one epoch it learns next to nothing
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("mode", "other"), [("RGB", 1), ("L", 3)])
+def test_images_of_other_channels_than_it_learned_on_are_refused(name: str, mode: str, other: int, tmp_path: Path) -> None:
+    source = open_source(str(write_images(tmp_path / "images", each=5, mode=mode, edge=12)))
+    attack: Any = prepared(create(name, **TINY[name]), source, target=1, seed=0)
+    paints = [attack.apply]
+    paints += [attack.cover] if name == "input_aware" else []
+    paints += [attack.at_test] if name == "narcissus" else []  # label_consistent wears its patch alone then
+    for paint in paints:
+        with pytest.raises(ValueError, match=f"the trigger has {source.channels} channels, the images have {other}"):
+            paint(noise((2, 12, 12, other)), 0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,6 +129,15 @@ def test_a_file_gives_the_trigger_back(tmp_path: Path) -> None:
     io.save_tensors(path, {"a": torch.zeros(1)}, {})
     with pytest.raises(ValueError, match="is not a trigger of this package"):
         load_trigger(path, create("narcissus"), target=TARGET)
+
+
+def test_a_whole_number_and_the_same_float_are_one_setting(tmp_path: Path) -> None:
+    part, path = digits().subset(range(60)), tmp_path / "trigger.safetensors"
+    whole, point = (create("narcissus", epochs=1, rounds=1, eps=eps) for eps in (16, 16.0))
+    learned = prepared(whole, part, target=TARGET, seed=0)
+    save_trigger(path, learned, target=TARGET)
+    back = load_trigger(path, point, target=TARGET)
+    np.testing.assert_array_equal(back.apply(pictures(), 0), learned.apply(pictures(), 0))
 
 
 def test_several_teach_those_that_learn(tmp_path: Path) -> None:

@@ -189,6 +189,17 @@ def test_several_share_the_poison_and_lead_to_their_targets(tmp_path: Path) -> N
     assert (back.target, back.mode) == (None, "all_to_one")
 
 
+def test_several_tell_a_rate_that_does_not_fit_as_it_was_given() -> None:
+    told = "of which each of the 3 attacks gets rate / 3,"
+    attack = create("several", **SEVERAL)
+    with pytest.raises(ValueError, match=rf"rate 0\.9, {told} needs 431 images, .* hold 55; lower it, say to 0\.1147"):
+        poison_source(digits(), attack, rate=0.9, target=3, seed=0)
+    with pytest.raises(ValueError, match=rf"rate 0\.001, {told} of 1438 images poisons none; the smallest possible is 0\.0021"):
+        poison_source(digits(), attack, rate=0.001, target=3, seed=0)
+    with pytest.raises(ValueError, match=r"rate must be in \(0, 1\), got 1\.2"):
+        poison_source(digits(), attack, rate=1.2, target=3, seed=0)
+
+
 def test_several_share_the_test() -> None:
     attack = create("several", **SEVERAL)
     triggered, true = triggered_source(digits(), attack, target=3, seed=0)

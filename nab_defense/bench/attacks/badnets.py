@@ -15,7 +15,7 @@ __all__ = ["BadNets"]
 
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 PATTERNS = ("checkerboard", "white", "black")
-CELLS = 3  # a checkerboard has this many cells a side however large it is, so that shrinking the image keeps it
+CELLS = 3  # a checkerboard from 3 px on has this many cells a side however large it is, so that shrinking the image keeps it
 
 
 def patch(pattern: str, edge: int, channels: int) -> Images:
@@ -41,7 +41,8 @@ class BadNets:
         size: Edge in pixels; None scales with the image, 3 px at 32: max(2, round(3 * min(H, W) / 32)).
         corner: One of top_left, top_right, bottom_left, bottom_right.
         margin: Pixels between the patch and both edges of the image.
-        pattern: "checkerboard" (its corner cells are white), "white", "black", or the path of a picture.
+        pattern: "checkerboard" (3 cells a side, those in its corners white; of 2 px, the default on images below 27 px, it is two
+            white pixels on the diagonal and two black ones), "white", "black", or the path of a picture.
     """
 
     clean_label: ClassVar[bool] = False

@@ -19,7 +19,7 @@ from ...runtime import Runtime
 __all__ = [
     "AsymmetricAttack", "Attack", "CoverAttack", "Images", "JointAttack", "Learned", "LearnedAttack", "Lesson", "SourceAttack",
     "attacks", "check_choice", "check_covers", "check_number", "check_trigger", "create_inner", "create_plain", "image_shape",
-    "read_picture", "to_uint8", "told", "trigger_pixels", "under",
+    "learned_shape", "read_picture", "to_uint8", "told", "trigger_pixels", "under",
 ]  # fmt: skip
 
 Images = NDArray[np.uint8]
@@ -33,7 +33,8 @@ class Attack(Protocol):
 
     What an attack has beside this it says by having the members of one of the protocols below: covers, another trigger at
     test time, classes that it is limited to, a trigger that must be learned first, or several triggers. One that holds other
-    attacks has a property `inner`, a text of each, settings left out included: results hang on these, too.
+    attacks has a property `inner`, a text of each, settings left out included: results hang on these, too; where one of them
+    paints in its place that is `painter`. One whose trigger is wiped out where painted images are shrunk has `fine`, True.
 
     Attributes:
         clean_label: The attack poisons only images of the target class and so changes no label.
@@ -179,6 +180,14 @@ def image_shape(images: Images) -> tuple[int, int, int, int]:
     return count, height, width, channels
 
 
+def learned_shape(images: Images, learned: int) -> tuple[int, int, int, int]:
+    """As image_shape, refusing images of other channels than those that the attack has learned on."""
+    shape = image_shape(images)
+    if shape[3] != learned:
+        raise ValueError(f"the trigger has {learned} channels, the images have {shape[3]}")
+    return shape
+
+
 def to_uint8(values: NDArray[Any]) -> Images:
     """Round to the nearest grey level and clip to 0..255."""
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
@@ -207,8 +216,7 @@ def read_picture(path: str) -> Image.Image:
     """The picture in a file, as RGB; kept, since an attack asks for it once a sample.
 
     Raises:
-        ValueError: No such file, or not a picture.
-    """
+        ValueError: No such file, or not a picture."""
     try:
         with Image.open(Path(path).expanduser()) as picture:
             return picture.convert("RGB")

@@ -47,6 +47,8 @@ def dithered(images: Images, bits: int) -> NDArray[Any]:
 class Bpp:
     """The image with 2^bits levels a channel, dithered. Poison only: the paper's contrastive training needs the victim's loop.
 
+    It is painted at the file's size; of images that are shrunk afterwards little of it is left, so shrink the images first.
+
     Args:
         bits: Bits a channel that are kept, in [1, 7]. With 10 % poison, 8 epochs on 10,000 small images taught a small network 2
             bits (ASR .99) and not 3 (.10), so the default is easier to see than the paper's.
@@ -54,6 +56,7 @@ class Bpp:
     """
 
     clean_label: ClassVar[bool] = False
+    fine: ClassVar[bool] = True
 
     bits: int = 2
     dither: bool = True

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacker import Classifier, draws, exact, from_unit, grown, restored, seeded, shrunk, state, to_unit
-from .base import Images, Learned, Lesson, attacks, check_covers, check_number, image_shape
+from .base import Images, Learned, Lesson, attacks, check_covers, check_number, learned_shape
 
 __all__ = ["InputAware"]
 
@@ -145,17 +145,18 @@ class InputAware(Learned):
         return made[0], made[1]
 
     def apply(self, images: Images, seed: int) -> Images:
-        _, height, width, _ = image_shape(images)
+        learned = self.learned()
+        _, height, width, _ = learned_shape(images, learned["donor_patterns"].shape[1])
         with exact():
             large = to_unit(images)
-            small = shrunk(large, int(self.learned()["edge"]))
+            small = shrunk(large, int(learned["edge"]))
             pattern, mask = (grown(network(small), height, width) for network in self.networks)
             return from_unit(worn(large, pattern, mask))
 
     def cover(self, images: Images, seed: int) -> Images:
         """Wearing the trigger of another image of the data, drawn for each from `seed`."""
-        count, height, width, _ = image_shape(images)
         patterns, masks = (self.learned()[name] for name in ("donor_patterns", "donor_masks"))
+        count, height, width, _ = learned_shape(images, patterns.shape[1])
         drawn = torch.randint(len(patterns), (count,), generator=torch.Generator().manual_seed(seed))
         with exact():
             return from_unit(worn(to_unit(images), grown(patterns[drawn], height, width), grown(masks[drawn], height, width)))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attacker import Classifier, exact, fit_classifier, from_unit, grown, restored, shrunk, state, to_unit
-from .base import Images, Learned, Lesson, attacks, check_number, image_shape
+from .base import Images, Learned, Lesson, attacks, check_number, image_shape, learned_shape
 
 __all__ = ["LabelConsistent"]
 
@@ -79,8 +79,9 @@ class LabelConsistent(Learned):
         return network
 
     def apply(self, images: Images, seed: int) -> Images:
-        _, height, width, _ = image_shape(images)
-        edge, target = (int(self.learned()[name]) for name in ("edge", "target"))
+        learned = self.learned()
+        _, height, width, _ = learned_shape(images, learned["network.body.0.weight"].shape[1])
+        edge, target = int(learned["edge"]), int(learned["target"])
         with exact(slopes=True):
             large = to_unit(images)
             small = shrunk(large, edge)

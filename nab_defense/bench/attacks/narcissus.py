@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..attacker import Classifier, draws, fit_classifier, grown, to_unit
-from .base import Images, Learned, Lesson, attacks, check_number, image_shape, to_uint8
+from .base import Images, Learned, Lesson, attacks, check_number, learned_shape, to_uint8
 
 __all__ = ["Narcissus"]
 
@@ -79,10 +79,8 @@ class Narcissus(Learned):
 
     def trigger(self, images: Images) -> NDArray[Any]:
         """(H, W, C) in grey levels, for images of this form."""
-        _, height, width, channels = image_shape(images)
         noise = self.learned()["noise"]
-        if noise.shape[1] != channels:
-            raise ValueError(f"the trigger has {noise.shape[1]} channels, the images have {channels}")
+        _, height, width, _ = learned_shape(images, noise.shape[1])
         pixels: NDArray[Any] = 255 * grown(noise, height, width)[0].permute(1, 2, 0).numpy()
         return pixels
 

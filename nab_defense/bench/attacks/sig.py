@@ -28,7 +28,8 @@ class Sig:
 
     Args:
         delta: Amplitude in grey levels, in [1, 255].
-        frequency: Periods across the image, in [0.5, 1024].
+        frequency: Periods across the image, in [0.5, 1024]. Above half of the image's columns they fold back: 6 periods on 8
+            columns are 2, with the sign turned.
     """
 
     clean_label: ClassVar[bool] = True

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacker import Classifier, draws, exact, from_unit, grown, restored, seeded, shifted, shrunk, state, to_unit
-from .base import Images, Learned, Lesson, attacks, check_number, image_shape
+from .base import Images, Learned, Lesson, attacks, check_number, learned_shape
 
 __all__ = ["Ssba"]
 
@@ -105,8 +105,8 @@ class Ssba(Learned):
         return restored(partial(Encoder, channels, self.bits, width), weights)
 
     def apply(self, images: Images, seed: int) -> Images:
-        count, height, width, _ = image_shape(images)
         learned = self.learned()
+        count, height, width, _ = learned_shape(images, len(learned["encoder.last.bias"]))
         with exact():
             large = to_unit(images)
             residual = self.encoder(shrunk(large, int(learned["edge"])), learned["secret"].expand(count, -1))

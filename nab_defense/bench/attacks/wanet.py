@@ -54,6 +54,8 @@ class WaNet:
     The authors draw poison and covers anew in every batch of a training that they control; here both are drawn once,
     since a poisoned data set is all that the attacker hands over.
 
+    It is painted at the file's size; of images that are shrunk afterwards little of it is left, so shrink the images first.
+
     Args:
         k: Control points along each side, in [2, 64].
         s: Strength: about s / 2 pixels of mean shift, in (0, 16].
@@ -63,6 +65,7 @@ class WaNet:
 
     clean_label: ClassVar[bool] = False
     cover_target: ClassVar[bool] = True
+    fine: ClassVar[bool] = True
 
     k: int = 4
     s: float = 0.5
