@@ -233,3 +233,8 @@ def _facts(survival: Survival) -> list[str]:
     if survival.imprint is not None:
         facts.append(f"what the clean-label suspects share turns {100 * max(0.0, survival.imprint):.1f} % of other images")
     return facts
+
+
+def small_classes(labels: NDArray[np.int64], classes: int) -> int:
+    """How many of the classes have too few samples for a group to be found in any: MIN_SEEDS, and as many beside it."""
+    return int((np.bincount(labels, minlength=classes) < 2 * MIN_SEEDS).sum())

@@ -18,14 +18,13 @@ from torch import nn
 from . import checkpoint, io, ranks
 from .again import look_again
 from .bench.evaluate import evaluate
-from .check import Verdict, judge, judge_again, measure
+from .check import Verdict, judge, judge_again, measure, small_classes
 from .defended import DefendedModel
 from .look import look
 from .plan import Finding, load_finding, save_finding
 from .repair import Repair, Trusted, repair, trusted_images
 from .result import describe, save_suspects
 from .schema import Recipe
-from .select import small_classes
 from .session import Session
 from .train import TrainConfig, fit
 from .types import EvalResult, NABPlan

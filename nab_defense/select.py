@@ -29,7 +29,6 @@ __all__ = [
     "expand",
     "grow",
     "probe",
-    "small_classes",
     "take_fraction",
 ]
 
@@ -47,6 +46,7 @@ MIN_STRANGE, FEW_STRANGE = 0.1, 0.3  # see Group.strange, set on digits; of few 
 MIN_CONTENT = 0.1  # see Group.content; on digits poison had .12 to .4, of which half was harmless where it had the least
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
 MIN_BEYOND = 0.2  # see Group.beyond; on digits in two to five classes: styles .08 at most, poison .32 or more
+FEW_BEYOND = 0.1  # of fewer than MIN_SEEDS samples; on digits: harmless .01 at most, 13 of a trigger that is learned .23 and more
 SOME_COVERS = 0.05  # how clearly covers of other classes must carry what it shares, see naming.carried; of 93 styles none (.005)
 MIN_SOURCE = 0.025  # that, times how many images of one class it turns; poison of one source class .04 and more
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
@@ -132,7 +132,12 @@ class Group:
         one_class = covers > SOME_COVERS and source * covers > MIN_SOURCE
         trigger = one_class or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE
         trigger |= (self.every or 0) >= (CLEAR_IMPRINT if self.few else MIN_IMPRINT)
-        return (many and not self.alike) or (self.unlike and trigger) or (self.beyond or 0) > MIN_BEYOND
+        return (many and not self.alike) or (self.unlike and trigger) or self.unnatural
+
+    @property
+    def unnatural(self) -> bool:
+        """It shows what no image does by nature, and that turns others."""
+        return (self.beyond or 0) > (MIN_BEYOND if self.size >= MIN_SEEDS else FEW_BEYOND)
 
     @property
     def strange(self) -> float:
@@ -241,9 +246,11 @@ def grow(
     rivals: NDArray[np.bool_],
     *,
     few: bool = False,
+    least: int = MIN_SEEDS,
 ) -> tuple[Group, NDArray[np.float64]]:
     """Probe and split, a few times over; `rivals` are the samples of other classes that are named right. With `few` the split
-    starts from the means of the group and of the rest, since k-means would overlook a few among many.
+    starts from the means of the group and of the rest, since k-means would overlook a few among many. It ends where fewer than
+    `least` are left.
 
     Returns: the evidence, and each member's probability of the higher group."""
     rows = np.flatnonzero(members | _some(~members))
@@ -261,7 +268,7 @@ def grow(
         likely, separation, valley = split_in_two(own, means)
         grown = np.zeros_like(group)
         grown[inside] = likely > 0.5
-        if (valley == 0 and separation <= MIN_SEPARATION) or grown.sum() < MIN_SEEDS:
+        if (valley == 0 and separation <= MIN_SEPARATION) or grown.sum() < least:
             break  # one hump; a small group beside a large one is hidden in its slope until the probe tells them better
         if (grown == group).all():
             break  # it stands still
@@ -291,8 +298,3 @@ def _some(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     chosen = np.zeros_like(mask)
     chosen[np.random.default_rng(0).permutation(np.flatnonzero(mask))[:OTHERS]] = True
     return chosen
-
-
-def small_classes(labels: NDArray[np.int64], classes: int) -> int:
-    """How many of the classes have too few samples for `expand` to accuse any: a group of MIN_SEEDS, and as many beside it."""
-    return int((np.bincount(labels, minlength=classes) < 2 * MIN_SEEDS).sum())

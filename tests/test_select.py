@@ -10,9 +10,10 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from nab_defense import select
+from nab_defense.check import small_classes
 from nab_defense.mixture import split_in_two
 from nab_defense.scan import Scan
-from nab_defense.select import MIN_LEAD, MIN_SEEDS, Group, Selection, expand, small_classes, take_fraction
+from nab_defense.select import MIN_LEAD, MIN_SEEDS, Group, Selection, expand, take_fraction
 from nab_defense.types import SuspectReport
 
 CLASSES, DIM = 5, 24
