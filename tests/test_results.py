@@ -14,7 +14,7 @@ import pytest
 from nab_defense.purify.base import hardly_turned
 from tests.digits_runs import ROOT
 
-BENCHMARK = ROOT / "docs" / "benchmark.md"
+BENCHMARK, README = ROOT / "docs" / "benchmark.md", ROOT / "README.md"
 METHODS = ("ibau", "distill", "polarizer", "rnp")
 MODELS = ("badnets_8", "l2_inv_0", "trojan_wm_2")
 
@@ -231,3 +231,40 @@ def test_the_readme_shows_the_worst_of_every_defence() -> None:
 
 def shown_numbers(cell: str) -> list[float]:
     return [float(number) for number in re.findall(r"\d+(?:\.\d)?", cell)]
+
+
+def cells(pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((ROOT / "results" / "bench").glob(pattern))]
+
+
+def test_what_perturbations_turn_of_harmless_networks_is_told_as_measured() -> None:
+    notes = [
+        str(cell.get("note"))
+        for cell in cells("*/*-none-0pct-*.json")
+        if cell["cell"]["defence"] in (*METHODS, "clp", "finetune")
+    ]
+    turned = [float(found[1]) for note in notes if (found := re.search(r"perturbations turned (\d\.\d\d),", note))]
+    told = re.search(r"and (\.\d\d) to (\.\d\d) of harmless ones", " ".join(README.read_text().split()))
+    assert told is not None and [float(one) for one in told.groups()] == [min(turned), max(turned)] and len(turned) > 20
+
+
+def test_every_run_of_badnets_on_digits_is_in_the_limits() -> None:
+    runs = [
+        cell["figures"]
+        for cell in cells("digits*/*-badnets-10pct-nab-*.json")
+        if cell["status"] == "done" and cell["cell"]["attack"] == "badnets"
+    ]
+    found = [one["detection"] for one in runs]  # of old states without intervals
+    shares = [
+        [value["value"] if isinstance(value := one[name], dict) else value for one in found] for name in ("recall", "precision")
+    ]
+    wanted = [len(runs), *(round(value, 2) for share in shares for value in (min(share), max(share)))]
+    told = re.search(
+        r"in the (\d+) runs of BadNets on digits that are kept, of all states of the code, the recall was (\S+) to (\S+), "
+        r"the precision (\S+) to (\S+), the ASR (\S+) at most",
+        " ".join(README.read_text().split()),
+    )
+    assert told is not None and [float(one.strip(",")) for one in told.groups()] == [
+        *wanted,
+        round(max(one["defended"]["asr"]["value"] for one in runs), 2),
+    ]
