@@ -13,7 +13,6 @@ from torch import nn
 from .candidates import TRIED, candidates, rests
 from .detectors import detectors
 from .examine import Unseen, examined, seen_by, shows_trigger
-from .few import few_unnatural
 from .hidden import hidden
 from .look import make_finding, stronger_halves, vary, with_bearers
 from .naming import MANY, control
@@ -42,8 +41,8 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     part, see naming.naming). A part that stands apart, and may share a trigger, is left out of one more training, with what is
     like it, and accused where that network finds the content of few classes in it, and what it shares is a trigger: it turns
     images of all classes, or those of one and is on covers of others [TaCT, Tang et al. 2021], or it is what the accused of its
-    class share, a trigger of which a part was found before. Who shows a pattern that no image does by nature is accused, too,
-    where classes are few (see hidden.hidden) and of more where these samples are (see few.few_unnatural).
+    class share, a trigger of which a part was found before. Of fewer than ten classes who shows a pattern that no image does by
+    nature is accused, too, and of more where these are few (see hidden.hidden).
 
     Args:
         session: The run.
@@ -66,8 +65,7 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     selection = confirmed(selection, scan.labels, rises, known=known)
     selection = with_bearers(session, clearest(selection, scan.labels, [before.selection, selection]), directions)
     cleared = {group.label for group in before.selection.groups if group.cleared}
-    asked = session, trained, scan, selection.suspect
-    for group, likely in hidden(*asked, directions()) if directions else few_unnatural(*asked):
+    for group, likely in hidden(session, trained, scan, selection.suspect, directions() if directions else None):
         selection = _with(selection, group, likely)
         cleared.add(group.label)  # its rest is not asked: who shows the pattern would be let go with it
     fresh = np.unique(scan.labels[selection.suspect & ~known]).tolist()

@@ -10,7 +10,7 @@ from scipy.special import softmax
 from sklearn.mixture import GaussianMixture
 
 from .mixture import ONE_THREAD, split_in_two
-from .principal import Rows, Standardized, along, directions, project
+from .principal import Rows, Standardized, along, directions
 from .scan import Scan
 from .select import MIN_SEEDS, MIN_SEPARATION, MIN_VALLEY, Group, grow, probe
 
@@ -19,7 +19,6 @@ __all__ = [
     "MAYBE",
     "Part",
     "distinct",
-    "few_of_a_class",
     "joined",
     "other_half",
     "same_parts",
@@ -34,7 +33,6 @@ DIRECTIONS = 3  # of a class's features, in which it may fall in two
 HARD = 0.02  # of ordinary samples, the hardest ones: what is harder is more of an accused part
 SAME = 0.9  # overlap of two parts of a class, intersection over union, of which one is enough
 FEW = 5  # of a class, where other classes have such a part, too
-FEWEST = 8  # that can be told to share anything
 
 Split = tuple[NDArray[np.float64], float, float]  # see select.split_in_two
 Part = tuple[Group, NDArray[np.float64]]  # of a class, and each sample's probability of being in it
@@ -73,30 +71,6 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
     return []
 
 
-def few_of_a_class(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
-    """FEWEST or more of a class, and fewer than MIN_SEEDS, that stand apart from its rest, in the direction in which it falls in
-    two or in the plane of two. So few do so by chance, too.
-
-    Args:
-        scan: What a trained network saw.
-        aside: (N,) bool, samples that are left aside.
-
-    Returns: as smaller_halves; of each class those that stand furthest apart."""
-    features, found = Standardized(scan.features), []
-    for label in range(scan.num_classes):
-        members = (scan.labels == label) & ~aside
-        if members.sum() < 2 * MIN_SEEDS:
-            continue
-        plane = project(scan.features, np.flatnonzero(members), 2)
-        few, splits = _fewer(plane), [split_in_two(plane[:, 0])]
-        if FEWEST <= few.sum() < 2 * MIN_SEEDS:
-            splits.append(_grown(scan, features, members, few, FEWEST))
-        parts = [part for split in splits for part in _smaller([(label, members)], [split])]
-        if parts := [part for part in parts if FEWEST <= part[0].size < MIN_SEEDS]:
-            found.append(max(parts, key=lambda part: part[0].separation))
-    return found
-
-
 def _smaller(classes: list[tuple[int, NDArray[np.bool_]]], splits: list[Split]) -> list[Part]:
     """Of the classes that their splits show to fall in two the smaller part."""
     found = []
@@ -116,13 +90,13 @@ def _fewer(values: NDArray[np.float32]) -> NDArray[np.bool_]:
     return np.asarray(mixture.predict(values) == mixture.weights_.argmin())
 
 
-def _grown(scan: Scan, features: Rows, members: NDArray[np.bool_], few: NDArray[np.bool_], least: int = MIN_SEEDS) -> Split:
-    """Some of a class's M members, (M,) bool, `least` or more, and what a probe takes for more of them: as split_in_two."""
-    if min(few.sum(), (~few).sum()) < least:
+def _grown(scan: Scan, features: Rows, members: NDArray[np.bool_], few: NDArray[np.bool_]) -> Split:
+    """Some of a class's M members, (M,) bool, and what a probe takes for more of them: as split_in_two."""
+    if min(few.sum(), (~few).sum()) < MIN_SEEDS:
         return few.astype(np.float64), 0.0, 0.0
     start = np.zeros_like(members)
     start[members] = few
-    group, likely = grow(features, members, start, scan.losses, np.zeros_like(members), few=True, least=least)
+    group, likely = grow(features, members, start, scan.losses, np.zeros_like(members), few=True)
     return likely, group.separation, group.valley
 
 

@@ -46,7 +46,7 @@ MIN_STRANGE, FEW_STRANGE = 0.1, 0.3  # see Group.strange, set on digits; of few 
 MIN_CONTENT = 0.1  # see Group.content; on digits poison had .12 to .4, of which half was harmless where it had the least
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
 MIN_BEYOND = 0.2  # see Group.beyond; on digits in two to five classes: styles .08 at most, poison .32 or more
-FEW_BEYOND = 0.1  # of fewer than MIN_SEEDS samples; on digits: harmless .01 at most, 13 of a trigger that is learned .23 and more
+FEW_BEYOND = 0.05  # of fewer than MIN_SEEDS samples; on digits: harmless .01 at most, 13 of a trigger that is learned .1 to .5
 SOME_COVERS = 0.05  # how clearly covers of other classes must carry what it shares, see naming.carried; of 93 styles none (.005)
 MIN_SOURCE = 0.025  # that, times how many images of one class it turns; poison of one source class .04 and more
 FOLDS = StratifiedKFold(3, shuffle=True, random_state=0)  # shuffled: folders are sorted by class
@@ -246,11 +246,9 @@ def grow(
     rivals: NDArray[np.bool_],
     *,
     few: bool = False,
-    least: int = MIN_SEEDS,
 ) -> tuple[Group, NDArray[np.float64]]:
     """Probe and split, a few times over; `rivals` are the samples of other classes that are named right. With `few` the split
-    starts from the means of the group and of the rest, since k-means would overlook a few among many. It ends where fewer than
-    `least` are left.
+    starts from the means of the group and of the rest, since k-means would overlook a few among many.
 
     Returns: the evidence, and each member's probability of the higher group."""
     rows = np.flatnonzero(members | _some(~members))
@@ -268,7 +266,7 @@ def grow(
         likely, separation, valley = split_in_two(own, means)
         grown = np.zeros_like(group)
         grown[inside] = likely > 0.5
-        if (valley == 0 and separation <= MIN_SEPARATION) or grown.sum() < least:
+        if (valley == 0 and separation <= MIN_SEPARATION) or grown.sum() < MIN_SEEDS:
             break  # one hump; a small group beside a large one is hidden in its slope until the probe tells them better
         if (grown == group).all():
             break  # it stands still

@@ -66,7 +66,13 @@ def batched(images: Tensor, labels: NDArray[np.int64]) -> Batches:
 
 
 def showing(
-    images: Tensor, scan: Scan, aside: Mask, labels: Iterable[int], *, directions: dict[int, Tensor] | None = None
+    images: Tensor,
+    scan: Scan,
+    aside: Mask,
+    labels: Iterable[int],
+    *,
+    directions: dict[int, Tensor] | None = None,
+    least: int = MIN_SEEDS,
 ) -> Iterator[list[list[Shown]]]:
     """Of each class who shows a pattern that sets them apart.
 
@@ -80,8 +86,10 @@ def showing(
         aside: (N,) bool, samples that are accused, and left aside.
         labels: The classes.
         directions: In which the images of others vary (see variation.variation): only what a group shares beyond that counts.
+        least: The fewest of a class that are followed; fewer than MIN_SEEDS are a small part of a quarter, so that the halves of
+            these are asked, too.
 
-    Returns: for each class in turn, of each half and quarter, round by round, where it led."""
+    Returns: for each class in turn, of each part, round by round, where it led."""
     counts = np.bincount(scan.labels, minlength=scan.num_classes)
     means = mean_images(batched(images, scan.labels), scan.labels, counts).flatten(1)
     for label in labels:
@@ -89,26 +97,29 @@ def showing(
         flat, free = images[torch.from_numpy(own)].flatten(1).float(), ~aside[own]
         others = means[torch.from_numpy((counts > 0) & (np.arange(len(counts)) != label))]
         rows = None if directions is None else directions[label]
-        rounds = (_who_show(flat, free, start[own], others, rows) for start in _starts(scan, own & ~aside))
+        starts = _starts(scan, own & ~aside, least)
+        rounds = (_who_show(flat, free, start[own], others, rows, least) for start in starts)
         yield [list(one) for one in rounds]
 
 
-def _starts(scan: Scan, members: Mask) -> list[Mask]:
-    """The halves of a class, and the halves of these; (N,) bool each, those that are large enough."""
-    halves = _halves(scan, members)
-    quarters = [quarter for half in halves for quarter in _halves(scan, half)]
-    return [part for part in (*halves, *quarters) if part.sum() >= MIN_SEEDS]
+def _starts(scan: Scan, members: Mask, least: int) -> list[Mask]:
+    """The halves of a class, the halves of these, and so on; (N,) bool each, those that are large enough."""
+    parts, found = [members], list[Mask]()
+    for _ in range(2 if least >= MIN_SEEDS else 3):
+        parts = [half for part in parts for half in _halves(scan, part, least)]
+        found += parts
+    return [part for part in found if part.sum() >= least]
 
 
-def _halves(scan: Scan, members: Mask) -> list[Mask]:
+def _halves(scan: Scan, members: Mask, least: int) -> list[Mask]:
     rows, upper = np.flatnonzero(members), np.zeros_like(members)
-    if len(rows) < 2 * MIN_SEEDS:
+    if len(rows) < 2 * least:
         return []
     upper[rows] = split_in_two(project(scan.features, rows, 1)[:, 0])[0] > 0.5
     return [upper, members & ~upper] if 0 < upper.sum() < len(rows) else []  # equal features are not halved
 
 
-def _who_show(flat: Tensor, free: Mask, group: Mask, others: Tensor, rows: Tensor | None) -> Iterator[Shown]:
+def _who_show(flat: Tensor, free: Mask, group: Mask, others: Tensor, rows: Tensor | None, least: int) -> Iterator[Shown]:
     """From a group to those who show what it shares, and on.
 
     Args:
@@ -116,7 +127,8 @@ def _who_show(flat: Tensor, free: Mask, group: Mask, others: Tensor, rows: Tenso
         free: (M,) bool, which are asked.
         group: (M,) bool, some of these.
         others: (K, D) mean images of the other classes.
-        rows: (R, D) orthonormal, what does not count."""
+        rows: (R, D) orthonormal, what does not count.
+        least: As in showing."""
     total = flat.sum(0)
     for _ in range(ROUNDS):
         some, count = torch.from_numpy(group).float() @ flat, int(group.sum())
@@ -130,7 +142,7 @@ def _who_show(flat: Tensor, free: Mask, group: Mask, others: Tensor, rows: Tenso
         much, likely = (shows - shows[torch.from_numpy(~group)].mean()).double().numpy(), np.zeros(len(group))
         likely[free], separation, valley = split_in_two(much[free], means=(0, 1))
         those = likely > 0.5
-        if not MIN_SEEDS <= those.sum() <= free.sum() - MIN_SEEDS:
+        if not least <= those.sum() <= free.sum() - MIN_SEEDS:
             return
         yield Shown(group, likely, separation, valley)
         if np.array_equal(those, group):

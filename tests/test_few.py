@@ -1,4 +1,4 @@
-"""A few samples that stand apart: accused for what no image shows by nature, and let go for what they show by chance."""
+"""A few samples of a class: accused for what no image shows by nature, and let go for what they show by chance."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nab_defense.few import few_unnatural
-from nab_defense.parts import few_of_a_class
+from nab_defense.hidden import hidden
+from nab_defense.imprint import imprints
+from nab_defense.parts import Part
 from nab_defense.runtime import Runtime
 from nab_defense.scan import Scan
+from nab_defense.select import FEW_BEYOND
 
 LABELS = np.repeat(np.arange(10), 120)
 NOBODY = np.zeros(1200, bool)
@@ -49,24 +52,33 @@ def data(few: int, *, patch: float, chance: float = 0.0) -> tuple[Any, nn.Module
     return session, Obeys(contents[0]), Scan(LABELS, np.zeros(1200, np.float32), np.zeros((1200, 10), np.float32), features)
 
 
+def found(session: Any, trained: nn.Module, seen: Scan, aside: NDArray[np.bool_] = NOBODY) -> list[Part]:
+    return hidden(session, trained, seen, aside, None)
+
+
 @pytest.mark.parametrize("few", [7, 8, 13, 19, 20])
-def test_so_many_of_a_class_are_a_few(few: int) -> None:
-    *_, seen = data(few, patch=0.0)
-    found = {group.label: likely > 0.5 for group, likely in few_of_a_class(seen, NOBODY)}
-    assert (0 in found) is (8 <= few < 20)
-    if 0 in found:
-        np.testing.assert_array_equal(found[0], np.arange(1200) < few)
-    assert not any((likely > 0.5)[LABELS == 0].any() for _, likely in few_of_a_class(seen, LABELS == 0))  # accused by now
-    small = (LABELS == 0) & (np.arange(1200) >= 39)
-    assert not any(group.label == 0 for group, _ in few_of_a_class(seen, small))
+def test_a_few_that_share_a_trigger_are_accused(few: int) -> None:
+    session, trained, seen = data(few, patch=4.0)
+    groups = found(session, trained, seen)
+    assert bool(groups) is (8 <= few < 20)  # fewer are not told from chance, and more are found otherwise
+    for group, likely in groups:
+        np.testing.assert_array_equal(likely > 0.5, np.arange(1200) < few)
+        assert (group.label, group.size, group.few, group.foreign) == (0, few, False, True)
+        assert group.beyond is not None and group.beyond > 0.9
+    assert found(session, trained, seen, np.arange(1200) < few) == []  # accused by now
 
 
-def test_a_few_are_accused_for_a_trigger_and_not_for_content_that_they_show_by_chance() -> None:
-    session, trained, seen = data(13, patch=4.0)
-    ((group, likely),) = few_unnatural(session, trained, seen, NOBODY)
-    np.testing.assert_array_equal(likely > 0.5, np.arange(1200) < 13)
-    assert group.size == 13 and group.foreign and group.beyond is not None and group.beyond > 0.9
+def test_a_few_are_let_go_that_show_much_of_one_content_by_chance() -> None:
     session, trained, seen = data(13, patch=0.0, chance=6.0)
-    assert few_unnatural(session, trained, seen, NOBODY) == []
-    session, trained, seen = data(0, patch=0.0)
-    assert few_unnatural(session, trained, seen, NOBODY) == []
+    some = np.arange(1200) < 13
+    (all_of_it,) = imprints(trained, session.ordered("all"), LABELS, [some], runtime=session.runtime)
+    assert all_of_it > FEW_BEYOND and found(session, trained, seen) == []
+
+
+def test_a_few_are_found_that_a_network_hardly_tells_from_their_class() -> None:
+    """Where half of those that stand apart are others of the class, and half of them do not."""
+    session, trained, seen = data(13, patch=4.0)
+    seen.features[:13, 0] -= 8
+    seen.features[7:20, 0] += 3
+    ((_, likely),) = found(session, trained, seen)
+    np.testing.assert_array_equal(likely > 0.5, np.arange(1200) < 13)

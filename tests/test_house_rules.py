@@ -19,7 +19,7 @@ LAYERS: list[Collection[str]] = [
     {"data", "scan", "content", "variation", "dataset", "defended", "train", "sites", "universal"},
     {"detectors", "relabel", "purify", "select", "parts", "passes", "naming", "imprint", "plan", "replay"},
     {"checkpoint", "check", "bench", "report"},
-    "schema recipe methods loaders session look examine outside showing hidden few candidates again repair result pipeline defences".split(),  # noqa: E501, SIM905
+    "schema recipe methods loaders session look examine outside showing hidden candidates again repair result pipeline defences".split(),  # noqa: E501, SIM905
     ["speed", "grid", "cli"],
 ]
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
