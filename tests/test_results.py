@@ -19,6 +19,10 @@ METHODS = ("ibau", "distill", "polarizer", "rnp")
 MODELS = ("badnets_8", "l2_inv_0", "trojan_wm_2")
 
 
+def cells(pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((ROOT / "results" / "bench").glob(pattern))]
+
+
 def purified(method: str, model: str, seed: int) -> dict[str, float]:
     record = json.loads((ROOT / "results" / f"purify_{method}_{model}_seed{seed}.json").read_text())["models"]["purified"]
     return {name: record[name]["value"] for name in ("acc", "asr", "retuned")}
@@ -156,21 +160,24 @@ def test_runs_with_few_classes_are_told_as_measured() -> None:
 
 
 def test_all_defences_on_digits_are_told_as_measured() -> None:
-    read = [json.loads(path.read_text()) for path in (ROOT / "results" / "bench" / "digits_all").glob("*.json")]
-    cells = {
-        (one["cell"]["defence"], one["cell"]["attack"], one["cell"]["rate"] == 0.01): one["figures"]
-        for one in read
-        if one["status"] == "done" and one["cell"]["seed"] == 0 and one["cell"]["attack"] != "none"
-    }
+    """The highest ASR of the seeds with which the attack is learned, and the mean ACC gap."""
+    ran: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
+    for one in cells("digits_all/*.json"):
+        if one["status"] == "done" and one["cell"]["attack"] != "none":
+            ran.setdefault((one["cell"]["defence"], one["cell"]["attack"], one["cell"]["rate"] == 0.01), []).append(one)
     table = BENCHMARK.read_text().split("**All defences of")[1].split("\n\n")[1]
-    head, _, *found = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    head, _, seeds, *found = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()]
     names = {"both": "several", "badnets, all": "badnets_all", "blend, all": "blend_all"}
     asked = [(names.get(name.removesuffix(" 1 %"), name.removesuffix(" 1 %")), name.endswith(" 1 %")) for name in head[1:-1]]
-    assert {where[1:] for where in cells} == set(asked) and len(found) == len({defence for defence, *_ in cells}) - 2
+    assert {where[1:] for where in ran} == set(asked) and len(found) == len({defence for defence, *_ in ran}) - 2
+    assert seeds[1:-1] == [", ".join(sorted(str(one["cell"]["seed"]) for one in ran["none", *where])) for where in asked]
     for defence, *told in found:
-        figures = [cells[defence, *where] for where in asked]
-        expected = [*(obeyed(one["defended"]) for one in figures), mean(one["acc_gap"]["value"] for one in figures)]
-        assert [float(number) for number in told] == pytest.approx(expected, abs=0.0051), defence
+        figures = [[one["figures"] for one in ran.get((defence, *where), [])] for where in asked]
+        expected = [max((obeyed(one["defended"]) for one in some), default=None) for some in figures]
+        gaps = [one["acc_gap"]["value"] for some in figures for one in some]
+        assert [float(number) if number else None for number in told] == pytest.approx([*expected, mean(gaps)], abs=0.0051), (
+            defence
+        )
 
 
 def test_a_cell_that_was_run_again_from_scratch_gave_the_same_figures() -> None:
@@ -233,10 +240,6 @@ def shown_numbers(cell: str) -> list[float]:
     return [float(number) for number in re.findall(r"\d+(?:\.\d)?", cell)]
 
 
-def cells(pattern: str) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted((ROOT / "results" / "bench").glob(pattern))]
-
-
 def test_what_perturbations_turn_of_harmless_networks_is_told_as_measured() -> None:
     notes = [
         str(cell.get("note"))
@@ -268,3 +271,24 @@ def test_every_run_of_badnets_on_digits_is_in_the_limits() -> None:
         *wanted,
         round(max(one["defended"]["asr"]["value"] for one in runs), 2),
     ]
+
+
+def test_what_is_left_of_thirteen_images_is_told_as_measured() -> None:
+    table = BENCHMARK.read_text().split("**13 poisoned images of 1,300.**")[1].split("\n\n")[1]
+    shown_rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:-1]]
+    ran = {(one["cell"]["attack"], one["cell"]["seed"]): one for one in cells("digits_1pct_46_to_48/*-nab-*.json")}
+    learned = {where for where, one in ran.items() if one["status"] == "done" and where[0] != "none"}
+    assert learned == {(row[0].split()[0], int(seed)) for row in shown_rows for seed in row[1].split(", ")}
+    for name, seeds, undefended, oracle, asr, gaps, found in shown_rows:
+        runs = [ran[name.split()[0], int(seed)] for seed in seeds.split(", ")]
+        twins, figures = [one["twins"] for one in runs], [one["figures"] for one in runs]
+        told = [undefended, oracle, *asr.split(", "), *gaps.split(", ")]
+        wanted = [min(obeyed(one["undefended"]) for one in twins), max(obeyed(one["oracle"]) for one in twins)]
+        wanted += [obeyed(one["defended"]) for one in figures] + [one["acc_gap"]["value"] for one in figures]
+        assert [float(number) for number in told] == pytest.approx(wanted, abs=0.0051), name
+        shares = [one["detection"] for one in figures]
+        assert found.split(", ") == [
+            f"{one['precision']['value']:.2f} / {one['recall']['value']:.2f}" if one["precision"] else "-" for one in shares
+        ]
+    harmless = [one["figures"] for (attack, _), one in ran.items() if attack == "none"]
+    assert [one["acc_gap"]["value"] for one in harmless] == [0, 0, 0] == [one["altered"]["value"] for one in harmless]
