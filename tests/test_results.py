@@ -19,7 +19,7 @@ METHODS = ("ibau", "distill", "polarizer", "rnp")
 MODELS = ("badnets_8", "l2_inv_0", "trojan_wm_2")
 
 
-def cells(pattern: str) -> list[dict[str, Any]]:
+def read_cells(pattern: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((ROOT / "results" / "bench").glob(pattern))]
 
 
@@ -162,7 +162,7 @@ def test_runs_with_few_classes_are_told_as_measured() -> None:
 def test_all_defences_on_digits_are_told_as_measured() -> None:
     """The highest ASR of the seeds with which the attack is learned, and the mean ACC gap."""
     ran: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
-    for one in cells("digits_all/*.json"):
+    for one in read_cells("digits_all/*.json"):
         if one["status"] == "done" and one["cell"]["attack"] != "none":
             ran.setdefault((one["cell"]["defence"], one["cell"]["attack"], one["cell"]["rate"] == 0.01), []).append(one)
     table = BENCHMARK.read_text().split("**All defences of")[1].split("\n\n")[1]
@@ -192,7 +192,7 @@ def test_a_cell_that_was_run_again_from_scratch_gave_the_same_figures() -> None:
 @pytest.mark.parametrize(("title", "seeds"), [("Purifiers on the undefended network", (0, 1, 2)), ("Defences of others", (2,))])
 def test_other_defences_are_told_as_measured(title: str, seeds: tuple[int, ...]) -> None:
     """The highest ASR, the mean ACC gap, and how many repairs are not called one."""
-    read = [json.loads(path.read_text()) for path in (ROOT / "results" / "bench" / "cpu_shuffled").glob("*.json")]
+    read = read_cells("cpu_shuffled/*.json")
     cells = [cell for cell in read if cell["cell"]["rate"] != 0.01 and cell["cell"]["seed"] in seeds and cell["status"] == "done"]
     table = BENCHMARK.read_text().split(title)[1].split("\n\n")[1]
     head, _, *found = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()]
@@ -212,9 +212,9 @@ def test_other_defences_are_told_as_measured(title: str, seeds: tuple[int, ...])
 
 
 def test_the_readme_shows_the_worst_of_every_defence() -> None:
-    read = [json.loads(path.read_text()) for path in (ROOT / "results" / "bench" / "cpu_shuffled").glob("*.json")]
+    read = read_cells("cpu_shuffled/*.json")
     cells = [one for one in read if one["cell"]["rate"] != 0.01 and one["cell"]["attack"] != "none" and one["status"] == "done"]
-    table = (ROOT / "README.md").read_text().split("**The highest ASR of three")[1].split("\n\n")[1]
+    table = README.read_text().split("**The highest ASR of three")[1].split("\n\n")[1]
     head, _, *found = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()]
     ran = {row: [one for one in cells if one["cell"]["defence"] == row] for row in head[2:]}
     expected = [
@@ -243,7 +243,7 @@ def shown_numbers(cell: str) -> list[float]:
 def test_what_perturbations_turn_of_harmless_networks_is_told_as_measured() -> None:
     notes = [
         str(cell.get("note"))
-        for cell in cells("*/*-none-0pct-*.json")
+        for cell in read_cells("*/*-none-0pct-*.json")
         if cell["cell"]["defence"] in (*METHODS, "clp", "finetune")
     ]
     turned = [float(found[1]) for note in notes if (found := re.search(r"perturbations turned (\d\.\d\d),", note))]
@@ -254,7 +254,7 @@ def test_what_perturbations_turn_of_harmless_networks_is_told_as_measured() -> N
 def test_every_run_of_badnets_on_digits_is_in_the_limits() -> None:
     runs = [
         cell["figures"]
-        for cell in cells("digits*/*-badnets-10pct-nab-*.json")
+        for cell in read_cells("digits*/*-badnets-10pct-nab-*.json")
         if cell["status"] == "done" and cell["cell"]["attack"] == "badnets"
     ]
     found = [one["detection"] for one in runs]  # of old states without intervals
@@ -276,7 +276,7 @@ def test_every_run_of_badnets_on_digits_is_in_the_limits() -> None:
 def test_what_is_left_of_thirteen_images_is_told_as_measured() -> None:
     table = BENCHMARK.read_text().split("**13 poisoned images of 1,300.**")[1].split("\n\n")[1]
     shown_rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:-1]]
-    ran = {(one["cell"]["attack"], one["cell"]["seed"]): one for one in cells("digits_1pct_46_to_48/*-nab-*.json")}
+    ran = {(one["cell"]["attack"], one["cell"]["seed"]): one for one in read_cells("digits_1pct_46_to_48/*-nab-*.json")}
     learned = {where for where, one in ran.items() if one["status"] == "done" and where[0] != "none"}
     assert learned == {(row[0].split()[0], int(seed)) for row in shown_rows for seed in row[1].split(", ")}
     for name, seeds, undefended, oracle, asr, gaps, found in shown_rows:

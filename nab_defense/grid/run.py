@@ -92,7 +92,8 @@ def _told(cells: list[Cell], there: dict[Cell, Record]) -> dict[Cell, Record]:
         if cell in there or cell.kind in (NONE, ORACLE) or cell.setting not in of:
             continue
         first, *others = of[cell.setting]
-        if first["status"] == ATTACK_FAILED and all(first[name] == other[name] for other in others for name in OF_TWINS[:2]):
+        alike = all((one["status"], one["twins"]) == (first["status"], first["twins"]) for one in others)
+        if first["status"] == ATTACK_FAILED and alike:
             by = {"told_by": first.get("told_by", first["key"])}
             told[cell] = as_record(cell, {**{name: first[name] for name in OF_TWINS}, **by}, 0.0)
     return told
