@@ -29,7 +29,8 @@ __all__ = [
 SOME_VALLEY = 0.1  # enough of one to look closer
 DOUBT = 0.02  # left out is what belongs to the part with this probability: the rest of the poison would teach its trigger
 MAYBE = 0.4  # most that a sample is said to belong to a part that it was not found with: left out with it, not examined
-DIRECTIONS = 3  # of a class's features, in which it may fall in two
+DIRECTIONS = 4  # of a class's features, in which it may fall in two
+NORMALS = 2, 4  # of which its values there are taken to be a mixture: poison, and one style or a few
 HARD = 0.02  # of ordinary samples, the hardest ones: what is harder is more of an accused part
 SAME = 0.9  # overlap of two parts of a class, intersection over union, of which one is enough
 FEW = 5  # of a class, where other classes have such a part, too
@@ -42,9 +43,9 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
     """Classes that fall in two in a trained network's features, for whatever reason and however faintly.
 
     They are looked at along their top singular direction [Tran et al. 2018]. Few among many, as one poisoned image in a hundred,
-    lie on the slope of the others along any one direction: where no class falls in two there, the smaller part of each in its
-    first two directions, or three, is what a probe on all features starts from, as `select.grow` does from seeds. Of small
-    classes nearly all have two parts in a plane: a network that sees none of these names nothing well any more.
+    lie on the slope of the others along any one direction: where no class falls in two there, the parts of each in its first two
+    directions, three or four, are what a probe on all features starts from, as `select.grow` does from seeds. Of small classes
+    nearly all have two parts in a plane: a network that sees none of these names nothing well any more.
 
     Args:
         scan: What a trained network saw.
@@ -65,7 +66,7 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
     features = Standardized(scan.features)
     for rank in range(2, DIRECTIONS + 1):
         pairs = zip(classes, values(rank), strict=True)
-        found = _smaller(classes, [_grown(scan, features, members, _fewer(plane)) for (_, members), plane in pairs])
+        found = _smaller(classes, [_furthest(scan, features, members, plane) for (_, members), plane in pairs])
         if found:
             return found
     return []
@@ -81,19 +82,25 @@ def _smaller(classes: list[tuple[int, NDArray[np.bool_]]], splits: list[Split]) 
     return found
 
 
+def _furthest(scan: Scan, features: Rows, members: NDArray[np.bool_], values: NDArray[np.float32]) -> Split:
+    """What stands furthest apart of that which the parts of a class's M members, by their values (M, rank), lead to."""
+    starts = [part for count in NORMALS for part in _mixed(values, count) if MIN_SEEDS <= part.sum() <= len(part) / 2]
+    splits = [_grown(scan, features, members, start) for start in starts]
+    return max(splits, key=lambda split: (_apart(*split[1:]), split[2]), default=(np.zeros(len(values)), 0.0, 0.0))
+
+
 @ONE_THREAD
-def _fewer(values: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """(M, rank): which of the rows belong to the lighter of two normals; (M,)."""
+def _mixed(values: NDArray[np.float32], count: int) -> list[NDArray[np.bool_]]:
+    """(M, rank): which of the rows belong to each of so many normals; (M,) each."""
     values = values / np.maximum(values.std(0), 1e-12)
     # Ten starts: from a single one, by k-means, the mixture often halves the many and overlooks the few.
-    mixture = GaussianMixture(2, random_state=0, reg_covar=1e-3, n_init=10, init_params="k-means++").fit(values)
-    return np.asarray(mixture.predict(values) == mixture.weights_.argmin())
+    mixture = GaussianMixture(count, random_state=0, reg_covar=1e-3, n_init=10, init_params="k-means++").fit(values)
+    told = mixture.predict(values)
+    return [told == one for one in range(count)]
 
 
 def _grown(scan: Scan, features: Rows, members: NDArray[np.bool_], few: NDArray[np.bool_]) -> Split:
     """Some of a class's M members, (M,) bool, and what a probe takes for more of them: as split_in_two."""
-    if min(few.sum(), (~few).sum()) < MIN_SEEDS:
-        return few.astype(np.float64), 0.0, 0.0
     start = np.zeros_like(members)
     start[members] = few
     group, likely = grow(features, members, start, scan.losses, np.zeros_like(members), few=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 from .content import Batches, mean_images, mixture
@@ -23,6 +24,7 @@ __all__ = ["Shown", "batched", "reduced_images", "showing"]
 ROUNDS = 5  # of who shows what the group shares, and what those share
 NEAR = 50  # other classes whose content a group may have; more would take long where there are a thousand
 BATCH = 4096
+DIRECTIONS = 5  # in which the images of a class differ; on digits the first of them tells a few that carry a trigger
 
 Mask = NDArray[np.bool_]
 
@@ -97,8 +99,10 @@ def showing(
         flat, free = images[torch.from_numpy(own)].flatten(1).float(), ~aside[own]
         others = means[torch.from_numpy((counts > 0) & (np.arange(len(counts)) != label))]
         rows = None if directions is None else directions[label]
-        starts = _starts(scan, own & ~aside, least)
-        rounds = (_who_show(flat, free, start[own], others, rows, least) for start in starts)
+        starts = [start[own] for start in _starts(scan, own & ~aside, least)]
+        if least < MIN_SEEDS and rows is not None:
+            starts += _by_look(flat, free, rows, least)
+        rounds = (_who_show(flat, free, start, others, rows, least) for start in starts)
         yield [list(one) for one in rounds]
 
 
@@ -117,6 +121,20 @@ def _halves(scan: Scan, members: Mask, least: int) -> list[Mask]:
         return []
     upper[rows] = split_in_two(project(scan.features, rows, 1)[:, 0])[0] > 0.5
     return [upper, members & ~upper] if 0 < upper.sum() < len(rows) else []  # equal features are not halved
+
+
+def _by_look(flat: Tensor, free: Mask, rows: Tensor, least: int) -> list[Mask]:
+    """The halves of a class along the directions in which its images differ most beyond content; (M,) bool each.
+
+    What a network makes of a few poisoned images may be what it makes of others of their class."""
+    found, rest = list[Mask](), flat[torch.from_numpy(free)]
+    rest = rest - (rest @ rows.T) @ rows
+    heights, spreads, _ = randomized_svd((rest - rest.mean(0)).numpy(), min(DIRECTIONS, *rest.shape), random_state=0)
+    for column in (heights * spreads).T:
+        upper = np.zeros_like(free)
+        upper[free] = split_in_two(column)[0] > 0.5
+        found += [half for half in (upper, free & ~upper) if least <= half.sum() < len(rest)]
+    return found
 
 
 def _who_show(flat: Tensor, free: Mask, group: Mask, others: Tensor, rows: Tensor | None, least: int) -> Iterator[Shown]:
