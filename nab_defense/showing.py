@@ -124,7 +124,7 @@ def _halves(scan: Scan, members: Mask, least: int) -> list[Mask]:
 
 
 def _by_look(flat: Tensor, free: Mask, rows: Tensor, least: int) -> list[Mask]:
-    """The halves of a class along the directions in which its images differ most beyond content; (M,) bool each.
+    """The smaller parts of a class along the directions in which its images differ most beyond content; (M,) bool each.
 
     What a network makes of a few poisoned images may be what it makes of others of their class."""
     found, rest = list[Mask](), flat[torch.from_numpy(free)]
@@ -133,8 +133,8 @@ def _by_look(flat: Tensor, free: Mask, rows: Tensor, least: int) -> list[Mask]:
     for column in (heights * spreads).T:
         upper = np.zeros_like(free)
         upper[free] = split_in_two(column)[0] > 0.5
-        found += [half for half in (upper, free & ~upper) if least <= half.sum() < len(rest)]
-    return found
+        found.append(min(upper, free & ~upper, key=lambda half: half.sum()))
+    return [part for part in found if part.sum() >= least]
 
 
 def _who_show(flat: Tensor, free: Mask, group: Mask, others: Tensor, rows: Tensor | None, least: int) -> Iterator[Shown]:
