@@ -82,3 +82,11 @@ def test_a_few_are_found_that_a_network_hardly_tells_from_their_class() -> None:
     seen.features[7:20, 0] += 3
     ((_, likely),) = found(session, trained, seen)
     np.testing.assert_array_equal(likely > 0.5, np.arange(1200) < 13)
+
+
+def test_a_few_are_found_by_their_look_where_a_network_makes_the_same_of_all_of_their_class() -> None:
+    session, trained, seen = data(13, patch=4.0)
+    seen.features[:] = 0
+    ((_, likely),) = found(session, trained, seen)
+    np.testing.assert_array_equal(likely > 0.5, np.arange(1200) < 13)
+    assert found(session, trained, seen, np.arange(1200) < 13) == []
