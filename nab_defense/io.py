@@ -40,6 +40,7 @@ DISK = {
     errno.EACCES: "no permission; name another folder",
     errno.EPERM: "no permission; name another folder",
     errno.EROFS: "it is on a read-only disk; name another folder",
+    errno.ENAMETOOLONG: "the name is too long; name another one",
     errno.ENOTDIR: "a file is where a folder should be; name another folder",
     errno.EISDIR: "a folder is where a file should be; name another one",
     errno.EEXIST: "a file is where a folder should be; name another folder",
@@ -167,10 +168,14 @@ def save_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -
 def load_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     """Rows of a CSV file that has at least these columns."""
     reader = csv.DictReader(StringIO(_read_text(path), newline=""))
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path} is not valid CSV, line {reader.line_num}: {error}") from None
     missing = [name for name in columns if name not in (reader.fieldnames or [])]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}; it has: {', '.join(reader.fieldnames or [])}")
-    return list(reader)
+    return rows
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Any = None) -> None:

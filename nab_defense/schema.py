@@ -70,7 +70,7 @@ class Attack(Section):
     rate: Fraction = 0.1
     target: int = Field(0, ge=0)
     mode: Literal["all_to_one", "all_to_all"] = "all_to_one"
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0)
     poison: bool = True
     trigger: str | None = None
     params: Settings = {}
@@ -154,7 +154,7 @@ class StampStage(Section):
     size: Positive | None = None
     corner: str = "top_left"
     value: float | Literal["mean", "noise"] = "mean"
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class PurifyStage(Section):

@@ -59,10 +59,8 @@ class Session:
         io.check_folder(out)
         if resume and self.stages.exists():
             if not self.record.exists():
-                raise ValueError(
-                    f"{self.stages} does not say which recipe it belongs to; use another --out, or leave out --resume"
-                )
-            left = io.load_yaml(self.record)
+                raise ValueError(f"{self.stages} does not say whose recipe it has; use another --out, or leave out --resume")
+            left = io.load_yaml(self.record) or {}
             differing = sorted(key for key in {*self.settings, *left} if self.settings.get(key) != left.get(key))
             if differing:
                 raise ValueError(
@@ -86,7 +84,7 @@ class Session:
 
     def _claim(self, read: dict[str, str]) -> dict[str, Any] | None:
         if self.resume and self.record.exists():
-            if self.finished.exists() and (self.out / "model.safetensors").exists():
+            if self.finished.exists() and all((self.out / name).exists() for name in ("model.safetensors", "result.json")):
                 left, result = io.load_json(self.finished), dict[str, Any](io.load_json(self.out / "result.json"))
                 if changed := [key for key, fingerprint in read.items() if left.get(key) != fingerprint]:
                     raise ValueError(f"{', '.join(changed)} changed since the run in {self.out}; leave out --resume to run again")
@@ -95,6 +93,8 @@ class Session:
             if not self.record.exists() and any(self.stages.iterdir()):
                 raise ValueError(f"{self.stages} is not of a run, and would be deleted; name another --out")
             shutil.rmtree(self.stages)
+        elif (self.out / "model.safetensors").exists():
+            raise ValueError(f"{self.out} holds a model that is not of a run, and would be overwritten; name another --out")
         io.save_yaml(self.record, self.settings)
         return None
 
@@ -215,8 +215,8 @@ class Session:
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != channels:
                 raise ValueError(f"data.{name} has {len(values)} values, the model takes {channels} channels")
-        if min(std) <= 0:
-            raise ValueError(f"data.std must be positive, got {list(std)}")
+        if min(std) <= 0 or not 0 <= min(mean) <= max(mean) <= 1:
+            raise ValueError(f"data.mean is in [0, 1], as pixels are, and data.std above 0, got {[*mean]} and {[*std]}")
         return mean, std
 
     def cases(self) -> Cases | None:

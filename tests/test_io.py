@@ -99,6 +99,9 @@ def test_csv_round_trip_with_awkward_names(tmp_path: Path) -> None:
     assert rows == [{"id": name, "n": str(i)} for i, name in enumerate(names)]
     with pytest.raises(ValueError, match="has no column 'true'; it has: id, n"):
         io.load_csv(tmp_path / "f.csv", ["id", "true"])
+    (tmp_path / "f.csv").write_text('id,n\n"' + 150_000 * "x")  # a quote that nothing closes
+    with pytest.raises(ValueError, match=r"f\.csv is not valid CSV, line .*: field larger than"):
+        io.load_csv(tmp_path / "f.csv", ["id"])
 
 
 def test_arrays_round_trip_without_pickle(tmp_path: Path) -> None:

@@ -122,6 +122,14 @@ def test_resume_of_a_finished_run_changes_nothing(blend_run: Path, tmp_path: Pat
     assert result == json.loads(before["result.json"]) and contents(blend_run) == before
 
 
+def test_resume_makes_the_result_again_that_was_deleted(blend_run: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(blend_run, tmp_path / "run"))
+    (out / "result.json").unlink()
+    result = run(load_recipe(out / "recipe.yaml"), out, resume=True)
+    assert result == json.loads((out / "result.json").read_text())
+    assert same_weights(weights(blend_run), weights(out))
+
+
 def test_truth_and_test_set_change_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "poisoned"
     attack = ["--attack", "blend", "alpha=0.3", "--rate", "0.15", "--target", "0", "--limit", "800"]

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ from ..registry import nearest
 from ..runtime import keep_freed_memory
 from .ranked import AGAIN, EXIT_LOST, LOST, one_voice, tell
 
-__all__ = ["EXIT_FAULT", "EXIT_INPUT", "EXIT_UNPROTECTED", "Parser", "check_out", "data_settings", "guarded"]
+__all__ = ["EXIT_FAULT", "EXIT_INPUT", "EXIT_UNPROTECTED", "Parser", "check_apart", "check_out", "data_settings", "guarded"]
 
 EXIT_FAULT = 1
 EXIT_INPUT = 2
@@ -50,6 +51,15 @@ def check_out(out: Path) -> None:
         raise ValueError(f"{out} holds a trained model and its results, which would be overwritten; name another --out")
 
 
+def check_apart(source: str, out: Path) -> None:
+    """Refuse to write into a folder of images, where what is written would be read as one of its classes.
+
+    Raises:
+        ValueError: Names both."""
+    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"{out} lies in {source}, whose images are read; name an --out elsewhere")
+
+
 def data_settings(items: list[str], takes: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Part a command's key=value items into the settings of the data, which start with "data.", and the others.
 
@@ -74,6 +84,8 @@ def guarded(command: Callable[[list[str]], int], argv: list[str], *, apart: bool
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look at the network at run time
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     keep_freed_memory()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name that the terminal cannot show
     with nullcontext() if apart else ranks.joined():
         logging.basicConfig(level=_level(), format="%(message)s")
         return _attempt(command, argv)

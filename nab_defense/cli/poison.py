@@ -19,7 +19,7 @@ from ..data.sources import Source, open_source
 from ..io import check_folder
 from ..recipe import key_values, parse_recipe
 from ..registry import nearest
-from .common import Parser, data_settings
+from .common import Parser, check_apart, data_settings
 
 __all__ = ["main"]
 
@@ -44,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     out: Path = arguments.out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{arguments.out} exists and is not an empty folder; name another --out or remove it")
+    truth_path, trigger_path = (out.with_name(out.name + ending) for ending in (".truth.csv", ".trigger.safetensors"))
+    for path in (truth_path, trigger_path):
+        if path.exists():
+            raise ValueError(f"{path} is of another poisoned copy, and would be overwritten; name another --out or move it")
+    check_apart(arguments.source, out)
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
     check_folder(out)
@@ -59,10 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     poisoned, truth = poison_source(source, attack, rate=arguments.rate, target=target, mode=arguments.mode, seed=arguments.seed)
     _check_classes(poisoned)
     written, order = _renamed(poisoned, arguments.seed)
-    truth_path = out.with_name(out.name + ".truth.csv")
     # The truth goes first: a folder that was cut short then lacks files that its truth names, and is refused.
     write_truth(truth_path, written, truth)
-    trigger_path = out.with_name(out.name + ".trigger.safetensors")
     learned = save_trigger(trigger_path, attack, target=target)
     try:
         _write_images(written, out, order)
@@ -71,12 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         truth_path.unlink(missing_ok=True)
         trigger_path.unlink(missing_ok=True)
         raise
-    goal = "several targets" if truth.target is None else f"target {source.classes[truth.target]}"
+    goal = "several targets" if truth.target is None else f"target {source.classes[truth.target]}, number {truth.target}"
     goal = "all_to_all" if target is None else goal
+    shown = out if arguments.out.name in ("", "..") else arguments.out
     print(
         f"{arguments.out}: {len(written)} images, {int(truth.poisoned.sum())} poisoned by {arguments.attack} ({goal}); "
-        f"the truth is in {arguments.out.with_name(truth_path.name)}"
-        + f", what the attack learned in {arguments.out.with_name(trigger_path.name)}"
+        f"the truth is in {shown.with_name(truth_path.name)}"
+        + f", what the attack learned in {shown.with_name(trigger_path.name)}"
         * learned
     )
     return 0

@@ -18,7 +18,7 @@ from ..recipe import parse_recipe
 from ..result import oddities, save_suspects
 from ..schema import Recipe
 from ..session import Session
-from .common import Parser, check_out
+from .common import Parser, check_apart, check_out
 
 __all__ = ["main"]
 
@@ -41,8 +41,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--detector", default="lga", metavar="NAME", help=f"{detectors.listing()}; default lga")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results; default runs/scan_<source>")
     args = parser.parse_intermixed_args(argv)
-    out = args.out or Path("runs") / f"scan_{Path(args.source).name}"
+    out = args.out or Path("runs") / f"scan_{Path(args.source).resolve().name}"
     check_out(out)
+    check_apart(args.source, out)
     session = _session(args.source, args.detector, args.overrides, out)
     session.rehearse()
     finding, _ = look(session, kept=True)

@@ -8,7 +8,7 @@ from .. import ranks
 from ..pipeline import run
 from ..recipe import load_recipe
 from ..result import summarize
-from .common import EXIT_UNPROTECTED, Parser
+from .common import EXIT_UNPROTECTED, Parser, check_apart
 
 __all__ = ["main"]
 
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     recipe = load_recipe(args.recipe, args.overrides)
     out = args.out or Path("runs") / recipe.name
+    check_apart(recipe.data.source, out)
     result = run(recipe, out, resume=args.resume or ranks.restarted())
     print("\n".join([*summarize(result), f"written to {out}"]))
     return 0 if result["verdict"]["protected"] else EXIT_UNPROTECTED

@@ -56,6 +56,10 @@ def read_shards(root: Path, channels: int | None, strict: bool) -> Folder:
             labels.append(numbers[key])
     if not files:
         raise ValueError(f"the shards in {root} hold no image ({', '.join(sorted(EXTENSIONS))})")
+    if max(labels) >= len(labels):
+        raise ValueError(
+            f"{ids[labels.index(max(labels))]} has label {max(labels)}, of {len(labels)} images: some class has none"
+        )
     return read_files(root, _names(root, max(labels)), files, labels, ids, channels, strict)
 
 
@@ -93,7 +97,7 @@ def _names(root: Path, largest: int) -> tuple[str, ...]:
     listed = root / NAMES
     if not listed.exists():
         return tuple(map(str, range(largest + 1)))
-    names = tuple(line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip())
+    names = tuple(line.strip() for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     if largest >= len(names):
         raise ValueError(f"{listed} names {len(names)} classes, the shards have labels up to {largest}")
     return names

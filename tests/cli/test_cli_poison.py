@@ -38,7 +38,7 @@ def test_the_folder_holds_exactly_the_poisoned_pixels(tmp_path: Path, capsys: py
     assert flagged == sorted(expected.pixels(i).tobytes() for i in np.flatnonzero(truth.poisoned))
     assert sorted(back.true_labels) == sorted(truth.true_labels)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and "300 images, 30 poisoned by badnets (target 3)" in lines[0] and "p.truth.csv" in lines[0]
+    assert len(lines) == 1 and "300 images, 30 poisoned by badnets (target 3, number 3)" in lines[0] and "p.truth.csv" in lines[0]
 
 
 def test_files_do_not_betray_the_poison(tmp_path: Path) -> None:

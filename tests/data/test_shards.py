@@ -93,6 +93,7 @@ def test_mistakes_are_one_line(shards: Path, tmp_path: Path) -> None:
     )
     assert "hold no image" in refused("empty", [("a.cls", b"0")])
     assert "1 of 3 files" in refused("broken", [*sample(0, 0), *sample(1, 1), ("c.png", b"no"), ("c.cls", b"1")])
+    assert "x.tar/a.png has label 20231231, of 1 images" in refused("date", [("a.png", png(0)), ("a.cls", b"20231231")])
     (tmp_path / "zipped").mkdir()
     (tmp_path / "zipped" / "x.tar").write_bytes(gzip.compress((shards / "train-000000.tar").read_bytes()))
     assert "is not a plain tar" in refused("zipped")

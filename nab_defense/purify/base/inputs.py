@@ -41,6 +41,8 @@ def count_outputs(network: Pixels, images: Tensor, runtime: Runtime) -> int:
             raise ValueError(f"{name} has {len(values)} values, the images have {images.shape[1]} channels")
         if not all(map(math.isfinite, values)):
             raise ValueError(f"{name} must be finite, got {values}")
+        if name == "mean" and not 0 <= min(values) <= max(values) <= 1:
+            raise ValueError(f"mean is of pixels in [0, 1], got {values}; divide by 255")
         if name == "std" and not all(value > 0 for value in values):
             raise ValueError(f"std must be positive, got {values}; for raw [0, 1] input it is 1")
     weights = network.get_submodule("model").state_dict()
