@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", metavar="package.module:function", help="builds the network where timm does not have it")
     parser.add_argument("--attack", metavar="NAME", help=f"paint its trigger on the images: {attacks.listing()}")
     parser.add_argument("--trigger", type=Path, metavar="FILE", help=TRIGGER)
-    parser.add_argument("--target", type=int, default=0, help="the attack's target class; default 0")
+    parser.add_argument("--target", type=int, default=0, help="number of the attack's target class; default 0")
     parser.add_argument("--mode", default="all_to_one", choices=("all_to_one", "all_to_all"))
     parser.add_argument("--limit", type=int, help="evaluate this many random images", metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="seed of that draw; default 0")

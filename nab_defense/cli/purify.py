@@ -155,7 +155,7 @@ def _parser() -> Parser:
     parser.add_argument("--test", metavar="SOURCE", help="measure ACC before and after; these images select nothing")
     parser.add_argument("--attack", metavar="NAME", help=f"and ASR, with this trigger on them: {', '.join(attacks.names())}")
     parser.add_argument("--trigger", type=Path, metavar="FILE", help=TRIGGER)
-    parser.add_argument("--target", type=int, default=0, help="the attack's target class; default 0")
+    parser.add_argument("--target", type=int, default=0, help="number of the attack's target class; default 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results; default runs/purified_<checkpoint>")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of this command in that folder")
     return parser

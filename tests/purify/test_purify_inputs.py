@@ -61,6 +61,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"images": IMAGES[:, :1]}, "mean has 3 values, the images have 1 channels"),
     ({"std": (0.25,)}, "std has 1 values, the images have 3 channels"),
     ({"std": (0.25, 0.0, 0.25)}, r"std must be positive, got \[0.25, 0.0, 0.25\]"),
+    ({"mean": (124.0, 0.5, 0.5)}, r"mean is of pixels in \[0, 1\], got \[124.0, 0.5, 0.5\]; divide by 255"),
     ({"std": (0.25, float("nan"), 0.25)}, "std must be finite"),
     ({"images": torch.zeros(60, 3, 9, 9, dtype=torch.uint8)}, "the model cannot take 3x9x9 images: .*mat1 and mat2"),
     ({"model": Spoiled()}, r"the model gives \(2, 3, 8, 8\) for 2 images, expected \(images, classes\)"),

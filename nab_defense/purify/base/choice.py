@@ -68,7 +68,7 @@ class Choice:
 
     def _better(self, record: dict[str, Any], than: dict[str, Any]) -> bool:
         """A clearly lower proxy, or one as low as the lowest of its kind and more accurate. Proxies are as low as the lowest, not
-        as each other: many small steps would lead away from it."""
+        as each other: many small steps would lead away from it. One that was passed over is not kept for a lower bound."""
         rivals = [one for one in self.records if self._fits(one) and self._kind(one) == self._kind(record)]
         bound = min(one["proxy"] for one in rivals) + TIE
         more = record["accuracy"], -record["proxy"]
