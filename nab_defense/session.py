@@ -59,7 +59,7 @@ class Session:
         io.check_folder(out)
         if resume and self.stages.exists():
             if not self.record.exists():
-                raise ValueError(f"{self.stages} does not say whose recipe it has; use another --out, or leave out --resume")
+                raise ValueError(f"{self.stages} does not say which recipe it is of; use another --out, or leave out --resume")
             left = io.load_yaml(self.record) or {}
             differing = sorted(key for key in {*self.settings, *left} if self.settings.get(key) != left.get(key))
             if differing:
@@ -205,8 +205,7 @@ class Session:
     @cached_property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation of the network's input: the recipe's, or those of timm's configuration."""
-        data, channels = self.recipe.data, self.recipe.model.in_chans
-        mean, std = data.mean, data.std
+        mean, std, channels = self.recipe.data.mean, self.recipe.data.std, self.recipe.model.in_chans
         if mean is None or std is None:
             config: dict[str, Any] = self.network().build().pretrained_cfg  # type: ignore[assignment]
             mean, std = tuple(config["mean"]), tuple(config["std"])
@@ -215,8 +214,10 @@ class Session:
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != channels:
                 raise ValueError(f"data.{name} has {len(values)} values, the model takes {channels} channels")
-        if min(std) <= 0 or not 0 <= min(mean) <= max(mean) <= 1:
-            raise ValueError(f"data.mean is in [0, 1], as pixels are, and data.std above 0, got {[*mean]} and {[*std]}")
+        if min(std) <= 0:
+            raise ValueError(f"data.std must be positive, got {list(std)}")
+        if not 0 <= min(mean) <= max(mean) <= 1:
+            raise ValueError(f"data.mean is in [0, 1], as pixels are, got {[*mean]}, with data.std {[*std]}; divide by 255")
         return mean, std
 
     def cases(self) -> Cases | None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from nab_defense.pipeline import run
 from nab_defense.recipe import load_recipe
 from nab_defense.scan import Scan
-from tests.digits_runs import BLEND, write_recipe
+from tests.digits_runs import BLEND, Mistakes, write_recipe
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
@@ -28,6 +28,11 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What attacks learn in tests is kept for the other tests, and nowhere else."""
     os.environ["NAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Mistakes:
+    return Mistakes(tmp_path, capsys)
 
 
 @pytest.fixture

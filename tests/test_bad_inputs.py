@@ -19,11 +19,6 @@ from nab_defense.cli.common import guarded
 from tests.digits_runs import ROOT, Mistakes, contents, write_images, write_recipe
 
 
-@pytest.fixture
-def mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Mistakes:
-    return Mistakes(tmp_path, capsys)
-
-
 def test_recipe_that_cannot_be_read(tmp_path: Path, mistakes: Mistakes) -> None:
     recipe = write_recipe(tmp_path)
     mistakes.train(tmp_path / "tyni.yaml", says=("no such recipe", "did you mean 'tiny.yaml'?"))
@@ -85,7 +80,7 @@ def test_recipe_that_cannot_be_read(tmp_path: Path, mistakes: Mistakes) -> None:
         ("data.options.split=val", ("data.options={'split': 'val'}", "split cannot be an option", "data.test_split")),
         ("data.options={root: x, strict: true}", ("strict cannot be an option", "data.strict")),
         ("data.options.labelled=false", ("labelled cannot be an option", "purify.labelled")),
-        ("data.std=[0.0]", ("data.std above 0",)),
+        ("data.std=[0.0]", ("data.std must be positive",)),
         ("train.opt=sdg", ("timm has no optimizer 'sdg'", "did you mean 'sgd'?")),
         ("train.sched=step", ("after epoch 90 of 1: set decay_epochs",)),
         ("train.sched=cosin", ("sched must be one of cosine",)),
@@ -236,7 +231,7 @@ def test_resume_in_the_folder_of_another_recipe(tmp_path: Path, mistakes: Mistak
         mistakes.train(recipe, says=("the disk is full",))
     mistakes.train(recipe, "--resume", "train.lr=0.01", "seed=3", says=("another seed, train;", "leave out --resume"))
     (mistakes.out / "stages" / "recipe.yaml").unlink()
-    mistakes.train(recipe, "--resume", says=("does not say whose recipe", "leave out --resume"))
+    mistakes.train(recipe, "--resume", says=("does not say which recipe", "leave out --resume"))
     (mistakes.out / "stages" / "recipe.yaml").write_text("")
     mistakes.train(recipe, "--resume", says=("holds a run with another", "leave out --resume"))
     (mistakes.out / "stages" / "recipe.yaml").unlink()

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.digits_runs import Mistakes, write_images, write_recipe
-
-
-@pytest.fixture
-def mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Mistakes:
-    return Mistakes(tmp_path, capsys)
 
 
 def test_what_would_be_overwritten_or_read_as_images(tmp_path: Path, mistakes: Mistakes) -> None:
