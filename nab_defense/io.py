@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import errno
 import hashlib
 import json
 import logging
@@ -28,30 +27,12 @@ from torch import Tensor
 from . import ranks
 
 __all__ = [
-    "DISK", "cache_folder", "check_folder", "disk_error", "file_hash", "load_array", "load_arrays", "load_csv", "load_json",
+    "cache_folder", "check_folder", "file_hash", "load_array", "load_arrays", "load_csv", "load_json",
     "load_state", "load_tensors", "load_weights", "load_yaml", "save_array", "save_arrays", "save_csv", "save_image",
     "save_json", "save_state", "save_tensors", "save_text", "save_yaml",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
-DISK = {
-    errno.ENOSPC: "the disk is full; make room",
-    errno.EDQUOT: "the quota is used up; make room",
-    errno.EACCES: "no permission; name another folder",
-    errno.EPERM: "no permission; name another folder",
-    errno.EROFS: "it is on a read-only disk; name another folder",
-    errno.ENAMETOOLONG: "the name is too long; name another one",
-    errno.ENOTDIR: "a file is where a folder should be; name another folder",
-    errno.EISDIR: "a folder is where a file should be; name another one",
-    errno.EEXIST: "a file is where a folder should be; name another folder",
-}
-
-
-def disk_error(error: BaseException | None) -> OSError | None:
-    """The trouble with the disk behind an error, one of DISK; torch.save wraps it in a RuntimeError of its own."""
-    while error is not None and not (isinstance(error, OSError) and error.errno in DISK):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -128,8 +109,7 @@ def save_image(path: Path, image: Image.Image) -> None:
 
 
 def save_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    _write(path, lambda stream: stream.write(text.encode()))
+    save_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def load_json(path: Path) -> Any:
@@ -140,29 +120,38 @@ def load_json(path: Path) -> Any:
 
 
 def save_yaml(path: Path, value: Any) -> None:
-    text = yaml.safe_dump(value, sort_keys=False)
-    _write(path, lambda stream: stream.write(text.encode()))
+    save_text(path, yaml.safe_dump(value, sort_keys=False))
 
 
 def load_yaml(path: Path) -> Any:
+    text = _read_text(path)
     try:
-        return yaml.safe_load(_read_text(path))
+        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), str(path), set())
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
+def _check_keys(node: Any, origin: str, seen: set[int]) -> None:
+    """Refuse a key that is there twice, of which YAML keeps the last. `seen`: nodes by id, as an alias may lead back."""
+    lines: dict[str, int] = {}
+    for part in node.value if isinstance(node, yaml.CollectionNode) and id(node) not in seen else ():
+        seen.add(id(node))
+        if isinstance(part, tuple):
+            key, part = part
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ValueError(f"{origin} has {name!r} twice, in lines {lines[name]} and {line}; make them one")
+            lines[name] = line
+        _check_keys(part, origin, seen)
+
+
 def save_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    lines: list[str] = []
-
-    class _Lines:
-        def write(self, text: str) -> int:
-            lines.append(text)
-            return len(text)
-
-    writer = csv.writer(_Lines(), lineterminator="\n")
+    text = StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    _write(path, lambda stream: stream.write("".join(lines).encode("utf-8", "backslashreplace")))
+    _write(path, lambda stream: stream.write(text.getvalue().encode("utf-8", "backslashreplace")))
 
 
 def load_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:

@@ -17,6 +17,7 @@ from torch import nn
 from . import checkpoint, io, ranks
 from .clean import CleanSet, logits_of
 from .data import Source, build_transform
+from .disk import disk_error
 from .kept import Foreign, forget
 from .plan import COVERED, relabelled
 from .purify import PurifyResult, purifiers, purify
@@ -174,7 +175,7 @@ def _repaired(session: Session, trusted: Trusted, shipped: nn.Module, plan: NABP
         except Foreign:  # of other images, say; what was trained before stands
             found = purify(shipped, images, method, **given)
     except Exception as error:  # out of memory, say: the model that was trained is shipped all the same
-        if isinstance(error, OSError) or io.disk_error(error):
+        if isinstance(error, OSError) or disk_error(error):
             raise  # which a later stage would meet, too
         log.error("the repair failed", exc_info=error)
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "nab_defense"
 LAYERS: list[Collection[str]] = [
-    "types registry stamp io runtime clean changes waves channels kept neighbors mixture principal ranks parallel".split(),  # noqa: SIM905
+    "types registry stamp io disk runtime clean changes waves channels kept neighbors mixture principal ranks parallel".split(),  # noqa: SIM905
     {"data", "scan", "content", "variation", "dataset", "defended", "train", "sites", "universal"},
     {"detectors", "relabel", "purify", "select", "parts", "passes", "naming", "imprint", "plan", "replay"},
     {"checkpoint", "check", "bench", "report"},
@@ -31,7 +31,7 @@ BELOW |= {own: BELOW[own] | {"select"} for own in ("naming", "parts", "passes", 
 TIMM_ROOMS = {"data", "train", "parallel", "checkpoint", "pipeline", "speed"}
 MAX_LINES = 300
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal"}
-SAFE_YAML = {"safe_load", "safe_load_all", "safe_dump", "safe_dump_all", "YAMLError"}
+SAFE_YAML = {"safe_load", "safe_load_all", "safe_dump", "safe_dump_all", "YAMLError", "compose"}  # compose makes no objects
 SAFE_ONLY_WITH = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}
 MACHINE_PATH = re.compile(r"(?<![\w.~})\]-])/(work|root|home|Users)/")
 

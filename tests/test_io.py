@@ -84,6 +84,26 @@ def test_folders_are_made_and_files_are_readable_by_all(tmp_path: Path) -> None:
     assert io.load_json(path) is None and path.stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("train:\n  lr: 0.1\nscan: {}\ntrain:\n  epochs: 2\n", "'train' twice, in lines 1 and 4"),
+        ("stages:\n- {size: 3, size: 4}\n", "'size' twice, in lines 2 and 2"),
+        ("a: {b: 1}\nc:\n  d: 1\n  e: 2\n  d: 3\n", "'d' twice, in lines 3 and 5"),
+    ],
+)
+def test_a_key_that_is_there_twice_in_yaml_is_refused(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"mine.yaml has {told}; make them one"):
+        io.load_yaml(tmp_path / "mine.yaml")
+
+
+def test_yaml_may_say_the_same_of_several_and_lead_back_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("a: &one {b: 1}\nc: *one\nd: {b: 2}\ne: &two [*two]\n")
+    found = io.load_yaml(tmp_path / "mine.yaml")
+    assert (found["a"], found["c"], found["d"]) == ({"b": 1}, {"b": 1}, {"b": 2}) and found["e"][0] is found["e"]
+
+
 def test_json_and_yaml_round_trip(tmp_path: Path) -> None:
     value = {"b": [1, 2.5, None, True, "ü\n\u2028"], "a": {"x": -0.1, "on": "off"}}
     for save, load in ((io.save_json, io.load_json), (io.save_yaml, io.load_yaml)):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import io, ranks
+from ..disk import DISK, disk_error
 from ..registry import nearest
 from ..runtime import keep_freed_memory
 from .ranked import AGAIN, EXIT_LOST, LOST, one_voice, tell
@@ -125,7 +126,7 @@ def _in_words(error: Exception) -> tuple[str, int] | None:
         return message, EXIT_INPUT
     if ranks.lost(error):
         return LOST, EXIT_LOST
-    cause = io.disk_error(error) if isinstance(error, OSError | RuntimeError) else None
+    cause = disk_error(error) if isinstance(error, OSError | RuntimeError) else None
     if cause is None:
         return None
-    return f"{cause.filename or 'the output'}: {io.DISK[cause.errno or 0]}. Finished files are intact", EXIT_INPUT
+    return f"{cause.filename or 'the output'}: {DISK[cause.errno or 0]}. Finished files are intact", EXIT_INPUT
