@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,9 +65,9 @@ def smaller_halves(scan: Scan, aside: NDArray[np.bool_]) -> list[Part]:
     if found:
         return found
     features = Standardized(scan.features)
-    for rank in range(2, DIRECTIONS + 1):
+    for rank, count in product(range(2, DIRECTIONS + 1), NORMALS):
         pairs = zip(classes, values(rank), strict=True)
-        found = _smaller(classes, [_furthest(scan, features, members, plane) for (_, members), plane in pairs])
+        found = _smaller(classes, [_furthest(scan, features, members, plane, count) for (_, members), plane in pairs])
         if found:
             return found
     return []
@@ -82,9 +83,9 @@ def _smaller(classes: list[tuple[int, NDArray[np.bool_]]], splits: list[Split]) 
     return found
 
 
-def _furthest(scan: Scan, features: Rows, members: NDArray[np.bool_], values: NDArray[np.float32]) -> Split:
-    """What stands furthest apart of that which the parts of a class's M members, by their values (M, rank), lead to."""
-    starts = [part for count in NORMALS for part in _mixed(values, count) if MIN_SEEDS <= part.sum() <= len(part) / 2]
+def _furthest(scan: Scan, features: Rows, members: NDArray[np.bool_], values: NDArray[np.float32], count: int) -> Split:
+    """What stands furthest apart of that which so many normals, fitted to a class's M members' values (M, rank), lead to."""
+    starts = [part for part in _mixed(values, count) if MIN_SEEDS <= part.sum() <= len(part) / 2]
     splits = [_grown(scan, features, members, start) for start in starts]
     return max(splits, key=lambda split: (_apart(*split[1:]), split[2]), default=(np.zeros(len(values)), 0.0, 0.0))
 

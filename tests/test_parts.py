@@ -112,4 +112,4 @@ def test_few_that_lie_on_the_slope_of_their_class_in_each_direction_stand_apart_
         found = smaller_halves(scan, np.zeros(1200, dtype=bool))
         assert bool(found) == bool(few and scale)
         for group, likely in found:
-            assert group.valley > 0.5 and 0.95 * few < group.size < 1.15 * few and (likely[:few] > 0.5).mean() >= 0.95
+            assert group.valley > 0.5 and 0.95 * few < group.size < 1.15 * few and (likely[:few] > 0.5).mean() > 0.95
