@@ -13,7 +13,7 @@ from nab_defense.bench.attacks.sig import wave
 from nab_defense.bench.attacks.wanet import control_field, warp
 
 SHAPES = [(3, 32, 32, 3), (2, 8, 8, 1), (2, 8, 8, 3), (1, 40, 29, 3), (1, 224, 224, 1)]
-NAMES = ["badnets", "blend", "bpp", "lf", "sig", "tact", "wanet"]  # one trigger, which nothing has to teach
+NAMES = ["badnets", "blend", "bpp", "filter", "lf", "sig", "tact", "wanet"]  # one trigger, which nothing has to teach
 CHECKERBOARD = np.array([[255, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=np.uint8)
 
 

@@ -6,6 +6,7 @@ from . import (  # noqa: F401  (imported to register)
     badnets,
     blend,
     bpp,
+    filter,
     input_aware,
     label_consistent,
     lf,
