@@ -50,8 +50,9 @@ class NABDataset(Dataset[Any]):
             without one whose values say otherwise.
 
     Raises:
-        ValueError: Plan and data set differ in length or fingerprint; while loading: a sample's label is not the one
-            that was scanned, or an image is neither an array nor a tensor.
+        ValueError: Plan and data set differ in length or fingerprint, or the plan has one and the data set, which may have
+            another order, has not; while loading: a sample's label is not the one that was scanned, or an image is neither an
+            array nor a tensor.
     """
 
     def __init__(

@@ -36,12 +36,15 @@ class DefendedModel(nn.Module):
         """A stamped copy of normalised images (B, C, H, W)."""
         if torch.compiler.is_compiling():  # also under torch.export: what is made there holds no values
             return self.stamp(images, mean=self.mean, std=self.std, normalized=True)
+        if torch.jit.is_tracing():
+            return self.stamp.fitted(images, mean=self.mean, std=self.std, normalized=True).paint_traced(images)
         # Making the patch takes as long as painting it, and has a GPU wait; one serves all batches of a kind.
         kind = (self.stamp, self.mean, self.std, images.shape[-3:], images.dtype, images.device)
-        if self._last is None or self._last[0] != kind:
+        last = self._last  # read once, since another thread may put that of its images there
+        if last is None or last[0] != kind:
             with torch.inference_mode(False):  # what is made in inference mode cannot be used in training later
-                self._last = kind, self.stamp.fitted(images, mean=self.mean, std=self.std, normalized=True)
-        return self._last[1].paint(images)
+                last = self._last = kind, self.stamp.fitted(images, mean=self.mean, std=self.std, normalized=True)
+        return last[1].paint(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of normalised images (B, C, H, W)."""

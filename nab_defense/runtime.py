@@ -6,7 +6,8 @@ import ctypes
 import os
 import platform
 import random
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from . import ranks
 
-__all__ = ["Runtime", "fixed_seed", "keep_freed_memory", "spare_bytes", "told_bytes"]
+__all__ = ["Runtime", "evaluating", "fixed_seed", "keep_freed_memory", "spare_bytes", "told_bytes"]
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 LARGEST = 2**30  # bytes; a tensor above it is mapped for itself, as before
@@ -36,6 +37,18 @@ def fixed_seed(*parts: int) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The network in eval mode; then each of its modules gets its own mode back, as some may be frozen."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def keep_freed_memory() -> None:

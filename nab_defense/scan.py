@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import ranks
 from .io import cache_folder
-from .runtime import Runtime
+from .runtime import Runtime, evaluating
 
 __all__ = ["EarlyScan", "Scan", "features_and_logits", "room_for", "scan_model"]
 
@@ -75,19 +75,19 @@ def scan_model(model: nn.Module, loader: Batches, labels: NDArray[np.int64], *, 
     Raises:
         ValueError: The loader's labels differ from the source's: shuffled, shortened, or a sample was replaced.
     """
-    training, size = model.training, len(labels)
-    model.eval()
-    losses, seen, first = np.empty(size, dtype=np.float32), np.empty(size, dtype=np.int64), 0
+    size, first = len(labels), 0
+    losses, seen = np.empty(size, dtype=np.float32), np.empty(size, dtype=np.int64)
     features = logits = np.empty((0, 0), dtype=np.float32)
-    for batch_features, batch_logits, targets in _batch_by_batch(model, loader, runtime):
-        if first == 0:
-            features, logits = (room_for(size, part.shape[1], np.float32, "features") for part in (batch_features, batch_logits))
-        rows = slice(first, first + len(targets))
-        first = rows.stop
-        if first > size:
-            break
-        seen[rows], logits[rows], features[rows] = targets.numpy(), batch_logits.numpy(), batch_features.numpy()
-    model.train(training)
+    with evaluating(model):
+        for batch_features, batch_logits, targets in _batch_by_batch(model, loader, runtime):
+            if first == 0:
+                shapes = (batch_features.shape[1], batch_logits.shape[1])
+                features, logits = (room_for(size, width, np.float32, "features") for width in shapes)
+            rows = slice(first, first + len(targets))
+            first = rows.stop
+            if first > size:
+                break
+            seen[rows], logits[rows], features[rows] = targets.numpy(), batch_logits.numpy(), batch_features.numpy()
     if first != size or not np.array_equal(seen, labels):
         raise ValueError("the loader does not give the source's samples in order; use one without shuffling and with all samples")
     step = max(1, LOSSES // max(1, logits.shape[1]))

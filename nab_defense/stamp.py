@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["Patch", "Stamp"]
 
@@ -35,8 +36,9 @@ class Stamp:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size is not None and (isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1):
-            raise ValueError(f"stamp size must be a whole number of pixels >= 1, or null, got {self.size!r}")
+        if self.size is not None:
+            self._set_whole("size", 1, "a whole number of pixels >= 1, or null")
+        self._set_whole("seed", 0, "a whole number >= 0")
         if self.corner not in CORNERS:
             raise ValueError(f"stamp corner must be one of {', '.join(CORNERS)}, got {self.corner!r}")
         if isinstance(self.value, str):
@@ -44,6 +46,15 @@ class Stamp:
                 raise ValueError(f"stamp value must be 'mean', 'noise' or a number in [0, 1], got {self.value!r}")
         elif not 0 <= float(self.value) <= 1:
             raise ValueError(f"stamp value must be in [0, 1], got {self.value}")
+        else:
+            object.__setattr__(self, "value", float(self.value))
+
+    def _set_whole(self, name: str, least: int, needed: str) -> None:
+        """Make numpy's integers Python's, which a saved state can hold."""
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"stamp {name} must be {needed}, got {value!r}")
+        object.__setattr__(self, name, int(value))
 
     @classmethod
     def random(cls, seed: int) -> Stamp:
@@ -61,6 +72,7 @@ class Stamp:
         Raises:
             ValueError: The image is smaller than the stamp.
         """
+        height, width = int(height), int(width)  # while a network is traced they are tensors
         edge = self.size or max(2, round(height / 16))
         if edge > min(height, width):
             raise ValueError(f"a {edge} px stamp does not fit on a {height}x{width} image")
@@ -121,6 +133,13 @@ class Patch:
         stamped = image.clone()
         stamped[..., self.rows, self.cols] = self.values
         return stamped
+
+    def paint_traced(self, images: Tensor) -> Tensor:
+        """As paint, in steps that torch.jit.trace follows for batches of any size: it would keep that of an assignment."""
+        height, width = map(int, images.shape[-2:])
+        around = self.cols.start, width - self.cols.stop, self.rows.start, height - self.rows.stop
+        there = F.pad(torch.ones(self.values.shape[-2:], dtype=torch.bool, device=images.device), around)
+        return torch.where(there, F.pad(self.values, around), images)
 
     def paint_some(self, images: Tensor, chosen: Tensor) -> None:
         """Stamp some images of a batch (B, C, H, W) in place.

@@ -126,11 +126,16 @@ class NABPlan:
         """Refuse a data set that the plan was not made for.
 
         Raises:
-            ValueError: Its length or its fingerprint differs.
+            ValueError: Its length or its fingerprint differs, or it has none.
         """
         if length != len(self):
             raise ValueError(f"the plan is for {len(self)} samples, the data set has {length}: scan this data set again")
-        if self.fingerprint and fingerprint and fingerprint != self.fingerprint:
+        if self.fingerprint and not fingerprint:
+            raise ValueError(
+                "whether the plan is for this data set cannot be told, as that has no fingerprint, and its order may be another: "
+                "wrap open_source(...).view(), or give dataclasses.replace(plan, fingerprint='') where you know that it is"
+            )
+        if self.fingerprint and fingerprint != self.fingerprint:
             raise ValueError(
                 f"the plan is for data with fingerprint {self.fingerprint[:12]}, this data set has "
                 f"{fingerprint[:12]}: files or labels changed since the scan, scan again"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,8 @@ def test_transform_is_that_of_the_wrapped_data_set() -> None:
 class Joint(VisionDataset):
     """Reads .transforms, as some of torchvision's data sets do."""
 
+    fingerprint = Pictures.fingerprint
+
     def __len__(self) -> int:
         return len(LABELS)
 
@@ -203,7 +206,7 @@ def test_a_float_image_without_normalize_is_taken_as_0_to_1() -> None:
     with pytest.raises(ValueError, match=r"no Normalize in the data set's transform: give NABDataset normalized=True"):
         wrap(Pictures(scaled), plan)[1]
     with pytest.raises(ValueError, match="normalized=True"):
-        wrap(torch.utils.data.Subset(Pictures(TRANSFORMS["v1"]), range(len(plan))), plan)[1]
+        wrap(torch.utils.data.Subset(Pictures(TRANSFORMS["v1"]), range(len(plan))), replace(plan, fingerprint=""))[1]
     assert not wrap(Pictures(scaled), plan, normalized=True)[1][0][:, 0, 0].any()
     forced = wrap(Pictures(TRANSFORMS["v1"]), plan, normalized=False)
     assert torch.equal(forced[1][0][:, 0, 0], torch.tensor(MEAN))
@@ -224,7 +227,7 @@ def test_labels_keep_type_and_shape(kind: Callable[[int], Any]) -> None:
 
 def test_more_than_image_and_label_is_passed_on() -> None:
     inner = [(torch.zeros(3, 8, 8), int(label), f"extra {i}") for i, label in enumerate(LABELS)]
-    wrapped = wrap(inner, busy_plan())
+    wrapped = wrap(inner, replace(busy_plan(), fingerprint=""))
     assert [item[2] for item in (wrapped[1], wrapped[3])] == ["extra 1", "extra 4"]
 
 
@@ -263,6 +266,8 @@ def test_a_plan_for_other_data_is_refused() -> None:
         wrap(Pictures(), NABPlan.empty([0, 1, 2]))
     with pytest.raises(ValueError, match="fingerprint eeeeeeeeeeee"):
         wrap(Pictures(), NABPlan.empty(LABELS, "e" * 64))
+    with pytest.raises(ValueError, match=r"cannot be told, as that has no fingerprint, .*: wrap open_source"):
+        wrap([Pictures()[index] for index in range(len(LABELS))], NABPlan.empty(LABELS, Pictures.fingerprint))
     inner = Pictures(TRANSFORMS["uint8"])
     shifted = wrap(inner, NABPlan.empty(np.roll(LABELS, 1)))
     with pytest.raises(ValueError, match="sample 0 came with label 0, the plan saw 2"):

@@ -94,6 +94,39 @@ def test_export_keeps_the_stamp_for_any_batch(stamp: Stamp) -> None:
         torch.testing.assert_close(exported(images(count)), model(images(count)), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("stamp", [Stamp(), Stamp.random(4), Stamp(size=3, corner="bottom_right", value=0.5)])
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
+def test_a_trace_keeps_the_stamp_for_any_batch_whatever_was_called_before(stamp: Stamp) -> None:
+    for called in (False, True):
+        model = defended(stamp)
+        if called:
+            model(images(2))
+        traced = torch.jit.trace(model, images(2))
+        for count in (1, 2, 5):
+            torch.testing.assert_close(traced(images(count)), model(images(count)), rtol=0, atol=1e-6)
+
+
+def test_images_of_two_sizes_from_two_threads_get_their_own_stamp() -> None:
+    """Between the look at the patch that is there and its use another thread may put its own there."""
+    model = DefendedModel(torch.nn.Identity(), Stamp(), mean=[0.3], std=[0.3])
+    small, large = torch.ones(1, 1, 32, 32), torch.ones(1, 1, 160, 160)
+    found, model._last = model(small), None
+
+    class Other:
+        """Compares as the kind of the small images, and puts that of the large ones in its place."""
+
+        def __ne__(self, kind: object) -> bool:
+            model._last = None
+            model(large)
+            return False
+
+    patch = Stamp().fitted(small, mean=[0.3], std=[0.3], normalized=True)
+    model._last = Other(), patch
+    assert torch.equal(model(small), found)
+
+
 def test_the_plain_network_stays_loadable_by_timm() -> None:
     model = defended(Stamp())
     plain = timm.create_model("test_resnet", num_classes=5).eval()

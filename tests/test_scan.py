@@ -81,12 +81,22 @@ def test_how_the_batches_are_cut_does_not_matter() -> None:
     np.testing.assert_allclose(scans[0].features, scans[1].features, rtol=1e-4, atol=1e-5)
 
 
+def broken() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    yield next(iter(Batches()))
+    raise OSError("gone")
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_scan_leaves_the_network_as_it_was(training: bool) -> None:
     model, batches = build(drop_rate=0.5).train(training), Batches()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scans = [scan_model(model, batches, batches.labels.numpy(), runtime=CPU) for _ in range(2)]
     assert model.training is training
+    frozen = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)).train(not training)
+    scan_model(model, batches, batches.labels.numpy(), runtime=CPU)
+    with pytest.raises(OSError, match="gone"):
+        scan_model(model, broken(), batches.labels.numpy(), runtime=CPU)
+    assert model.training is training and frozen.training is not training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert np.array_equal(scans[0].logits, scans[1].logits)
 

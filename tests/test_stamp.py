@@ -149,11 +149,19 @@ def test_settings_survive_json() -> None:
         ({"value": 1.5}, r"value must be in \[0, 1\], got 1.5"),
         ({"value": -0.1}, "got -0.1"),
         ({"value": float("nan")}, "got nan"),
+        ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
+        ({"seed": 0.5}, "got 0.5"),
     ],
 )
 def test_bad_settings_raise(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Stamp(**settings)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_kept_as_pythons() -> None:
+    stamp = Stamp(size=np.int64(3), value=np.float32(0.5), seed=np.int64(7))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(stamp.to_dict())) == Stamp(size=3, value=0.5, seed=7).to_dict()
+    assert Stamp.random(np.int64(5)) == Stamp.random(5)  # type: ignore[arg-type]
 
 
 def test_an_image_that_does_not_fit_raises() -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import ranks
-from ..runtime import Runtime
+from ..runtime import Runtime, evaluating
 from ..types import EvalResult
 from .metrics import share
 from .retune import Lesson, retuned
@@ -61,17 +61,11 @@ def predict(model: nn.Module, loader: Loader, runtime: Runtime) -> NDArray[np.in
     Raises:
         ValueError: Outputs that are not finite: the first class would be taken for their largest.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     predicted: list[Tensor] = []
-    try:
-        with torch.inference_mode(), runtime.autocast():
-            for _, images, _ in ranks.deal(loader):
-                logits = model(runtime.put(images))
-                predicted.append(logits.argmax(dim=1).where(logits.isfinite().all(dim=1), -1))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.inference_mode(), runtime.autocast():
+        for _, images, _ in ranks.deal(loader):
+            logits = model(runtime.put(images))
+            predicted.append(logits.argmax(dim=1).where(logits.isfinite().all(dim=1), -1))
     # One transfer at the end: fetching each batch would make a GPU wait for it.
     sizes = [len(part) for part in predicted]
     own = torch.cat(predicted).cpu().split(sizes) if predicted else []

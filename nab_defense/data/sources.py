@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import create_dataset
 from torch.utils.data import Dataset
 
 from ..registry import nearest
 from .folder import read_folder
+from .named import PREFIXES, read_named
 from .shards import read_shards
 
 __all__ = ["Chosen", "Loader", "Source", "View", "open_source"]
 
-TIMM_PREFIXES, SHARDS = ("torch", "hfds"), "wds/"
+SHARDS = "wds/"
 TEST = ("test", "validation", "val")  # of digits, which has one such part
-TOGETHER = 64  # images to a hash of theirs: for a tiny image alone the threads cost more than the hash
+OWN = "split", "channels", "strict", "labelled"  # arguments of open_source
 Loader = Callable[[int], Image.Image]
 
 
@@ -79,8 +79,17 @@ class Source:
         """A data set over this source; one for each loader, since timm's loader sets its transform."""
         return View(self, transform)
 
-    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Source:
-        chosen = np.asarray(indices, dtype=np.int64)
+    def subset(self, indices: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> Source:
+        """Some of the samples: places, in any order, or an (N,) bool mask.
+
+        Raises:
+            ValueError: A mask of another length, or neither."""
+        rows = np.asarray(indices)
+        if rows.dtype == bool and rows.shape != (len(self),):
+            raise ValueError(f"a mask for {len(self)} samples must be ({len(self)},), got {rows.shape}")
+        if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "biu"):
+            raise ValueError(f"samples are chosen by whole numbers or an (N,) bool mask, got {rows.shape} {rows.dtype}")
+        chosen = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
         return self.replaced(
             labels=self.labels[chosen],
             ids=tuple(self.ids[i] for i in chosen),
@@ -134,7 +143,7 @@ class View(Dataset[Any]):
 
 
 def open_source(
-    name: str,
+    name: str | Path,
     *,
     split: str = "train",
     channels: int | None = None,
@@ -148,25 +157,30 @@ def open_source(
         name: "digits"; a folder with one sub-folder a class; "wds/FOLDER", a folder of WebDataset shards; or a timm name such as
             "torch/cifar10", "hfds/cifar10".
         split: Which part of a named data set; a folder is taken as it is.
-        channels: 1 or 3, what the model takes; None: what the images have.
+        channels: 1 or 3, what the model takes; None: what the images have, of a timm name 3. Images of a timm name are read
+            so, and a plan for them fits the same number.
         strict: Refuse data with unreadable files; False leaves those files out, counted and named.
         labelled: False: labels will not be used, and a folder is any that holds images.
         options: Passed on to timm's create_dataset (root, download, ...).
 
     Raises:
-        ValueError: Nothing there, fewer than two classes, an empty class, unreadable files, or grey files for a model
-            that takes three channels.
+        ValueError: A misspelt argument, nothing there, fewer than two classes, an empty class, unreadable files, or grey files
+            for a model that takes three channels.
     """
+    name = str(name)
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
+    for key in options:  # which all but names of timm leave aside
+        if meant := get_close_matches(key, OWN, n=1, cutoff=0.75):
+            raise ValueError(f"open_source takes no {key!r}; did you mean {meant[0]!r}?")
     if name == "digits":
         if channels == 3:
             raise ValueError("all images in digits are grey and the model takes 3 channels; to train on it set model.in_chans=1")
         source = _digits(split)
-    elif name.split("/")[0].lower() in TIMM_PREFIXES:
-        source = _from_timm(name, split, channels, options)
     else:
-        if name.startswith(SHARDS):
+        if name.split("/")[0].lower() in PREFIXES:
+            folder = read_named(name, split, channels, options)
+        elif name.startswith(SHARDS):
             folder = read_shards(Path(name[len(SHARDS) :]).expanduser(), channels, strict)
         else:
             folder = read_folder(Path(name).expanduser(), channels, strict, labelled=labelled)
@@ -225,71 +239,3 @@ def _digits(split: str) -> Source:
     mark = [hashlib.sha256(images.tobytes()).hexdigest()]
     classes = tuple(str(c) for c in range(10))
     return Source("digits", classes, labels, ids, partial(_array_image, images), "L", fingerprint(ids, labels, mark), {})
-
-
-@dataclass(frozen=True, eq=False)
-class _TimmImages:
-    """Index -> image in `mode` of a data set that timm made. By way of its reader where it has one: timm's ImageDataset would
-    return the next sample in place of an unreadable one."""
-
-    name: str
-    data: Any
-    mode: str
-
-    def __call__(self, index: int) -> Image.Image:
-        reader = getattr(self.data, "reader", None)
-        try:
-            if reader is None:
-                image: Image.Image = self.data[index][0]
-                return image.convert(self.mode)
-            with reader[index][0] as file:
-                return Image.open(file).convert(self.mode)
-        except (OSError, SyntaxError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"sample {index} of {self.name!r} cannot be read: {reason}") from error
-
-
-def _from_timm(name: str, split: str, channels: int | None, options: dict[str, Any]) -> Source:
-    try:
-        data = create_dataset(name, split=split, **{"root": None, **options})
-    except Exception as error:  # create_dataset reaches into torchvision and Hugging Face code, which raise anything
-        raise ValueError(f"timm cannot open {name!r}: {' '.join(str(error).split())[:300]}") from error
-    mode = "L" if channels == 1 else "RGB"
-    load, reader = _TimmImages(name, data, mode), getattr(data, "reader", None)
-    targets = getattr(data, "targets", getattr(data, "labels", None))
-    if reader is not None:
-        targets = _targets(reader)
-    if targets is None:
-        targets = [data[i][1] for i in range(len(data))]
-    labels = np.asarray(targets, dtype=np.int64)
-    known = getattr(reader, "class_to_idx", None) or getattr(data, "classes", None) or range(int(labels.max()) + 1)
-    ids = tuple(f"{name}/{split}/{i}" for i in range(len(labels)))
-    classes = tuple(str(c) for c in known)
-    return Source(name, classes, labels, ids, load, mode, fingerprint(ids, labels, _pixel_digests(load, len(ids))), {})
-
-
-def _targets(reader: Any) -> list[int]:
-    """The labels that one of timm's readers gives; before 1.0.31 it gave them with its files alone."""
-    if hasattr(reader, "iter_targets"):
-        return list(reader.iter_targets())
-    targets = []
-    for index in range(len(reader)):
-        file, target = reader[index]
-        file.close()
-        targets.append(target)
-    return targets
-
-
-def _pixel_digests(load: Loader, count: int) -> list[str]:
-    """Hashes of all images as they are read, some to each. A few images alone would be hashed sooner, but a plan, or a scan
-    that was kept, could then be taken for one of other images; and of a folder every file is read, too."""
-
-    def digest(first: int) -> str:
-        seen = hashlib.sha256()
-        for index in range(first, min(first + TOGETHER, count)):
-            pixels = np.asarray(load(index))
-            seen.update(f"{pixels.shape}".encode() + pixels.tobytes())
-        return seen.hexdigest()
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(digest, range(0, count, TOGETHER)))

@@ -69,7 +69,7 @@ def test_grey_images_are_odd_where_the_network_takes_color(channels: int | None,
 
 def test_images_without_a_label_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data = [(Image.new("RGB", (4, 4)), label) for label in (0, 1, -1)]
-    monkeypatch.setattr("nab_defense.data.sources.create_dataset", lambda *_, **__: data)
+    monkeypatch.setattr("nab_defense.data.named.create_dataset", lambda *_, **__: data)
     with pytest.raises(ValueError, match="torch/named has 1 images without a label; name another split of it"):
         open_source("torch/named")
 

@@ -281,7 +281,7 @@ def test_any_one_image_shows_in_the_fingerprint_of_a_named_set(place: int, monke
     other.images[place, 2, 1, 0] ^= 1
     found = []
     for data in (first, other, Named()):
-        monkeypatch.setattr("nab_defense.data.sources.create_dataset", lambda *_, data=data, **__: data)
+        monkeypatch.setattr("nab_defense.data.named.create_dataset", lambda *_, data=data, **__: data)
         found.append(open_source("torch/named").fingerprint)
     assert found[0] == found[2] != found[1]
 
