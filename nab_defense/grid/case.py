@@ -136,11 +136,11 @@ class Case:
         oracle, again = undefended, made
         if self.truth.poisoned.any():
             oracle, again = self._twin(self.folder / f"oracle-{self._kept_key()}", self.oracle_plan)
-        if record.exists():
-            figures: dict[str, Any] = io.load_json(record)
-        else:
+        figures: dict[str, Any] = io.load_json(record) if record.exists() else {}
+        weights = [made["sha256"], again["sha256"]]
+        if figures.pop("weights", None) != weights:  # others were trained since, as on another processor
             figures = {"undefended": self.measured(undefended), "oracle": self.measured(oracle)}
-            io.save_json(record, figures)
+            io.save_json(record, {**figures, "weights": weights})
         for twin in (undefended, oracle):
             runtime.place(twin)
         headers = {"undefended": made, "oracle": again}
@@ -149,7 +149,7 @@ class Case:
         return Twins(undefended, oracle, figures, seconds, by)
 
     def _twin(self, stem: Path, plan: NABPlan) -> tuple[nn.Module, dict[str, Any]]:
-        """A twin, the seconds of its training and what made it, from disk or trained; the weights are written last."""
+        """A twin, the seconds of its training, what made it and the hash of its file, from disk or trained."""
         weights = stem.with_name(f"{stem.name}.safetensors")
         network = self._learner.build()
         if weights.exists():
@@ -159,12 +159,12 @@ class Case:
                 if (made := header.get(key, own)) != own:
                     whose = f"another {key} trained it, {made}, and this is {own}"
                     log.warning("%s: %s; delete %s to train all twins anew", weights.name, whose, self.folder)
-            return network, header
+            return network, {**header, "sha256": io.file_hash(weights)}
         begun = time.perf_counter()
         network = train(self._learner, plan, "twin", kept=False)
         header = {"seconds": time.perf_counter() - begun, **self._made}
         io.save_tensors(weights, dict(network.state_dict()), header)
-        return network, header
+        return network, {**header, "sha256": io.file_hash(weights)}
 
     @cached_property
     def _made(self) -> dict[str, str]:

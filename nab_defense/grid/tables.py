@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from .. import io
 from ..result import short
-from .cells import cells_of, key_of
+from .alike import check_one_setting, mixed, read_cells
+from .cells import cells_of
 from .run import ATTACK_FAILED, DONE, FAILED, Record
 from .schema import NONE, ORACLE, Grid
 
@@ -75,15 +75,14 @@ def read_results(folder: Path, grid: Grid | None = None) -> Results:
 
     Raises:
         ValueError: There is none, or one place has two, of other settings each."""
-    found = [io.load_json(path) for path in sorted(folder.rglob("*.json"))]
-    records = [value for value in found if isinstance(value, dict) and {"key", "cell", "config", "status"} <= set(value)]
+    records = read_cells(folder)
     if grid is not None:
         keys = {cell.key for cell in cells_of(grid)}
         records = [record for record in records if record["key"] in keys]
     if not records:
         whose = " of this grid" * (grid is not None)
         raise ValueError(f"{folder} holds no finished cell{whose}; run the grid first, or name its --out")
-    _check_one_setting(folder, records)
+    check_one_setting(folder, records)
     names = {key: list(dict.fromkeys(r["cell"][key] for r in records)) for key in ("network", "attack", "rate", "defence")}
     if grid is not None:
         for key, listed in (("network", grid.networks), ("attack", grid.attacks), ("defence", grid.defences)):
@@ -91,29 +90,10 @@ def read_results(folder: Path, grid: Grid | None = None) -> Results:
     return Results(records, names["network"], names["attack"], sorted(names["rate"], reverse=True), names["defence"])
 
 
-def _check_one_setting(folder: Path, records: list[Record]) -> None:
-    """Refuse two cells in one place, and cells of one row that were not compared with the same two twins."""
-    cells: dict[str, str] = {}
-    rows: dict[str, tuple[str, str]] = {}
-    for record in records:
-        *row, defence = map(str, record["cell"].values())
-        place, key = " ".join((*row, defence)), record["key"]
-        if place in cells:
-            raise ValueError(f"{folder} holds {cells[place]} and {key} for {place}: delete one, or name the grid's YAML")
-        cells[place] = key
-        if record["status"] == FAILED:
-            continue
-        setting = {name: value for name, value in record["config"].items() if name != "defence"}
-        made = key_of([setting, record["twins"]])
-        first, alike = rows.setdefault(" ".join(row), (key, made))
-        if made != alike:
-            what = f"{folder}: {first} and {key}, of {place}, have other twins: made by other settings, images or processors"
-            raise ValueError(f"{what}; delete one, or name the grid's YAML")
-
-
 def markdown(results: Results) -> str:
     """Everything that the cells show, as one page."""
-    parts = ["# Benchmark", f"{_counts(results)} {_made(results)}".rstrip(), *_worst(results), "## Attacks", _attacks(results)]
+    told = f"{_counts(results)} {_made(results)}".rstrip()
+    parts = ["# Benchmark", told, *mixed(results.records), *_worst(results), "## Attacks", _attacks(results)]
     for network in results.networks:
         for rate in results.rates:
             if results.at(network=network, rate=rate):

@@ -32,7 +32,7 @@ def write(
         "status": "done",
         "twins": {"undefended": undefended, "oracle": oracle},
         "figures": {"defended": defended, "acc_gap": gap, "detection": None, "rejects": None, "der": None},
-        "config": {"defence": {"name": defence}},
+        "config": {"recipe": {}, "defence": {"name": defence}},
         "wall_seconds": 1800,
     }
     io.save_json(folder / "cells" / f"{attack}-{defence}-{seed}.json", record | more)

@@ -90,6 +90,12 @@ def test_cells_share_their_twins_and_are_run_once(
             path.unlink()
         run(grid, tmp_path / "out", cell="-none-")
     assert f"another hardware trained it, {machine}, and this is a slide rule" in caplog.text
+    stale = {"undefended": {"acc": {"value": 0.1}, "asr": {"value": 0.0}}, "oracle": {}, "weights": ["of others", "of others"]}
+    io.save_json(record, stale)  # as where the weights alone were deleted, and trained by another processor
+    for path in (tmp_path / "out" / "cells").glob("*-none-*"):
+        path.unlink()
+    again, _ = run(grid, tmp_path / "out", cell="-none-")
+    assert again["none"]["twins"] == found["none"]["twins"] and again["none"]["status"] == found["none"]["status"]
 
 
 def test_a_cell_alone_and_from_scratch_gives_the_same_figures(tmp_path: Path, obeyed: None) -> None:

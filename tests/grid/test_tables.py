@@ -114,7 +114,7 @@ def test_two_cells_in_one_place_are_refused(tmp_path: Path) -> None:
 
 def test_a_row_that_defends_nothing_has_no_worst_attack(tmp_path: Path) -> None:
     for row, kind in (("plain", "none"), ("twin", "oracle"), ("ours", "nab")):
-        write(tmp_path, "badnets", row, 0, 1.0, config={"defence": {"name": kind}})
+        write(tmp_path, "badnets", row, 0, 1.0, config={"recipe": {}, "defence": {"name": kind}})
     page = markdown(read_results(tmp_path))
     assert "- ours: " in page and "- plain: " not in page and "- twin: " not in page
 
@@ -127,15 +127,36 @@ def test_copies_of_a_cell_are_not_seeds(tmp_path: Path) -> None:
 
 
 def test_rows_that_were_not_made_alike_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, "badnets", "drop", 0, 0.1, config={"recipe": 1, "defence": {"name": "drop"}})
-    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 1, "defence": {"name": "nab"}})
+    write(tmp_path, "badnets", "drop", 0, 0.1, config={"recipe": {"size": 1}, "defence": {"name": "drop"}})
+    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": {"size": 1}, "defence": {"name": "nab"}})
     assert len(read_results(tmp_path).records) == 2
-    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 2, "defence": {"name": "nab"}})
+    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": {"size": 2}, "defence": {"name": "nab"}})
     with pytest.raises(ValueError, match=r"resnet badnets 0\.2 0 nab, have other twins: made by other settings"):
         read_results(tmp_path)
     other = {"undefended": {"acc": {"value": 0.5}}, "oracle": {}}
-    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": 1, "defence": {"name": "nab"}}, twins=other)
+    write(tmp_path, "badnets", "nab", 0, 0.1, config={"recipe": {"size": 1}, "defence": {"name": "nab"}}, twins=other)
     with pytest.raises(ValueError, match="have other twins"):
+        read_results(tmp_path)
+
+
+def test_seeds_of_other_settings_are_told(tmp_path: Path) -> None:
+    for seed, asr in ((0, 0.1), (1, 0.2)):
+        recipe = {"seed": seed, "attack": {"seed": 7 + seed, "name": "badnets"}}
+        write(tmp_path, "badnets", "drop", seed, asr, config={"recipe": recipe, "defence": {"name": "drop"}})
+        nab = {"name": "nab", "params": {"rounds": seed}}
+        write(tmp_path, "badnets", "nab", seed, asr, config={"recipe": recipe, "defence": nab})
+    page = markdown(read_results(tmp_path))
+    assert page.count("other settings") == 1
+    assert "**Seeds of other settings each are averaged in: badnets at 20 % by nab on resnet.**" in page
+
+
+def test_a_broken_file_is_named_and_those_of_twins_are_not_read(tmp_path: Path) -> None:
+    write(tmp_path, "badnets", "drop", 0, 0.1)
+    (tmp_path / "twins").mkdir()
+    (tmp_path / "twins" / "half.json").write_text("{")
+    assert len(read_results(tmp_path).records) == 1
+    (tmp_path / "cells" / "half.json").write_text("{")
+    with pytest.raises(ValueError, match=r"half.json is not valid JSON: .*; delete it, and if it was a cell that is run again"):
         read_results(tmp_path)
 
 
