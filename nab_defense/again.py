@@ -11,17 +11,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .candidates import TRIED, candidates, rests
+from .data.transforms import VARIED
 from .detectors import detectors
 from .examine import Unseen, examined, seen_by, shows_trigger
 from .hidden import hidden
 from .look import make_finding, stronger_halves, vary, with_bearers
-from .naming import MANY, control
+from .naming import MANY, control, naming
 from .outside import Without, foreign_parts
-from .parts import DOUBT, MAYBE, Part, joined
+from .parts import DOUBT, MAYBE, Part, joined, other_half
 from .passes import clearest, confirmed
 from .plan import Finding
 from .scan import Scan
-from .select import CLEAR_IMPRINT, MIN_SEEDS, Group, Selection, expand
+from .select import CLEAR_IMPRINT, MAX_NAMED, MIN_SEEDS, Group, Selection, expand
 from .session import Session
 
 __all__ = ["look_again"]
@@ -49,7 +50,8 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
         trained: Trained under the plan so far, with all triggers in it that are not in the plan.
         scanner: The scan's network, which has not learned these: it goes by content, and names the suspects.
         before: What was found so far; its suspects stay, unless they are the clean half of a class of whose rest most is accused.
-        without: (mask (N,), name) -> a network trained without these samples; called where there is a part to examine.
+        without: (mask (N,), name, augmentation) -> a network trained without these samples, augmented as the recipe says by
+            default; called where there is a part to examine.
 
     Returns: what is found now in all; where nothing new stands apart, or the network learned too little to tell, what was found
     before, with what was examined, and whether it could be."""
@@ -72,11 +74,14 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     queues = {queue[0][0].label: queue for queue in candidates(session, scan, selection, before, {*cleared, *fresh})}
     rest = {part[0].label: part for part in rests(before, scan.labels) if part[0].label not in cleared}
     queues |= {label: [part, *queues.get(label, [])][:TRIED] for label, part in rest.items()}
+    asked = [queue[0] for label, queue in queues.items() if label not in rest]
     doubted, kin = set(rest), any(queue[0][0].alike for queue in queues.values())
     if queues and scan.num_classes >= MANY and not kin:  # a trigger of all classes is known without any one of them
         doubted |= {label for label in fresh if rises.get(label, 0.0) < CLEAR_IMPRINT}
         queues, selection, doubted = _sifted(session, trained, scan, selection, queues, doubted, without)
     selection, namer = _named(session, trained, scan, selection, [*queues.values()], doubted, without)
+    if not (selection.suspect & ~known).any():
+        selection, namer = _whatever_was_done(session, scan, selection, asked, without)
     new = selection.suspect & ~known
     log.info("look again: %d suspects more", new.sum())
     groups = (*_standing(before.selection.groups, selection, scan.labels, known), *selection.groups)
@@ -192,6 +197,49 @@ def _named(
             namer = None if (back & selection.suspect & ~absent).any() else network
         queues, doubted = [queue for queue in left if queue], set()
     return selection, namer
+
+
+def _whatever_was_done(
+    session: Session, scan: Scan, selection: Selection, parts: list[Part], without: Without
+) -> tuple[Selection, nn.Module | None]:
+    """Accuse parts of classes that show many classes to a network which never saw them and was trained on varied images.
+
+    A trigger that changes the whole image, a blur or a filter, shares nothing that could be added to others, and a network that
+    knows images as they come is at a loss with what they show: its names are neither sure nor many. One that was trained on
+    images turned, sheared, paled, solarized and more [TrivialAugment, Müller and Hutter 2021, arXiv:2103.10158] names what the
+    change left of their content, all classes; a style keeps its class's name, or resembles one or two others. Where a part loses
+    its class's name with the rest left in, either may be the poison, so that the rest is asked, too.
+
+    Returns: as _named."""
+    labels = scan.labels
+    parts = [part for part in parts if not part[0].alike and part[0].size >= MIN_SEEDS]
+    for turn in (1, 2):
+        if not parts or scan.num_classes < MANY:
+            break
+        absent = np.any([selection.suspect, *(likely > DOUBT for _, likely in parts)], axis=0)
+        others, rests, found = control(absent, session.recipe.seed), [], False
+        network = without(absent | others, f"varied{turn}", VARIED)
+        logits = seen_by(session, network).logits
+        if (logits.argmax(1) == labels)[others].mean() < LEARNED:
+            break
+        for group, likely in parts:
+            told, members = (
+                naming(logits, labels, likely > 0.5, others, unbiased=True),
+                (labels == group.label) & ~selection.suspect,
+            )
+            log.info("class %d, %d samples, by varied images: %s", group.label, group.size, told)
+            group = dataclasses.replace(group, varied=told.spread if told.named < MAX_NAMED else 0.0)
+            rest = other_half(members, (group, likely))
+            if rest[0].size < MIN_SEEDS:
+                continue
+            if group.foreign:
+                selection, found = _with(selection, group, likely), True
+            elif told.named < MAX_NAMED:
+                rests.append(rest)
+        if found:
+            return selection, network
+        parts = rests
+    return selection, None
 
 
 def _with(selection: Selection, group: Group, likely: NDArray[np.float64]) -> Selection:

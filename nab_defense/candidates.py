@@ -94,7 +94,7 @@ def rests(before: Finding, labels: NDArray[np.int64]) -> list[Part]:
 
 def unasked(group: Group, size: int) -> Group:
     """A part that was found with the group, without what was asked of that."""
-    asked = dict.fromkeys(("named", "sure", "spread", "source", "every", "carried", "same", "content", "beyond"))
+    asked = dict.fromkeys(("named", "sure", "spread", "source", "every", "carried", "same", "content", "beyond", "varied"))
     return dataclasses.replace(group, size=size, alike=0.0, doubted=False, **asked)  # type: ignore[arg-type]
 
 

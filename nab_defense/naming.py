@@ -57,6 +57,7 @@ def naming(
     others: NDArray[np.bool_],
     *,
     outside: Sequence[int] = (),
+    unbiased: bool = False,
 ) -> Naming:
     """How a network names images of one given label, and ordinary images, all of which it never saw.
 
@@ -73,7 +74,8 @@ def naming(
         labels: (N,) as given.
         group: (N,) bool, at least one sample, all of one label.
         others: (N,) bool, at least one sample, drawn from all classes.
-        outside: Labels that the network never saw, and has no name for."""
+        outside: Labels that the network never saw, and has no name for.
+        unbiased: Take off what entropies of few samples lack [Miller 1955]."""
     label = int(labels[group][0])
     masks = group, others & ~np.isin(labels, [label, *outside])
     named = float((logits[group].argmax(1) == label).mean())
@@ -81,7 +83,8 @@ def naming(
         return Naming(named, 0.0, 0.0)
     rest = [np.delete(logits[mask], [*{label, *outside}], axis=1).astype(np.float64) for mask in masks]
     sure = _higher(*(softmax(table, axis=1).max(1) for table in rest))
-    mixed = [float(entropy(np.bincount(table.argmax(1)))) for table in rest]
+    counts = [np.bincount(table.argmax(1)) for table in rest]
+    mixed = [float(entropy(names) + unbiased * (np.count_nonzero(names) - 1) / (2 * names.sum())) for names in counts]
     return Naming(named, sure, mixed[0] / mixed[1] if mixed[1] > 0 else 0.0)
 
 

@@ -29,7 +29,7 @@ SUREST = 0.2, 0.3, 0.4  # of a class, from which the part grows
 COMPARED = 6  # classes, at least, to tell what is typical
 SOME_CONTENT = 0.07  # enough above that to ask a network that knows all other classes
 ASKED = 3  # classes, at most, of which this is asked, the most foreign ones
-Without = Callable[[NDArray[np.bool_], str], nn.Module]
+Without = Callable[..., nn.Module]  # (mask (N,), name, augmentation) -> a network trained without these samples
 
 
 def foreign_parts(

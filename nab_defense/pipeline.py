@@ -145,7 +145,8 @@ def protect(
 
     Args:
         first: Gives the first look and the scan's network.
-        fitted: (plan, name of the arm, how=TrainConfig) -> a network trained under the plan; without `how` as it is shipped.
+        fitted: (plan, name of the arm, how=TrainConfig, augment=name) -> a network trained under the plan; without `how` and
+            `augment` as it is shipped.
 
     Returns: what was found, the network to ship, and the one that ordinary training gave, where there is one."""
     finding, scanner = clock("scan", first)
@@ -181,12 +182,17 @@ def _forget(stages: Path, turn: str) -> None:
 
 
 def _without(
-    fitted: Callable[[NABPlan, str], nn.Module], plan: NABPlan, turn: str, absent: NDArray[np.bool_], part: str
+    fitted: Callable[..., nn.Module],
+    plan: NABPlan,
+    turn: str,
+    absent: NDArray[np.bool_],
+    part: str,
+    augment: str | None = None,
 ) -> nn.Module:
-    """A network trained on the rest as it came. Its state is named after what it never saw: another processor may leave out
-    others, and has no use for it."""
+    """A network trained on the rest as it came, augmented as the recipe says by default. Its state is named after what it never
+    saw: another processor may leave out others, and has no use for it."""
     rest = dataclasses.replace(NABPlan.empty(plan.labels), keep=~absent)
-    return fitted(rest, f"{turn}_without_{part}-{rest.mark('')}")
+    return fitted(rest, f"{turn}_without_{part}-{rest.mark('')}", augment=augment)
 
 
 def _repaired(
@@ -229,14 +235,22 @@ def _remembered(session: Session, name: str, make: Callable[[], Finding]) -> Fin
     return finding
 
 
-def train(session: Session, plan: NABPlan, arm: str, *, how: TrainConfig | None = None, kept: bool = True) -> nn.Module:
+def train(
+    session: Session,
+    plan: NABPlan,
+    arm: str,
+    *,
+    how: TrainConfig | None = None,
+    augment: str | None = None,
+    kept: bool = True,
+) -> nn.Module:
     """Train one arm of the run: the same start, schedule and randomness, under a plan.
 
     Args:
-        how: Another schedule than the recipe's.
+        how, augment: Another schedule and augmentation than the recipe's.
         kept: Leave the state after each epoch in the run's folder, for who may resume it."""
     network = session.build()
-    loader = session.train_loader(session.source, plan)
+    loader = session.train_loader(plan, augment or session.recipe.train.augment)
     state = session.stages / f"{arm}.state" if kept else None
     fit(
         network,

@@ -22,7 +22,7 @@ from .data import Source
 from .data.folder import BROKEN
 from .plan import COVERED, Finding
 from .runtime import Runtime
-from .select import MIN_CONTENT, Group
+from .select import MIN_CONTENT, MIN_VARIED, Group
 from .session import Session
 from .types import EvalResult, NABPlan
 
@@ -113,6 +113,8 @@ def _evidence(group: Group) -> str:
     shape = f"separation {group.separation:.1f}, valley {group.valley:.2f}"
     if group.unnatural:
         return f"{shape}; what it shares beyond how images vary turns {100 * (group.beyond or 0):.0f} % of the others"
+    if group.foreign and (group.varied or 0) > MIN_VARIED:
+        return f"{shape}; unseen, on varied images, it is named as variously as others, {group.varied:.2f} of their entropy"
     if group.foreign:
         others = f"that left out, it is foreign by {group.strange:.2f}"
         if (group.content or 0) > MIN_CONTENT:

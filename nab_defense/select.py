@@ -19,18 +19,9 @@ from .scan import Scan
 from .types import SuspectReport
 
 __all__ = [
-    "BALANCED",
-    "CLEAR_IMPRINT",
-    "MIN_SEEDS",
-    "MIN_SEPARATION",
-    "MIN_VALLEY",
-    "Group",
-    "Selection",
-    "expand",
-    "grow",
-    "probe",
+    "BALANCED", "CLEAR_IMPRINT", "MIN_SEEDS", "MIN_SEPARATION", "MIN_VALLEY", "Group", "Selection", "expand", "grow", "probe",
     "take_fraction",
-]
+]  # fmt: skip
 
 MIN_SEPARATION = 2.0  # Ashman's D: below it a mixture of two normals does not separate [Ashman et al. 1994]
 MIN_VALLEY = 0.25  # the density between the groups must fall this far below the lower of its peaks
@@ -44,6 +35,7 @@ MOST_NAMED = 0.6  # of one whose content comes second: beside poison that was no
 MIN_SPREAD = 0.75  # its names, as mixed as content is (entropies): half of CIFAR-10's airplanes .5 to .7, poison .78 and more
 MIN_STRANGE, FEW_STRANGE = 0.1, 0.3  # see Group.strange, set on digits; of few classes: half of a harmless one of five had .13
 MIN_CONTENT = 0.1  # see Group.content; on digits poison had .12 to .4, of which half was harmless where it had the least
+MIN_VARIED = 0.91  # see Group.varied; on digits: styles and clean halves .87 at most, filtered images .95 and more, a part .9
 MIN_ALIKE = 0.5  # or this share of the classes must have a part that shares the same; of digits three of ten have such a style
 MIN_BEYOND = 0.2  # see Group.beyond; on digits in two to five classes: styles .08 at most, poison .32 or more
 FEW_BEYOND = 0.05  # of fewer than MIN_SEEDS samples; on digits: harmless .01 at most, 13 of a trigger that is learned .1 to .5
@@ -79,6 +71,7 @@ class Group:
             variously, less what is typical of classes (see outside.foreign_parts), in [-1, 1]; None: not tried, and by what one
             that never saw the group makes of it (`strange`) instead.
         beyond: Share of other images that what it shares beyond how images vary turns (see hidden.hidden); None: not tried.
+        varied: `spread` by one that was trained on varied images; 0 where it names it as labelled; None: not tried.
         few: There are few classes, and beside each hardly another to turn to.
         doubted: Of its class others are accused, for a trigger in doubt or as clean-label poison, which may be its clean half.
     """
@@ -101,6 +94,7 @@ class Group:
     same: float | None = None
     content: float | None = None
     beyond: float | None = None
+    varied: float | None = None
     few: bool = False
     doubted: bool = False
 
@@ -132,7 +126,7 @@ class Group:
         one_class = covers > SOME_COVERS and source * covers > MIN_SOURCE
         trigger = one_class or self.alike >= MIN_ALIKE or (self.same or 0) >= ALIKE
         trigger |= (self.every or 0) >= (CLEAR_IMPRINT if self.few else MIN_IMPRINT)
-        return (many and not self.alike) or (self.unlike and trigger) or self.unnatural
+        return (many and not self.alike) or (self.unlike and trigger) or self.unnatural or (self.varied or 0) > MIN_VARIED
 
     @property
     def unnatural(self) -> bool:

@@ -267,9 +267,9 @@ class Session:
         """Shuffled batches for the scan's training, without augmentation."""
         return self.loaders(source, "none", self.recipe.scan.batch_size, training=True)
 
-    def train_loader(self, source: Source, plan: NABPlan) -> Any:
-        """Shuffled, augmented batches as a plan wants them; of several ranks each gets its part of every batch."""
-        return self.loaders(source, self.recipe.train.augment, self.schedule.batch_size, training=True, plan=plan, split=True)
+    def train_loader(self, plan: NABPlan, augment: str) -> Any:
+        """Shuffled, augmented batches of the source as a plan wants them; of several ranks each gets its part of every batch."""
+        return self.loaders(self.source, augment, self.schedule.batch_size, training=True, plan=plan, split=True)
 
     def relabel_loader(self, labels: NDArray[np.int64], keep: NDArray[np.bool_], training: bool) -> Any:
         """Batches of the training images under other labels, for a relabeler that trains."""

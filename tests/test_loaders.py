@@ -57,5 +57,5 @@ def test_a_recipes_distortion_reaches_training_alone(room: bool, tmp_path: Path)
     source, plan = session.source, NABPlan.empty(session.source.labels)
     plain = next(iter(session.ordered(source)))[0]
     assert torch.equal(next(iter(session.scan_loader(source)))[0].sum(), plain.sum())
-    trained = next(iter(session.train_loader(source, plan)))[0]
+    trained = next(iter(session.train_loader(plan, "crop_flip")))[0]
     assert (trained.flatten(1) == 0).sum(1).min() > 0 and trained.sum() < 0.9 * plain.sum()

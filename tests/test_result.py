@@ -57,6 +57,10 @@ SHOWN = Group(0, 0, 4.5, 0.84, 3, 0.0, imprint=0.1, beyond=0.63, few=True)
     [
         ((ACCUSED, REST), "imprint 0.63"),
         ((REST, ACCUSED), "imprint 0.63"),
+        (
+            (dataclasses.replace(SHOWN, beyond=None, varied=0.98),),
+            "on varied images, it is named as variously as others, 0.98 of",
+        ),
         ((SHOWN,), "what it shares beyond how images vary turns 63 % of the others"),
     ],
 )

@@ -13,7 +13,7 @@ from torchvision import transforms as tv
 
 from .distort import Distortion
 
-__all__ = ["AUGMENTATIONS", "RESIZED", "build_transform", "crop_padding", "resized"]
+__all__ = ["AUGMENTATIONS", "RESIZED", "VARIED", "build_transform", "crop_padding", "resized"]
 
 Transform = Callable[[Any], Tensor]
 # Augmentations that first bring the whole image to its size, always alike, and how.
@@ -65,6 +65,7 @@ class Albumentation:
 
 
 AUGMENTATIONS = ("none", "crop_flip", "timm", "albumentations")
+VARIED = "varied"  # of networks that tell content whatever was done to the whole image; no recipe's
 
 
 def build_transform(
@@ -79,7 +80,8 @@ def build_transform(
 
     Args:
         augment: "none" (evaluation and scan: the whole image), "crop_flip" (small images), "timm" (timm's random resized
-            crop, flip and color jitter), or "albumentations".
+            crop, flip and color jitter), "albumentations", or VARIED (TrivialAugment [Müller and Hutter 2021,
+            arXiv:2103.10158], then crop_flip).
         size: Edge in pixels.
         hflip: Probability of a horizontal flip.
         crop_pad: Padding of crop_flip; None: size / 8.
@@ -92,6 +94,8 @@ def build_transform(
         return resized(augment, size)
     if augment == "crop_flip":
         return _crop_flip(size, crop_padding(size) if crop_pad is None else crop_pad, hflip, distortion)
+    if augment == VARIED:
+        return tv.Compose([tv.TrivialAugmentWide(), _crop_flip(size, crop_padding(size), hflip, distortion)])
     if augment == "timm":
         made = create_transform(size, is_training=True, use_prefetcher=True, hflip=hflip)
         return tv.Compose([*made.transforms, torch.as_tensor])  # older timm ends in an array

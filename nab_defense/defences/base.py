@@ -70,15 +70,17 @@ class Task:
             self.shared[key] = make(), time.perf_counter() - begun
         return self.shared[key]
 
-    def fitted(self, session: Session, plan: NABPlan, arm: str, *, how: TrainConfig | None = None) -> tuple[nn.Module, float]:
+    def fitted(
+        self, session: Session, plan: NABPlan, arm: str, *, how: TrainConfig | None = None, augment: str | None = None
+    ) -> tuple[nn.Module, float]:
         """A network trained under a plan for this task's source, and its seconds; where the plan changes nothing that is the
         undefended one, weight by weight, and is not trained again.
 
-        Args: how: Another schedule than the recipe's."""
+        Args: how, augment: Another schedule and augmentation than the recipe's."""
         if not plan.changed.any():
             return self.undefended, self.plain_seconds
         begun = time.perf_counter()
-        return train(session, plan, arm, how=how, kept=False), time.perf_counter() - begun
+        return train(session, plan, arm, how=how, augment=augment, kept=False), time.perf_counter() - begun
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from ..pipeline import Clock, defend, protect
 from ..plan import paper_plan
 from ..scan import scan_model
 from ..session import Session
-from ..train import TrainConfig, fit
+from ..train import fit
 from ..types import NABPlan
 from .base import Outcome, Task, defences
 
@@ -34,8 +35,8 @@ class NAB:
         first, seconds = task.remember("look", lambda: look(session))
         clock.add("scan", seconds)
 
-        def fitted(plan: NABPlan, arm: str, *, how: TrainConfig | None = None) -> nn.Module:
-            network, seconds = task.fitted(session, plan, arm, how=how)
+        def fitted(plan: NABPlan, arm: str, **otherwise: Any) -> nn.Module:
+            network, seconds = task.fitted(session, plan, arm, **otherwise)
             if network is task.undefended:  # whose training the clock did not see
                 clock.add("train", seconds)
             return network
@@ -50,10 +51,11 @@ class NABPaper:
     """The textbook rule: a detector's top fraction of a whole scan is relabelled and stamped, whatever it holds.
 
     Args:
-        detector: Any that `nab scan` knows, with its default settings.
+        detector: Any that `nab scan` knows, with its default settings. All read the network of the scan, trained under the LGA
+            loss, where the papers of spectral and activation_clustering read the finished poisoned one.
         labels: "trusted": by a network trained on the task's trusted images alone, for as many steps as the recipe's training
-            takes, as the paper's VD does with a twentieth of the training set. "recipe": by the recipe's relabeller, which needs
-            no such images; this is `rule: paper` of `nab train`.
+            takes, as the paper's VD does with a twentieth of the training set; the authors' code names stamped images, ours plain
+            ones. "recipe": by the recipe's relabeller, which needs no such images; this is `rule: paper` of `nab train`.
     """
 
     detector: str = "lga"

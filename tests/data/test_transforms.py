@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from nab_defense.data import build_loader, build_transform, open_source
-from nab_defense.data.transforms import AUGMENTATIONS
+from nab_defense.data.transforms import AUGMENTATIONS, VARIED
 from nab_defense.runtime import Runtime
 
-RANDOM = [name for name in AUGMENTATIONS if name != "none"]
+RANDOM = [*(name for name in AUGMENTATIONS if name != "none"), VARIED]
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (32, 32)) -> Image.Image:
@@ -22,7 +22,7 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (32, 32)) -> Image.Image:
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 30), (8, 8)])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("augment", AUGMENTATIONS)
+@pytest.mark.parametrize("augment", [*AUGMENTATIONS, VARIED])
 def test_every_pipeline_gives_uint8_of_the_size(augment: str, mode: str, size: tuple[int, int]) -> None:
     tensor = build_transform(augment, 32)(picture(mode, size))
     assert tensor.shape == (3 if mode == "RGB" else 1, 32, 32) and tensor.dtype == torch.uint8
