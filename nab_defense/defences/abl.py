@@ -36,7 +36,7 @@ class ABL:
 
     We leave the paper where the network to be unlearned is trained on all images, not on all but the isolated ones, which hold
     a small part of the poison: so it is the undefended one, the same for all defences. As in the authors' code it only climbs,
-    where eq. 5 descends on the rest, too; and the first training takes the epochs of the recipe's scan.
+    where eq. 5 descends on the rest, too; and the first training is the recipe's scan, its epochs, batches and learning rate.
 
     Args:
         fraction: Isolated share; .01 in the paper.

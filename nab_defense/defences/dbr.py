@@ -118,8 +118,8 @@ class DBR:
 
     We leave the authors' code in three places. The first training takes as many epochs as the recipe's scan, not two, after which
     the small networks of the CPU grid do not know a trigger yet. Their batches are of 128 of 50,000 images; of fewer ours are
-    smaller, down to 32, for as many steps, but for the second training. And the last network is taken, where theirs is the one
-    that does best on the test set.
+    smaller, down to 32, for as many steps, but for the second training; of fewer than 12,500 steps are fewer, too, of 1,300 a
+    tenth. And the last network is taken, where theirs is the one that does best on the test set.
 
     Args:
         clean: Share of the least sensitive that is learned again; .2 in the paper.

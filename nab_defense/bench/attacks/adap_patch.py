@@ -1,4 +1,4 @@
-"""Adap-Patch: one of four faint patches in training, covers too; all of them at test time [Qi et al. 2023, arXiv:2205.13613]."""
+"""Adap-Patch: one of four patches in training, covers too; all of them at test time [Qi et al. 2023, arXiv:2205.13613]."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def patch_layer(height: int, width: int, channels: int, *, size: int | None) -> 
 class AdapPatch:
     """(1 - alpha) * image + alpha * patch under one patch, drawn for each image; all four with test_alpha at test time.
 
-    The authors' patches are pictures, each with an opacity of its own (.2 to .5), and their test shows two, on CIFAR-10 one of
-    them new; ours are drawn from a fixed seed, have one opacity, and the test shows all. Covers are painted as poison is and keep
-    their label; they come from all classes but the target, the authors' from all.
+    The authors' patches are pictures, each faint (opacities of .2 to .5), and their test shows two, on CIFAR-10 one of them new;
+    ours are drawn from a fixed seed, nearly opaque, and the test shows all. Covers are painted as poison is and keep their label;
+    they come from all classes but the target, the authors' from all.
 
     Args:
         size: Edge of a patch in pixels; None scales with the image, 6 px at 32.
