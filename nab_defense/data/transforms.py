@@ -7,17 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torchvision import transforms as tv
 
 from .distort import Distortion
 
-__all__ = ["AUGMENTATIONS", "RESIZED", "VARIED", "build_transform", "crop_padding", "resized"]
+__all__ = ["AUGMENTATIONS", "RESIZED", "VARIED", "LessDetail", "build_transform", "crop_padding", "resized"]
 
 Transform = Callable[[Any], Tensor]
 # Augmentations that first bring the whole image to its size, always alike, and how.
 RESIZED = {"none": tv.InterpolationMode.BICUBIC, "crop_flip": tv.InterpolationMode.BILINEAR}
+COARSE = 0.4  # of an image's edge
 
 
 def resized(augment: str, size: int) -> Transform:
@@ -64,6 +66,18 @@ class Albumentation:
         return torch.from_numpy(np.ascontiguousarray(array if array.ndim == 3 else array[..., None])).permute(2, 0, 1)
 
 
+class LessDetail:
+    """Half of the images are shrunk, to COARSE of their edge at least, and enlarged again; drawn from torch."""
+
+    def __call__(self, image: Any) -> Any:
+        shrink, share = torch.rand(2).tolist()
+        if shrink < 0.5:
+            return image
+        size = image.size
+        small = tuple(max(2, round(edge * (COARSE + (1 - COARSE) * share))) for edge in size)
+        return image.resize(small, Image.Resampling.BILINEAR).resize(size, Image.Resampling.BILINEAR)
+
+
 AUGMENTATIONS = ("none", "crop_flip", "timm", "albumentations")
 VARIED = "varied"  # of networks that tell content whatever was done to the whole image; no recipe's
 
@@ -81,7 +95,7 @@ def build_transform(
     Args:
         augment: "none" (evaluation and scan: the whole image), "crop_flip" (small images), "timm" (timm's random resized
             crop, flip and color jitter), "albumentations", or VARIED (TrivialAugment [Müller and Hutter 2021,
-            arXiv:2103.10158], then crop_flip).
+            arXiv:2103.10158], which leaves all detail, then LessDetail and crop_flip).
         size: Edge in pixels.
         hflip: Probability of a horizontal flip.
         crop_pad: Padding of crop_flip; None: size / 8.
@@ -95,7 +109,7 @@ def build_transform(
     if augment == "crop_flip":
         return _crop_flip(size, crop_padding(size) if crop_pad is None else crop_pad, hflip, distortion)
     if augment == VARIED:
-        return tv.Compose([tv.TrivialAugmentWide(), _crop_flip(size, crop_padding(size), hflip, distortion)])
+        return tv.Compose([tv.TrivialAugmentWide(), LessDetail(), _crop_flip(size, crop_padding(size), hflip, distortion)])
     if augment == "timm":
         made = create_transform(size, is_training=True, use_prefetcher=True, hflip=hflip)
         return tv.Compose([*made.transforms, torch.as_tensor])  # older timm ends in an array

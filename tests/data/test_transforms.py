@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from nab_defense.data import build_loader, build_transform, open_source
-from nab_defense.data.transforms import AUGMENTATIONS, VARIED
+from nab_defense.data.transforms import AUGMENTATIONS, VARIED, LessDetail
 from nab_defense.runtime import Runtime
 
 RANDOM = [*(name for name in AUGMENTATIONS if name != "none"), VARIED]
@@ -78,6 +78,16 @@ def test_crop_flip_shows_the_image_shifted_or_mirrored() -> None:
     assert set(seen) <= crops and len(set(seen)) > 15
     assert {mirror(image)[0].flip(1).contiguous().numpy().tobytes() for _ in range(20)} <= crops
     assert torch.equal(build_transform("crop_flip", 32, hflip=0, crop_pad=0)(image)[0], plain)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_half_of_the_varied_images_lose_detail(mode: str) -> None:
+    image, less = picture(mode), LessDetail()
+    torch.manual_seed(0)
+    spreads = [np.asarray(less(image)).std() for _ in range(200)]
+    whole = np.asarray(image).std()
+    assert 80 < sum(spread == whole for spread in spreads) < 120 and min(spreads) < 0.5 * whole
+    assert all(less(image).size == image.size for _ in range(9))
 
 
 def test_default_padding_is_an_eighth() -> None:
