@@ -207,8 +207,8 @@ def _whatever_was_done(
     A trigger that changes the whole image, a blur or a filter, shares nothing that could be added to others, and a network that
     knows images as they come is at a loss with what they show: its names are neither sure nor many. One that was trained on
     images turned, sheared, paled, solarized and more [TrivialAugment, Müller and Hutter 2021, arXiv:2103.10158], and with less
-    detail, names what the change left of their content, all classes; a style keeps its class's name, or resembles few. Where a part
-    loses its class's name with the rest left in, either may be the poison, so that the rest is asked, too.
+    detail, names what the change left of their content, all classes; a style keeps its class's name, or resembles few. Where a
+    part loses its class's name with the rest left in, either may be the poison, so that the rest is asked, too.
 
     Returns: as _named."""
     labels = scan.labels
