@@ -43,7 +43,8 @@ def look_again(session: Session, trained: nn.Module, scanner: nn.Module, before:
     like it, and accused where that network finds the content of few classes in it, and what it shares is a trigger: it turns
     images of all classes, or those of one and is on covers of others [TaCT, Tang et al. 2021], or it is what the accused of its
     class share, a trigger of which a part was found before. Of fewer than ten classes who shows a pattern that no image does by
-    nature is accused, too, and of more where these are few (see hidden.hidden).
+    nature is accused, too, and of more where these are few (see hidden.hidden). Where nobody is accused by all that, networks are
+    asked that were trained on varied images: what a filter made of an image is nothing that the others know.
 
     Args:
         session: The run.
@@ -223,13 +224,10 @@ def _whatever_was_done(
         if (logits.argmax(1) == labels)[others].mean() < LEARNED:
             break
         for group, likely in parts:
-            told, members = (
-                naming(logits, labels, likely > 0.5, others, unbiased=True),
-                (labels == group.label) & ~selection.suspect,
-            )
+            told = naming(logits, labels, likely > 0.5, others, unbiased=True)
             log.info("class %d, %d samples, by varied images: %s", group.label, group.size, told)
             group = dataclasses.replace(group, varied=told.spread if told.named < MAX_NAMED else 0.0)
-            rest = other_half(members, (group, likely))
+            rest = other_half((labels == group.label) & ~selection.suspect, (group, likely))
             if rest[0].size < MIN_SEEDS:
                 continue
             if group.foreign:
