@@ -89,6 +89,8 @@ TARGETS = {
 }  # fmt: skip
 TACT = {f"{source} to {target}": f"tact_{source}_to_{target}" for source, target in ("74", "81", "06", "49", "30", "18")}
 MORE = {"bpp": "bpp", "narcissus (9 %)": "narcissus", "adap_patch": "adap_patch", "badnets and blend at once": "several"}
+MORE["blur (filter)"] = "blur"
+FILTERS = {name: name for name in ("blur", "solarize", "pixelate", "jpeg", "contrast", "warm", "rotate")}
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,8 @@ MORE = {"bpp": "bpp", "narcissus (9 %)": "narcissus", "adap_patch": "adap_patch"
         ("12,000 CIFAR-10 images with `recipes/bench/cpu.yaml`", "cpu_shuffled", CIFAR, 3),
         ("Attacks that it leaves out, `recipes/bench/cpu_more.yaml`", "cpu_more", MORE, 1),
         ("(`recipes/bench/digits_targets.yaml`)", "digits_targets", TARGETS, 3),
+        ("since b3878d6. By that, the grid as far as it ran:", "digits_filters", FILTERS, 3),
+        ("and with seeds that nothing was set on ([cells]", "digits_filters_52_53", FILTERS, 3),
         ("(`recipes/bench/digits_tact.yaml`)", "digits_tact_40_to_42", TACT, 3),
     ],
 )
